@@ -1,0 +1,3 @@
+from pact_offline.cli import main
+
+main()

@@ -1,0 +1,50 @@
+"""The errors that pact-offline raises on purpose.
+
+Each is a `PactError`, which the command line turns into one line and exit code 2, and also the
+built-in kind that fits, so that library users can catch what they know. Messages name the file,
+line or key, what was expected and what was found.
+"""
+
+
+class PactError(Exception):
+    """Base of every error that a user can mend."""
+
+
+class MissingFileError(PactError, FileNotFoundError):
+    """A file, directory or model that was named does not exist."""
+
+
+class InputError(PactError, ValueError):
+    """A file exists but does not hold what it should."""
+
+
+class SettingError(PactError, ValueError):
+    """A setting has an unknown name or a value of the wrong kind or range."""
+
+
+class ModelError(PactError, ValueError):
+    """A model or tokenizer cannot be used for what was asked."""
+
+
+class ScoringError(PactError, RuntimeError):
+    """A scorer did not return what it was asked for."""
+
+
+class StoreError(PactError, ValueError):
+    """A store, shard or targets.json is damaged or in another format."""
+
+
+class MissingTargetError(PactError, LookupError):
+    """A context has no stored target."""
+
+
+class TargetsMismatchError(PactError, ValueError):
+    """The targets were made for another model, tokenizer, safety token set or rows."""
+
+
+class CheckFailedError(PactError, RuntimeError):
+    """A product did not pass its own check."""
+
+
+class TrainingError(PactError, RuntimeError):
+    """Training cannot go on."""

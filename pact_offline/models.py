@@ -1,0 +1,94 @@
+"""Loading models with transformers, and reading their logits at response steps only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pact_offline.conversations import require_model
+from pact_offline.errors import ModelError
+
+
+def default_device() -> torch.device:
+    """The first accelerator, else the CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")
+
+
+def default_attention(device: torch.device | None = None) -> str:
+    """eager on a CPU (its bf16 SDPA kernel is slow at chat lengths), else sdpa."""
+    return "eager" if (device or default_device()).type == "cpu" else "sdpa"
+
+
+def load_model(
+    model: str, dtype: str, *, attention: str = "auto", device: torch.device | None = None
+) -> Any:
+    """A causal language model in eval mode, from safetensors only.
+
+    Raises:
+        MissingFileError, ModelError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    require_model(model)
+    device = device or default_device()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=getattr(torch, dtype),
+            attn_implementation=default_attention(device) if attention == "auto" else attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{model}: cannot be loaded: {first}") from None
+    return loaded.to(device).eval()
+
+
+def aligned_batch(
+    contexts: Sequence[tuple[Sequence[int] | np.ndarray, int]], pad_id: int
+) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+    """Pad contexts so that their response steps stand in the same columns.
+
+    Prompts are padded on the left and responses on the right, so the LM head can run on the
+    response columns alone, whatever the lengths.
+
+    Args:
+        contexts: (ids, response_start) each.
+        pad_id: fills the padding; masked out.
+
+    Returns:
+        model inputs (input_ids, attention_mask, position_ids, each int64 [batch, tokens]); the
+        columns of the response steps, int64 [columns]; each context's number of steps.
+    """
+    starts = [start for _, start in contexts]
+    steps = [len(ids) - start + 1 for ids, start in contexts]
+    left = max(starts)
+    width = left - 1 + max(steps)
+    shape = (len(contexts), width)
+    ids_out = torch.full(shape, pad_id, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for row, (ids, start) in enumerate(contexts):
+        first = left - start
+        ids_out[row, first : first + len(ids)] = torch.as_tensor(np.asarray(ids), dtype=torch.long)
+        mask[row, first : first + len(ids)] = 1
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids_out, "attention_mask": mask, "position_ids": positions}
+    return inputs, torch.arange(left - 1, width), steps
+
+
+@torch.inference_mode()
+def response_logits(
+    model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, int]]
+) -> list[Tensor]:
+    """Each context's logits at its response steps, [steps, vocabulary], on the model's device."""
+    inputs, columns, steps = aligned_batch(contexts, pad_id=0)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    output = model(**inputs, logits_to_keep=columns.to(model.device), use_cache=False)
+    return [output.logits[row, :count] for row, count in enumerate(steps)]
