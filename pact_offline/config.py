@@ -37,9 +37,7 @@ class TokensSettings(Settings):
     )
     examples: int = Field(512, ge=1, description="Use at most this many refusal pairs.")
     response_tokens: int = Field(64, ge=1, description="Response tokens read of each pair.")
-    top_k: int = Field(
-        50, ge=1, description="Ids kept, by the aligned model's mean probability."
-    )
+    top_k: int = Field(50, ge=1, description="Ids kept, by the aligned model's mean probability.")
     batch_size: int = Field(16, ge=1, description="Pairs per forward pass.")
     dtype: Dtype = Field("float32", description="Compute dtype.")
 
@@ -241,9 +239,7 @@ class WorkflowConfig(Settings):
             dataset = self.run(name).dataset
             if dataset not in self.datasets:
                 known = ", ".join(self.datasets)
-                raise ValueError(
-                    f"runs.{name}.dataset: expected one of {known}, found {dataset!r}"
-                )
+                raise ValueError(f"runs.{name}.dataset: expected one of {known}, found {dataset!r}")
         return self
 
     def run(self, name: str) -> RunConfig:

@@ -24,6 +24,7 @@ import numpy as np
 
 from pact_offline.config import read_text
 from pact_offline.errors import InputError, MissingFileError, ModelError
+from pact_offline.hub import first_line, require_model
 
 Message = dict[str, str]
 ContextKind = Literal["full", "response_only"]
@@ -200,8 +201,7 @@ def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
         else:
             rows = datasets.Dataset.from_parquet(source)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{source}: cannot be read as a dataset: {first}") from None
+        raise InputError(f"{source}: cannot be read as a dataset: {first_line(error)}") from None
     for index, row in enumerate(rows):
         yield f"{source}:{index + 1}", {key: value for key, value in row.items() if value}
 
@@ -242,8 +242,7 @@ def load_tokenizer(model: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{model}: no tokenizer could be loaded: {first}") from None
+        raise ModelError(f"{model}: no tokenizer could be loaded: {first_line(error)}") from None
     return tokenizer
 
 
@@ -254,23 +253,6 @@ def require_chat_template(tokenizer: Any) -> None:
             f"{tokenizer.name_or_path}: expected a tokenizer with a chat template, found none; "
             "use the chat model's own tokenizer, or add chat_template.jinja to its directory"
         )
-
-
-def looks_like_path(model: str) -> bool:
-    """Whether a model name can only be a path (a hub id is NAME or OWNER/NAME)."""
-    path = Path(model)
-    return path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") > 1
-
-
-def require_model(model: str) -> None:
-    """Refuse a local model path that does not exist or holds no model."""
-    if not looks_like_path(model):
-        return
-    path = Path(model)
-    if not path.exists():
-        raise MissingFileError(f"{model}: no such model directory")
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{model}: expected a model directory with config.json, found none")
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pact_offline.conversations import require_model
 from pact_offline.errors import ModelError
+from pact_offline.hub import first_line, require_model
 
 
 def default_device() -> torch.device:
@@ -46,8 +46,7 @@ def load_model(
             trust_remote_code=False,
         )
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{model}: cannot be loaded: {first}") from None
+        raise ModelError(f"{model}: cannot be loaded: {first_line(error)}") from None
     return loaded.to(device).eval()
 
 

@@ -38,7 +38,9 @@ def count_to_mass(scores: Tensor, mass: float, temperature: float = 1.0) -> Tens
     return 1 + (cumulative < mass).sum(dim=-1)
 
 
-def mix(policy: Tensor, response_only: Tensor, steps: Tensor, settings: ObjectiveSettings) -> Tensor:
+def mix(
+    policy: Tensor, response_only: Tensor, steps: Tensor, settings: ObjectiveSettings
+) -> Tensor:
     """Share c(t) of the response-only target in the mixed target, [steps]; no gradient."""
     with torch.no_grad():
         ids = policy.shape[-1]
@@ -131,9 +133,7 @@ class Objective:
         needs_response_only: whether the targets without the prompt are read.
     """
 
-    per_step: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, ObjectiveSettings], Tensor
-    ]
+    per_step: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, ObjectiveSettings], Tensor]
     needs_response_only: bool
 
 

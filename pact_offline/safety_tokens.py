@@ -72,6 +72,17 @@ class SafetyTokens:
         """float32 [ids], at least 0."""
         return np.array([token.weight for token in self.tokens], dtype=np.float32)
 
+    def table(self) -> str:
+        """The tokens for a person, the heaviest first; spaces are shown as a dot."""
+        lines = [f"{'token':16} {'id':>7} {'weight':>8} {'aligned':>9} {'base':>9}"]
+        for token in sorted(self.tokens, key=lambda token: -token.direction):
+            text = token.text.replace(" ", "\u00b7").encode("unicode_escape").decode()
+            text = text.replace("\\xb7", "\u00b7")
+            lines.append(
+                f"{text:16} {token.id:7} {token.weight:8.4f} {token.aligned:9.5f} {token.base:9.5f}"
+            )
+        return "\n".join(lines)
+
     def save(self, path: Path) -> None:
         """Write `safety_tokens.json`."""
         tokens = [{**asdict(token), "weight": token.weight} for token in self.tokens]
@@ -117,7 +128,9 @@ class SafetyTokens:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path}: expected safety tokens, found a bad entry: {error}") from None
+            raise InputError(
+                f"{path}: expected safety tokens, found a bad entry: {error}"
+            ) from None
         if not tokens or result.ids != sorted(set(result.ids)) or result.ids[0] < 0:
             raise InputError(f"{path}: tokens: expected ascending, distinct ids, found otherwise")
         if tokenizer is not None and tokenizer_fingerprint(tokenizer) != result.tokenizer:
@@ -248,9 +261,7 @@ def _teacher_forced(
     for row in rows:
         response = tokenizer(row.response, add_special_tokens=False).input_ids
         prompt = prompt_of(row, tokenizer)
-        items.append(
-            _TeacherForced([*prompt, *response[: settings.response_tokens]], len(prompt))
-        )
+        items.append(_TeacherForced([*prompt, *response[: settings.response_tokens]], len(prompt)))
     return items
 
 
@@ -297,8 +308,7 @@ def _mean_log_ratio(
         for aligned, base in zip(aligned_batch, base_batch, strict=True):
             parts = (aligned.exp(), base.exp(), aligned.exp() * (base - aligned))
             totals = [
-                total + part.mean(dim=0).double()
-                for total, part in zip(totals, parts, strict=True)
+                total + part.mean(dim=0).double() for total, part in zip(totals, parts, strict=True)
             ]
         progress(2 * len(aligned_batch))
     means = [np.asarray((total / len(sequences[0])).cpu().numpy()) for total in totals]

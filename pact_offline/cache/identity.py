@@ -1,0 +1,103 @@
+"""What a store's values depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pact_offline.config import read_text
+from pact_offline.errors import StoreError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that determines the values in a store.
+
+    Attributes:
+        reference: hub id and commit, or file name to SHA-256 of config and weights.
+        safety_ids: token ids of the columns, ascending.
+        header_ids: assistant header of the response-only contexts.
+        engine: name and version of what computed the values.
+        compute_dtype: dtype of the forward pass.
+        stored_dtype: "float16" or "float32".
+        format_version: of the store.
+    """
+
+    reference: dict[str, str]
+    safety_ids: tuple[int, ...]
+    header_ids: tuple[int, ...]
+    engine: str
+    compute_dtype: str
+    stored_dtype: str
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the fields as JSON with sorted keys and no spaces, 64 hex digits."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        value = asdict(self)
+        return {**value, "safety_ids": [*self.safety_ids], "header_ids": [*self.header_ids]}
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str) -> Identity:
+        """Check and read the fields; `StoreError` names `source` and the key."""
+        kinds = {
+            "reference": dict,
+            "safety_ids": list,
+            "header_ids": list,
+            "engine": str,
+            "compute_dtype": str,
+            "stored_dtype": str,
+            "format_version": int,
+        }
+        if not isinstance(value, dict) or set(value) != set(kinds):
+            raise StoreError(f"{source}: expected the keys {', '.join(kinds)}, found otherwise")
+        for key, kind in kinds.items():
+            if not isinstance(value[key], kind):
+                raise StoreError(
+                    f"{source}: {key}: expected {kind.__name__}, found {value[key]!r:.40}"
+                )
+        if value["format_version"] != FORMAT_VERSION:
+            raise StoreError(
+                f"{source}: format_version: expected {FORMAT_VERSION}, "
+                f"found {value['format_version']}; this store is of another pact-offline"
+            )
+        if value["stored_dtype"] not in ("float16", "float32"):
+            raise StoreError(
+                f"{source}: stored_dtype: expected float16 or float32, "
+                f"found {value['stored_dtype']!r:.40}"
+            )
+        for key in ("safety_ids", "header_ids"):
+            if not all(isinstance(item, int) and item >= 0 for item in value[key]):
+                raise StoreError(f"{source}: {key}: expected token ids, found otherwise")
+        return cls(
+            **{
+                **value,
+                "safety_ids": tuple(value["safety_ids"]),
+                "header_ids": tuple(value["header_ids"]),
+            }
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Identity:
+        """Read `identity.json`."""
+        try:
+            value = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise StoreError(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
+        return cls.from_dict(value, str(path))
+
+
+def store_path(cache: Path, model_name: str, identity: Identity) -> Path:
+    """CACHE/<name>-<12 hex>; the name is for people, the digits decide."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name).strip(".-") or "model"
+    return cache / f"{name[:48]}-{identity.digest[:12]}"

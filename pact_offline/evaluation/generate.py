@@ -1,0 +1,62 @@
+"""Greedy answers in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pact_offline.conversations import Message, render
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    chats: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], object] | None = None,
+) -> list[str]:
+    """Greedy answers to conversations, in their order.
+
+    Args:
+        model, tokenizer: a chat model; the tokenizer's template renders the conversations.
+        chats: messages, the last the user's (or, for a guard, the assistant's).
+        max_new_tokens: longest answer.
+        batch_size: conversations at once; those of like length go together.
+        progress: called with the number of conversations done.
+
+    Returns:
+        the answers' text without special tokens.
+    """
+    prompts = [render(tokenizer, chat, generation_prompt=True) for chat in chats]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    answers = [""] * len(prompts)
+    pad_id = tokenizer.pad_token_id or 0
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for row, i in enumerate(batch):
+            answers[i] = tokenizer.decode(output[row, width:], skip_special_tokens=True).strip()
+        if progress is not None:
+            progress(len(batch))
+    return answers

@@ -1,0 +1,98 @@
+"""Where a model's files are: a local directory, or one commit of a hub repository."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pact_offline.errors import MissingFileError, ModelError
+from pact_offline.files import sha256_file, write_json
+
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_CHECKSUMS = Path("~/.cache/pact-offline/checksums.json")
+
+
+def looks_like_path(model: str) -> bool:
+    """Whether a model name can only be a path (a hub id is NAME or OWNER/NAME)."""
+    path = Path(model)
+    return path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") > 1
+
+
+def require_model(model: str) -> None:
+    """Refuse a local model path that does not exist or holds no model."""
+    if not looks_like_path(model):
+        return
+    path = Path(model)
+    if not path.exists():
+        raise MissingFileError(f"{model}: no such model directory")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{model}: expected a model directory with config.json, found none")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model at one fixed state.
+
+    Attributes:
+        name: as the user gave it.
+        path: local directory with config, tokenizer and safetensors.
+        identity: what fixes the weights: hub id and commit, or SHA-256 of config and weight files.
+    """
+
+    name: str
+    path: Path
+    identity: dict[str, str]
+
+
+def locate_model(model: str) -> ModelFiles:
+    """Find a model's files, fetching them from the hub (safetensors only) where needed.
+
+    Raises:
+        MissingFileError: no such directory, or not on the hub and not in its local cache.
+        ModelError: the directory holds no safetensors.
+    """
+    require_model(model)
+    if looks_like_path(model):
+        path = Path(model)
+        return ModelFiles(model, path, _weight_checksums(path))
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(model, allow_patterns=_WANTED))
+    except Exception as error:
+        raise MissingFileError(
+            f"{model}: no such directory, and the hub gave: {first_line(error)}"
+        ) from None
+    return ModelFiles(model, path, {"hub": model, "commit": path.name})
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _weight_checksums(path: Path) -> dict[str, str]:
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{path}: expected weights as *.safetensors, found none")
+    return {file.name: _remembered_checksum(file) for file in [path / "config.json", *weights]}
+
+
+def _remembered_checksum(file: Path) -> str:
+    """SHA-256 of a file, remembered by path, size and modification time."""
+    stat = file.stat()
+    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    memory = _CHECKSUMS.expanduser()
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and isinstance(known.get(key), str):
+            return str(known[key])
+    except (OSError, ValueError):
+        known = {}
+    checksum = sha256_file(file)
+    # A home directory that cannot be written to costs time, not truth.
+    with contextlib.suppress(ValueError):
+        write_json(memory, {**(known if isinstance(known, dict) else {}), key: checksum})
+    return checksum

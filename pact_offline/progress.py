@@ -1,0 +1,22 @@
+"""Progress bars on stderr: done, rate and time left."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def bar(what: str, total: int, unit: str) -> tqdm[Any]:
+    """A bar for a person; in a log file, a line every ten seconds."""
+    person = sys.stderr.isatty()
+    return tqdm(
+        desc=what,
+        total=total,
+        unit=f" {unit}",
+        unit_scale=total > 9999,
+        mininterval=0.2 if person else 10,
+        dynamic_ncols=person,
+        leave=True,
+    )

@@ -1,0 +1,210 @@
+"""The report: every evaluated model on one self-contained HTML page."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pact_offline.errors import InputError
+from pact_offline.evaluation.metrics import Metrics, RateName, Sample
+from pact_offline.files import written_aside
+from pact_offline.report import figures, plots
+from pact_offline.report.finding import finding
+from pact_offline.report.stages import read_stage_costs
+from pact_offline.safety_tokens import SafetyTokens
+
+
+@dataclass(frozen=True)
+class Column:
+    """A rate as the table shows it."""
+
+    rate: RateName
+    title: str
+    better: str
+
+
+COLUMNS = (
+    Column("harmful_refused", "Harmful prompts refused", "higher is better"),
+    Column("harmful_unsafe", "Judged unsafe by the guard", "lower is better"),
+    Column("borderline_refused", "Borderline prompts refused", "lower is better"),
+    Column("benign_refused", "Plain benign prompts refused", "lower is better"),
+    Column("task_refused", "Task prompts refused", "lower is better"),
+    Column("task_accuracy", "Task accuracy", "higher is better"),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings side by side: a row a key, a value a column; `differs` where they are not equal."""
+
+    names: list[str]
+    rows: list[tuple[str, bool, list[str]]]
+
+
+def write_report(
+    metrics: Sequence[Metrics],
+    output: Path,
+    *,
+    title: str,
+    safety_tokens: SafetyTokens | None,
+    benchmarks: Path | None,
+    config_text: str | None,
+) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        metrics: the reference and the runs; the reference is shown first, runs in this order.
+        output: an HTML file that loads nothing.
+        title: of the page.
+        safety_tokens: to show; None leaves the section out.
+        benchmarks: directory of Snakemake benchmark files; None leaves the section out.
+        config_text: the workflow config as written; None leaves it out.
+
+    Raises:
+        InputError: no metrics, or the place cannot be written to.
+    """
+    models = _in_order(metrics)
+    styles = plots.styles_of(models)
+    stages = read_stage_costs(benchmarks)
+    template = _environment().get_template("report.html")
+    page = template.render(
+        title=title,
+        finding=finding(models).replace(" %", "\u00a0%"),
+        date=_date(models),
+        reference=next((m for m in models if m.is_reference), None),
+        models=models,
+        styles=styles,
+        columns=[c for c in COLUMNS if _is_shown(c, models)],
+        judges=_judges(models),
+        scatter=plots.scatter(models, styles),
+        totals=plots.total_panels(models, styles),
+        token_curves=plots.token_panels(models, styles),
+        safety_tokens=safety_tokens,
+        token_groups=_token_groups(safety_tokens),
+        samples=_samples_by_prompt(models),
+        stages=stages,
+        longest=max((s.seconds or 0 for s in stages), default=0),
+        run_settings=_compare({m.name: m.run for m in models if m.run}),
+        evaluation_settings=_compare({m.name: m.settings for m in models if m.settings}),
+        provenance=_compare(_provenances(models, safety_tokens)),
+        config_text=config_text,
+    )
+    with written_aside(output) as aside:
+        aside.write_text(page, encoding="utf-8")
+
+
+def headline(metrics: Sequence[Metrics]) -> list[str]:
+    """Three lines for the terminal: harmful prompts refused, task accuracy, benign refused.
+
+    Raises:
+        InputError: no metrics.
+    """
+    models = _in_order(metrics)
+    wanted: tuple[tuple[str, RateName], ...] = (
+        ("harmful prompts refused", "harmful_refused"),
+        ("task accuracy", "task_accuracy"),
+        ("benign prompts refused", "benign_refused"),
+    )
+    columns = [[label for label, _ in wanted]]
+    for model in models:
+        columns.append([f"{model.name} {figures.percent(model.rates.get(r))}" for _, r in wanted])
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pact_offline", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("percent", "interval", "small_share", "duration", "memory", "token_text"):
+        environment.filters[name] = getattr(figures, name)
+    environment.filters["setting"] = figures.setting
+    return environment
+
+
+def _in_order(metrics: Sequence[Metrics]) -> list[Metrics]:
+    if not metrics:
+        raise InputError("report: expected at least one metrics.json, found none")
+    return sorted(metrics, key=lambda m: not m.is_reference)
+
+
+def _is_shown(column: Column, models: Sequence[Metrics]) -> bool:
+    """Only the guard's column is left out where nothing was measured."""
+    return column.rate != "harmful_unsafe" or any(column.rate in m.rates for m in models)
+
+
+def _date(models: Sequence[Metrics]) -> str:
+    """The day of the latest evaluation, so that the same inputs write the same page."""
+    days = [str(m.provenance["made_at"])[:10] for m in models if m.provenance.get("made_at")]
+    return max(days, default=datetime.datetime.now(datetime.UTC).date().isoformat())
+
+
+def _judges(models: Sequence[Metrics]) -> list[dict[str, Any]]:
+    """The distinct judges; one, unless metrics of different evaluations were mixed."""
+    judges: list[dict[str, Any]] = []
+    for model in models:
+        if model.judge and model.judge not in judges:
+            judges.append(model.judge)
+    return judges
+
+
+def _token_groups(safety_tokens: SafetyTokens | None) -> dict[str, list[Any]]:
+    tokens = sorted(safety_tokens.tokens if safety_tokens else (), key=lambda t: -t.direction)
+    return {
+        "weighted": [t for t in tokens if t.weight > 0],
+        "unweighted": [t for t in tokens if t.weight == 0],
+    }
+
+
+def _samples_by_prompt(
+    models: Sequence[Metrics],
+) -> list[tuple[Sample, list[tuple[Metrics, Sample]]]]:
+    """Each prompt with the answers of the models that were asked it, in the first one's order."""
+    answers: dict[tuple[str, str], list[tuple[Metrics, Sample]]] = {}
+    for model in models:
+        for sample in model.samples:
+            answers.setdefault((sample.prompts, sample.prompt), []).append((model, sample))
+    return [(group[0][1], group) for group in answers.values()]
+
+
+def _provenances(
+    models: Sequence[Metrics], safety_tokens: SafetyTokens | None
+) -> dict[str, Mapping[str, Any]]:
+    found: dict[str, Mapping[str, Any]] = {
+        m.name: {"model": m.model, "adapter": m.adapter, **m.provenance} for m in models
+    }
+    if safety_tokens is not None:
+        found["safety tokens"] = {**safety_tokens.settings, **safety_tokens.provenance}
+    return found
+
+
+def _compare(columns: Mapping[str, Mapping[str, Any]]) -> Comparison:
+    flat = {name: _flatten(values) for name, values in columns.items()}
+    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+    rows = []
+    for key in keys:
+        values = [figures.setting(column.get(key)) for column in flat.values()]
+        rows.append((key, len(set(values)) > 1, values))
+    return Comparison(list(flat), rows)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

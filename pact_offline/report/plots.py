@@ -1,0 +1,277 @@
+"""Geometry of the plots; `plots.html` draws them.
+
+Coordinates are per cent of the plot area, (0, 0) at the top left. The area stretches with the page
+while text keeps its size, so a plot is as readable on a phone as on a desk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+from pact_offline.evaluation.metrics import Metrics
+from pact_offline.report.figures import percent, share, token_text
+
+COLOURS, MARKERS, DASHES = 5, 6, 4  # 5 and 4 share no factor: 20 runs get distinct lines
+_SHOWN_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Style:
+    """Name and look of a model, the same everywhere on the page."""
+
+    name: str
+    css: str
+    marker: int
+
+
+@dataclass(frozen=True)
+class Tick:
+    at: float
+    text: str
+
+
+class Label(NamedTuple):
+    """Where a label stands from its dot, in px, and which of its ends (`start`, `end`) is there."""
+
+    x: int
+    y: int
+    anchor: str
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it needs a line to its dot."""
+        return not -20 < self.y < 30
+
+
+class Box(NamedTuple):
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A dot with both its intervals (left to right, top to bottom) and its label."""
+
+    style: Style
+    x: float
+    y: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    label: Label
+
+
+@dataclass(frozen=True)
+class Scatter:
+    points: list[Point]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    summary: str
+
+
+@dataclass(frozen=True)
+class Line:
+    style: Style
+    points: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot: lines over response steps; `gap` is the area between two of them."""
+
+    title: str
+    style: Style | None
+    lines: list[Line]
+    gap: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    summary: str
+
+
+def styles_of(models: Sequence[Metrics]) -> dict[str, Style]:
+    """A look for every model by name: the reference in the text's colour, runs in given order."""
+    styles = {m.name: Style(m.name, "reference", MARKERS) for m in models if m.is_reference}
+    for n, run in enumerate(m for m in models if not m.is_reference):
+        css = f"colour-{n % COLOURS} dash-{n % DASHES}"
+        styles.setdefault(run.name, Style(run.name, css, n % MARKERS))
+    return styles
+
+
+def scatter(models: Sequence[Metrics], styles: dict[str, Style]) -> Scatter | None:
+    """Safety (up) against utility (right) of every model with both; None where there is none."""
+    pairs = [
+        (styles[m.name], m.rates["task_accuracy"], m.rates["harmful_refused"])
+        for m in models
+        if "task_accuracy" in m.rates and "harmful_refused" in m.rates
+    ]
+    if not pairs:
+        return None
+    values = nice_ticks(min(a.low for _, a, _ in pairs), max(a.high for _, a, _ in pairs))
+    first, last = values[0], values[-1]
+
+    def across(value: float) -> float:
+        return round(100 * (value - first) / (last - first), 2)
+
+    dots = [(across(a.value), _up(h.value)) for _, a, h in pairs]
+    labels = _place_labels([style.name for style, _, _ in pairs], dots)
+    return Scatter(
+        [
+            Point(style, *dot, across(a.low), across(a.high), _up(h.high), _up(h.low), label)
+            for (style, a, h), dot, label in zip(pairs, dots, labels, strict=True)
+        ],
+        [Tick(across(value), share(value)) for value in values],
+        _share_ticks(1.0),
+        "; ".join(
+            f"{style.name}: task accuracy {percent(a)}, harmful prompts refused {percent(h)}"
+            for style, a, h in pairs
+        ),
+    )
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Two to six round values in 0..1 that enclose `low` and `high`."""
+    for step in (0.01, 0.02, 0.05, 0.1, 0.2):
+        first = math.floor(round(low / step, 6))
+        last = max(math.ceil(round(high / step, 6)), first + 1)
+        if last - first <= 5:
+            break
+    if last * step > 1:
+        first, last = first - 1, last - 1
+    return [round(n * step, 4) for n in range(first, last + 1)]
+
+
+def total_panels(models: Sequence[Metrics], styles: dict[str, Style]) -> list[Panel]:
+    """One panel a run with drift: total probability of the safety ids, reference and run."""
+    panels = []
+    for run in models:
+        if run.drift is None or not (run.drift.total_reference and run.drift.total_policy):
+            continue
+        reference, policy = run.drift.total_reference, run.drift.total_policy
+        means = [share(sum(values) / len(values)) for values in (reference, policy)]
+        panels.append(
+            Panel(
+                run.name,
+                styles[run.name],
+                _lines([(_reference(styles), reference), (styles[run.name], policy)], 1.0),
+                f"{_trace(reference, 1.0)} {' '.join(_trace(policy, 1.0).split()[::-1])}",
+                _step_ticks(len(reference)),
+                _share_ticks(1.0),
+                f"{run.name}: mean over steps {means[1]}, reference {means[0]}",
+            )
+        )
+    return panels
+
+
+def token_panels(models: Sequence[Metrics], styles: dict[str, Style]) -> list[Panel]:
+    """One panel for each of the most confident safety tokens: reference and every run."""
+    drifts = [(styles[m.name], m.drift) for m in models if m.drift is not None]
+    if not drifts:
+        return []
+    shown = drifts[0][1].tokens[:_SHOWN_TOKENS]
+    curves = {
+        token.id: [(_reference(styles), token.reference)]
+        + [(style, t.policy) for style, drift in drifts for t in drift.tokens if t.id == token.id]
+        for token in shown
+    }
+    highest = max((v for group in curves.values() for _, vs in group for v in vs), default=1.0)
+    top = nice_ticks(0.0, min(max(highest, 0.01), 1.0))[-1]
+    return [
+        Panel(
+            token_text(token.text),
+            None,
+            _lines(curves[token.id], top),
+            "",
+            _step_ticks(max(len(values) for _, values in curves[token.id])),
+            _share_ticks(top),
+            "; ".join(
+                f"{style.name}: at most {share(max(values))}"
+                for style, values in curves[token.id]
+                if values
+            ),
+        )
+        for token in shown
+    ]
+
+
+def _reference(styles: dict[str, Style]) -> Style:
+    found = (style for style in styles.values() if style.css == "reference")
+    return next(found, Style("reference", "reference", MARKERS))
+
+
+def _up(value: float, top: float = 1.0) -> float:
+    return round(100 * (1 - value / top), 2)
+
+
+def _share_ticks(top: float) -> list[Tick]:
+    return [Tick(_up(value, top), share(value, int(top < 0.02))) for value in (0, top / 2, top)]
+
+
+def _step_ticks(steps: int) -> list[Tick]:
+    last = max(steps - 1, 1)
+    return [Tick(round(100 * step / last, 2), str(step)) for step in sorted({0, last // 2, last})]
+
+
+def _lines(curves: Iterable[tuple[Style, Sequence[float]]], top: float) -> list[Line]:
+    return [Line(style, _trace(values, top)) for style, values in curves if values]
+
+
+def _trace(values: Sequence[float], top: float) -> str:
+    """SVG points; a single value becomes a level line."""
+    values = values if len(values) > 1 else [*values, *values]
+    last = len(values) - 1
+    return " ".join(f"{100 * n / last:.2f},{_up(value, top)}" for n, value in enumerate(values))
+
+
+_NARROW, _WIDE, _HEIGHT = 270, 640, 360  # px of the plot area on a phone and on a desk
+_CHARACTER, _LINE = 7.5, 15  # px of a label
+_HEADROOM = 22  # px above the plot area that labels may use
+_PLACES = tuple(
+    Label(x, y, anchor)
+    for y, (x, anchor) in product((-9, 18, -25, 34, -41, 50, -57), ((9, "start"), (-9, "end")))
+)
+
+
+def _place_labels(names: Sequence[str], dots: Sequence[tuple[float, float]]) -> list[Label]:
+    """For each dot the nearest label that covers least, on a phone and on a desk together."""
+    taken = {
+        width: [_box(dot, width, -7, -7, 14, 14) for dot in dots] for width in (_NARROW, _WIDE)
+    }
+    chosen = []
+    for name, dot in zip(names, dots, strict=True):
+        places = [{w: _label_box(name, dot, label, w) for w in taken} for label in _PLACES]
+        costs = [sum(_covered(boxes[w], taken[w], w) for w in taken) for boxes in places]
+        best = costs.index(min(costs))
+        for width, box in places[best].items():
+            taken[width].append(box)
+        chosen.append(_PLACES[best])
+    return chosen
+
+
+def _box(
+    dot: tuple[float, float], plot_width: int, dx: float, dy: float, width: float, height: float
+) -> Box:
+    left, top = dot[0] * plot_width / 100 + dx, dot[1] * _HEIGHT / 100 + dy
+    return Box(left, top, left + width, top + height)
+
+
+def _label_box(name: str, dot: tuple[float, float], label: Label, plot_width: int) -> Box:
+    width = len(name) * _CHARACTER
+    left = label.x if label.anchor == "start" else label.x - width
+    return _box(dot, plot_width, left, label.y - 12, width, _LINE)
+
+
+def _covered(box: Box, taken: Sequence[Box], plot_width: int) -> float:
+    """Area of a label over what is there, and beyond the plot."""
+    beyond = (-box.left, box.right - plot_width, -_HEADROOM - box.top, box.bottom - _HEIGHT)
+    return _LINE * sum(max(0.0, edge) for edge in beyond) + sum(
+        max(0.0, min(box.right, other.right) - max(box.left, other.left))
+        * max(0.0, min(box.bottom, other.bottom) - max(box.top, other.top))
+        for other in taken
+    )

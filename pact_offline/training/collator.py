@@ -1,0 +1,60 @@
+"""From examples and targets to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pact_offline.cache.reader import TargetCache
+from pact_offline.models import aligned_batch
+
+IGNORED = -100
+
+
+class ResponseCollator:
+    """Pads rows so that response steps share columns, and adds the targets of each row.
+
+    Each item is ``{"input_ids": [...], "response_start": int, "index": int}``, where `index` is the
+    row's place in the targets. The batch holds, for `rows` rows, `width` tokens and `columns`
+    response columns:
+
+    - ``input_ids``, ``attention_mask``, ``position_ids``: int64 [rows, width]
+    - ``logits_to_keep``: int64 [columns], the token columns whose logits predict the response
+    - ``labels``: int64 [rows, 1 + columns], as usual one column ahead of the logits that predict
+      it: -100, then the response tokens; -100 where a row has ended
+    - with targets: ``target_full`` and, if asked for, ``target_response_only``:
+      float32 [steps, ids], one row for each label that is not -100, in row-major order
+    """
+
+    def __init__(
+        self,
+        pad_id: int,
+        targets: TargetCache | None = None,
+        *,
+        response_only: bool = True,
+    ) -> None:
+        self.pad_id, self.targets, self.response_only = pad_id, targets, response_only
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        contexts = [(item["input_ids"][:-1], item["response_start"]) for item in items]
+        batch, columns, steps = aligned_batch(contexts, self.pad_id)
+        labels = torch.full((len(items), 1 + len(columns)), IGNORED, dtype=torch.long)
+        for row, (item, count) in enumerate(zip(items, steps, strict=True)):
+            response = np.asarray(item["input_ids"][item["response_start"] :])
+            labels[row, 1 : count + 1] = torch.as_tensor(response)
+        batch |= {"logits_to_keep": columns, "labels": labels}
+        if self.targets is not None:
+            indices = [item["index"] for item in items]
+            batch["target_full"] = self._stack(indices, "full")
+            if self.response_only:
+                batch["target_response_only"] = self._stack(indices, "response_only")
+        return batch
+
+    def _stack(self, indices: Sequence[int], kind: Any) -> Tensor:
+        assert self.targets is not None
+        parts = [self.targets.read(index, kind) for index in indices]
+        return torch.from_numpy(np.concatenate(parts))

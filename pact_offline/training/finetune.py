@@ -1,0 +1,284 @@
+"""`finetune`: from rows and targets to an adapter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from pact_offline.cache.reader import TargetCache
+from pact_offline.config import FinetuneSettings
+from pact_offline.conversations import TokenizedExample, load_tokenizer, read_all_rows, tokenize
+from pact_offline.errors import InputError, SettingError, TrainingError
+from pact_offline.files import write_json
+from pact_offline.hub import ModelFiles, first_line
+from pact_offline.models import load_model
+from pact_offline.progress import bar
+from pact_offline.provenance import provenance
+from pact_offline.safety_tokens import SafetyTokens
+from pact_offline.training.model_card import model_card
+from pact_offline.training.trainer import PactTrainer
+
+log = logging.getLogger(__name__)
+RUN_FILE = "pact_offline.json"
+EPOCH_DECAY = 0.85  # of the published script
+
+
+def finetune(
+    model: ModelFiles,
+    sources: Sequence[str | Path],
+    output: Path,
+    settings: FinetuneSettings,
+    *,
+    targets_path: Path | None = None,
+    tokens_path: Path | None = None,
+) -> dict[str, Any]:
+    """Train a policy and write it, whole or not at all, to `output`.
+
+    Everything that can be refused is refused before any weight is loaded.
+
+    Returns:
+        what is written to `pact_offline.json`: settings, targets hash, metrics and provenance.
+    """
+    tokenizer = load_tokenizer(str(model.path))
+    rows = read_all_rows(sources)
+    examples = tokenize(rows, tokenizer, settings.max_tokens)
+    if len(examples) < settings.batch_size:
+        raise InputError(
+            f"{', '.join(map(str, sources))}: expected at least --batch-size "
+            f"({settings.batch_size}) rows, found {len(examples)}"
+        )
+    targets, weights = None, None
+    if settings.objective != "none":
+        if targets_path is None or tokens_path is None:
+            raise SettingError(
+                f"--objective {settings.objective}: expected --targets and --safety-tokens, "
+                "found none; only --objective none trains without them"
+            )
+        safety_tokens = SafetyTokens.load(tokens_path, tokenizer)
+        targets = TargetCache.open(targets_path, verify_all=True)
+        targets.check_model(model)
+        targets.check_safety_ids(safety_tokens.ids, str(tokens_path))
+        targets.check_examples(examples, [row.origin for row in rows])
+        weights = torch.from_numpy(safety_tokens.weights)
+    with output_aside(output) as aside:
+        policy = prepare_policy(str(model.path), settings)
+        trainer, seconds = train(policy, tokenizer, examples, settings, aside, targets, weights)
+        facts = {
+            "model": model.name,
+            "model_identity": model.identity,
+            "targets_sha256": targets.sha256 if targets else None,
+            "settings": settings.model_dump(mode="json"),
+            "rows": len(examples),
+            "metrics": _final_metrics(trainer, seconds),
+            "provenance": provenance(),
+        }
+        trainer.model.save_pretrained(aside, safe_serialization=True)
+        tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
+        write_json(aside / RUN_FILE, facts)
+    return facts
+
+
+def train(
+    policy: Any,
+    tokenizer: Any,
+    examples: Sequence[TokenizedExample],
+    settings: FinetuneSettings,
+    folder: Path,
+    targets: TargetCache | None = None,
+    weights: torch.Tensor | None = None,
+) -> tuple[PactTrainer, float]:
+    """Train a policy in place; `training.jsonl` goes to `folder`.
+
+    Returns:
+        the trainer, and the seconds that training took.
+    """
+    set_seed(settings.seed)
+    scratch = folder / "trainer"
+    trainer = PactTrainer(
+        policy,
+        training_arguments(settings, scratch),
+        train_dataset=as_dataset(examples),
+        pad_id=pad_id_of(tokenizer),
+        objective=settings,
+        epoch_decay=EPOCH_DECAY if settings.schedule == "epoch_decay" else None,
+        targets=targets,
+        weights=weights,
+        callbacks=[Journal(folder / "training.jsonl")],
+    )
+    trainer.remove_callback(PrinterCallback)
+    started = time.monotonic()
+    trainer.train()
+    shutil.rmtree(scratch, ignore_errors=True)
+    return trainer, time.monotonic() - started
+
+
+@contextmanager
+def output_aside(output: Path) -> Iterator[Path]:
+    """Yield a folder beside `output` that takes its place when the block ends well.
+
+    Raises:
+        InputError: `output` holds something that this project did not write.
+    """
+    if output.exists() and (not output.is_dir() or _is_foreign(output)):
+        raise InputError(
+            f"{output}: expected an empty or earlier output directory, found other files"
+        )
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if output.exists():
+            shutil.rmtree(output)
+        aside.rename(output)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_foreign(folder: Path) -> bool:
+    return any(folder.iterdir()) and not (folder / RUN_FILE).is_file()
+
+
+def prepare_policy(model: str, settings: FinetuneSettings) -> Any:
+    """Load the policy, with an adapter for LoRA (in fp32 over base weights in the dtype)."""
+    if settings.method == "full":
+        return load_model(model, "float32", attention=settings.attention).train()
+    from peft import LoraConfig, get_peft_model
+
+    policy = load_model(model, settings.dtype, attention=settings.attention)
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_modules)
+        if settings.lora_modules != ("all-linear",)
+        else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(policy, config)
+    except ValueError as error:
+        raise SettingError(
+            f"--lora-modules: expected modules of {model}, found {first_line(error)}"
+        ) from None
+
+
+def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArguments:
+    """The Trainer's arguments that the settings stand for."""
+    schedule = "constant" if settings.schedule == "epoch_decay" else settings.schedule
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.dtype == "bfloat16",
+        train_sampling_strategy="group_by_length" if settings.bucket_by_length else "random",
+        length_column_name="length",
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=1,
+        logging_first_step=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        lr_scheduler_type=schedule,
+    )
+
+
+def as_dataset(examples: Sequence[TokenizedExample]) -> datasets.Dataset:
+    """Examples as the collator reads them, with each row's length and index."""
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [example.ids for example in examples],
+            "response_start": [example.response_start for example in examples],
+            "length": [len(example.ids) for example in examples],
+            "index": list(range(len(examples))),
+        }
+    )
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The padding id, or 0: padding is masked out everywhere."""
+    return int(tokenizer.pad_token_id or 0)
+
+
+class Journal(TrainerCallback):  # type: ignore[misc]
+    """A progress bar on stderr, and one JSON line a step in `training.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._started = path, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        self._started = time.monotonic()
+        self._bar = bar("training", state.max_steps, "steps")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        self._bar.update(1)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if not all(map(_is_finite, logs.values())):
+            raise TrainingError(
+                f"step {state.global_step}: expected a finite loss and gradient, found "
+                f"loss {logs['loss']}; lower --learning-rate or --kl-weight"
+            )
+        seconds = round(time.monotonic() - self._started, 3)
+        line = {"step": state.global_step, "seconds": seconds, **logs}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {name: f"{logs[name]:.3g}" for name in ("cross_entropy", "kl") if name in logs}
+        self._bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        self._bar.close()
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _final_metrics(trainer: PactTrainer, seconds: float) -> dict[str, float]:
+    history = [entry for entry in trainer.state.log_history if "cross_entropy" in entry]
+    last = history[-max(1, len(history) // 10) :]
+    names = [name for name in ("cross_entropy", "kl", "confidence_gap") if name in last[0]]
+    metrics = {f"final_{name}": sum(entry[name] for entry in last) / len(last) for name in names}
+    steps = trainer.state.global_step
+    rows = steps * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    return {
+        **metrics,
+        "optimizer_steps": steps,
+        "seconds": round(seconds, 2),
+        "rows_per_second": round(rows / seconds, 3),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+    }
+
+
+def peak_memory_mib() -> float:
+    """Peak memory of this process so far: on the accelerator, else resident; MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,41 @@
+"""The model card that goes with an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def model_card(facts: dict[str, Any]) -> str:
+    """README.md of an adapter or model directory, in the hub's form."""
+    settings, metrics = facts["settings"], facts["metrics"]
+    objective = settings["objective"]
+    what = {
+        "none": "plain supervised fine-tuning",
+        "pact": "supervised fine-tuning with the PACT objective (arXiv 2603.07445)",
+        "confidence": "supervised fine-tuning with confidences on safety tokens held to the "
+        "reference model's",
+    }[objective]
+    lines = [
+        "---",
+        f"base_model: {facts['model']}",
+        "library_name: peft" if settings["method"] == "lora" else "library_name: transformers",
+        "tags: [pact-offline]",
+        "---",
+        "",
+        "# Fine-tuned with pact-offline",
+        "",
+        f"{what[0].upper()}{what[1:]}, on {facts['rows']} rows.",
+        "",
+        f"- fine-tuned from: `{facts['model']}`",
+        f"- sha256 of targets.json: `{facts['targets_sha256']}`",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings.items()),
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {name} | {value:.6g} |" for name, value in metrics.items()),
+        "",
+    ]
+    return "\n".join(lines)

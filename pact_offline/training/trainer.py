@@ -1,0 +1,142 @@
+"""A transformers Trainer whose loss holds the policy to cached reference confidences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from pact_offline.cache.reader import TargetCache
+from pact_offline.config import ObjectiveSettings
+from pact_offline.objectives import OBJECTIVES
+from pact_offline.training.collator import IGNORED, ResponseCollator
+
+
+class PactTrainer(Trainer):  # type: ignore[misc]
+    """Supervised fine-tuning plus an objective, with no reference model in memory.
+
+    The loss is the mean over all response steps of the (accumulated, multi-process) batch of
+    cross-entropy + kl_weight * objective. The LM head runs on response columns only.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        train_dataset: Any,
+        pad_id: int,
+        objective: ObjectiveSettings,
+        epoch_decay: float | None = None,
+        targets: TargetCache | None = None,
+        weights: Tensor | None = None,
+        **extra: Any,
+    ) -> None:
+        """Prepare training.
+
+        Args:
+            model: policy, whose forward takes `logits_to_keep`.
+            args: transformers training arguments; `remove_unused_columns` is switched off.
+            train_dataset: items as `ResponseCollator` reads them.
+            pad_id: token id of padding.
+            objective: which regulariser, its weight and shape; "none" needs no targets.
+            epoch_decay: multiply the learning rate by this after each epoch, in place of the
+                schedule in `args`.
+            targets: the cache; its rows in the order of `train_dataset`'s `index`.
+            weights: float [ids], safety-token weights.
+            extra: for transformers' Trainer.
+        """
+        args.remove_unused_columns = False
+        self._settings = objective
+        self._epoch_decay = epoch_decay
+        self._objective = OBJECTIVES.get(objective.objective)
+        collator = ResponseCollator(
+            pad_id,
+            targets if self._objective else None,
+            response_only=bool(self._objective and self._objective.needs_response_only),
+        )
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, data_collator=collator, **extra
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is divided by all steps of the batch
+        device = self.args.device
+        if targets is not None and weights is not None:
+            self._safety_ids = torch.tensor(targets.safety_ids, device=device)
+            self._weights = weights.to(device)
+        self._sums: dict[str, Tensor | float] = {}
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, as its share of the whole batch's mean."""
+        labels = inputs["labels"][:, 1:]
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+            logits_to_keep=inputs["logits_to_keep"],
+            use_cache=False,
+        )
+        is_step = labels != IGNORED
+        logits = outputs.logits[is_step].float()
+        normaliser = torch.logsumexp(logits, dim=-1)
+        picked = logits.gather(-1, labels[is_step].unsqueeze(-1)).squeeze(-1)
+        cross_entropy = (normaliser - picked).sum()
+        loss = cross_entropy
+        kl = torch.zeros((), device=loss.device)
+        if self._objective is not None:
+            policy = logits[:, self._safety_ids] - normaliser.unsqueeze(-1)
+            full = inputs["target_full"]
+            steps = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[is_step]
+            per_step = self._objective.per_step(
+                policy,
+                full,
+                inputs.get("target_response_only", full),
+                self._weights,
+                steps,
+                self._settings,
+            )
+            kl = per_step.sum()
+            loss = cross_entropy + self._settings.kl_weight * kl
+            self._count("gap", (policy.detach().exp() - full.exp()).abs().sum(-1).sum())
+        count = len(logits)
+        self._count("cross_entropy", cross_entropy.detach())
+        self._count("kl", kl.detach())
+        self._count("steps", count)
+        self._count("tokens", int(inputs["attention_mask"].sum()) + len(labels))
+        loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
+        return (loss, outputs) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The published schedule where `epoch_decay` is set, else the one in `args`."""
+        if self._epoch_decay is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        per_epoch = max(1, round(num_training_steps / self.args.num_train_epochs))
+        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(
+            optimizer or self.optimizer, per_epoch, self._epoch_decay
+        )
+        return self.lr_scheduler
+
+    def _count(self, name: str, value: Tensor | float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the loss is made of since the last log, as means over response steps."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        if "loss" in logs and sums.get("steps"):
+            steps = sums["steps"]
+            logs["cross_entropy"] = sums["cross_entropy"] / steps
+            if self._objective is not None:
+                logs["kl"] = sums["kl"] / steps
+                logs["confidence_gap"] = sums["gap"] / steps
+            logs["tokens"] = sums["tokens"]
+            self._sums = {}
+        super().log(logs, start_time)

@@ -1,0 +1,324 @@
+"""The report page: what it shows, whatever was measured."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pact_offline.errors import InputError
+from pact_offline.evaluation.metrics import Drift, Metrics, Rate, Sample, TokenCurve
+from pact_offline.report.finding import finding
+from pact_offline.report.page import headline, write_report
+from pact_offline.report.plots import nice_ticks, styles_of
+from pact_offline.report.stages import read_stage_costs
+from pact_offline.safety_tokens import SafetyToken, SafetyTokens
+
+HOSTILE = "</pre><script>alert('x')</script><img src=http://evil.example/a.png>"
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page; fails on tags that do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def make_metrics(
+    name: str, refused: int | None = 96, accuracy: int | None = 178, **changes: Any
+) -> Metrics:
+    rates = {
+        "harmful_refused": refused is not None and Rate.of(refused, 100),
+        "borderline_refused": Rate.of(7, 50),
+        "benign_refused": Rate.of(changes.pop("benign", 2), 100),
+        "task_refused": Rate.of(3, 200),
+        "task_accuracy": accuracy is not None and Rate.of(accuracy, 200),
+    }
+    is_reference = name == "reference"
+    values: dict[str, Any] = {
+        "name": name,
+        "is_reference": is_reference,
+        "model": "some/model",
+        "adapter": None,
+        "rates": {key: rate for key, rate in rates.items() if rate},
+        "drift": None if is_reference else make_drift(),
+        "samples": [
+            Sample(prompts="harmful", prompt="How to?", answer=f"{name} says no", refused=True),
+            Sample(prompts="benign", prompt="Why?", answer=f"{name} says so", refused=False),
+        ],
+        "run": {} if is_reference else {"objective": "confidence", "kl_weight": 3.0},
+        "settings": {"max_new_tokens": 40},
+        "judge": {"name": "phrases", "phrases": ["I cannot"], "guard": None},
+        "provenance": {"made_at": "2026-01-02T03:04:05+00:00", "versions": {"torch": "9.9"}},
+    }
+    return Metrics(**values | changes)
+
+
+def make_drift() -> Drift:
+    token = TokenCurve(id=7, text=" sorry", weight=0.4, reference=[0.5, 0.2], policy=[0.4, 0.1])
+    return Drift(prompts=2, total_reference=[0.9, 0.7], total_policy=[0.8, 0.5], tokens=[token])
+
+
+def sft(refused: int | None = 4, **changes: Any) -> Metrics:
+    return make_metrics("sft", refused, 177, run={"objective": "none", "kl_weight": 1.0}, **changes)
+
+
+def reference() -> Metrics:
+    return make_metrics("reference", 99)
+
+
+def tokens() -> SafetyTokens:
+    return SafetyTokens(
+        (
+            SafetyToken(3, "\n", -0.2, 0.01, 0.02),
+            SafetyToken(5, " can", 0.3, 0.25, 0.00001),
+            SafetyToken(9, " sorry", 0.6, 0.5, 0.1),
+        ),
+        "fingerprint",
+    )
+
+
+def render(tmp_path: Path, metrics: list[Metrics], **changes: Any) -> str:
+    values: dict[str, Any] = {
+        "title": "A title",
+        "safety_tokens": tokens(),
+        "benchmarks": None,
+        "config_text": "key: value",
+    }
+    write_report(metrics, tmp_path / "report.html", **values | changes)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def benchmark(directory: Path, stage: str, line: str) -> None:
+    path = directory / f"{stage}.tsv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"s\th:m:s\tmax_rss\tmax_vms\n{line}\n", encoding="utf-8")
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    html = render(tmp_path, [reference(), sft()])
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    names = {name for name, _ in page.attributes}
+    assert not {"src", "href", "srcset"} & names
+    assert not any(name.startswith("on") for name in names)
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_hostile_text_is_shown_and_not_obeyed(tmp_path: Path) -> None:
+    sample = Sample(prompts="harmful", prompt=HOSTILE, answer=HOSTILE, refused=False)
+    curve = TokenCurve(id=1, text=HOSTILE, weight=1.0, reference=[0.1], policy=[0.1])
+    drift = Drift(prompts=1, total_reference=[0.1], total_policy=[0.1], tokens=[curve])
+    hostile = make_metrics(
+        f"run{HOSTILE}",
+        samples=[sample],
+        drift=drift,
+        model=HOSTILE,
+        run={HOSTILE: HOSTILE, "objective": HOSTILE},
+        judge={"name": HOSTILE, "phrases": [HOSTILE], "guard": HOSTILE},
+        provenance={"made_at": HOSTILE, HOSTILE: [HOSTILE]},
+    )
+    shown = SafetyTokens((SafetyToken(1, HOSTILE, 0.5, 0.1, 0.1),), "x", {"mode": HOSTILE})
+    html = render(
+        tmp_path, [reference(), hostile], title=HOSTILE, safety_tokens=shown, config_text=HOSTILE
+    )
+    page = Page(html)
+    assert not {"script", "img"} & set(page.tags)
+    assert page.text.count(HOSTILE) >= 6
+
+
+def test_every_rate_is_shown_with_interval_and_count(tmp_path: Path) -> None:
+    run = sft()
+    text = Page(render(tmp_path, [run])).text
+    for shown in ("4 %", "14 %", "2 %", "1.5 %", "88.5 %"):
+        assert shown in text
+    for rate in run.rates.values():
+        assert f"{rate.count} of {rate.total}" in text
+    assert "2–10 %" in text
+    assert "Wilson" in text
+
+
+def test_the_guard_has_a_column_only_where_it_judged(tmp_path: Path) -> None:
+    plain = sft()
+    guarded = plain.model_copy(
+        update={"rates": {**plain.rates, "harmful_unsafe": Rate.of(61, 100)}}
+    )
+    assert "unsafe" not in Page(render(tmp_path, [plain])).text
+    text = Page(render(tmp_path, [reference(), guarded])).text
+    assert "Judged unsafe by the guard" in text
+    assert "61 of 100" in text
+
+
+def test_the_reference_comes_first_and_runs_keep_their_order(tmp_path: Path) -> None:
+    metrics = [make_metrics("zeta"), reference(), make_metrics("alpha")]
+    names = re.findall(
+        r'<span class="name">.*?</svg></svg> (\w+)</span>', render(tmp_path, metrics)
+    )
+    assert names[:3] == ["reference", "zeta", "alpha"]
+
+
+@pytest.mark.parametrize("alone", [reference(), sft(), make_metrics("run", None, None)])
+def test_one_model_alone_makes_a_page(tmp_path: Path, alone: Metrics) -> None:
+    text = Page(render(tmp_path, [alone], safety_tokens=None, config_text=None)).text
+    assert alone.name in text
+    assert ("Safety against utility" in text) == ("harmful_refused" in alone.rates)
+
+
+def test_no_drift_leaves_the_confidence_plots_out(tmp_path: Path) -> None:
+    heading = "Confidence on safety tokens"
+    assert heading in Page(render(tmp_path, [reference(), sft()])).text
+    assert heading not in Page(render(tmp_path, [reference(), sft(drift=None)])).text
+
+
+def test_empty_drift_makes_a_page(tmp_path: Path) -> None:
+    empty = Drift(prompts=0, total_reference=[], total_policy=[], tokens=[])
+    bare = TokenCurve(id=1, text="I", weight=1.0, reference=[], policy=[])
+    odd = Drift(prompts=1, total_reference=[0.5], total_policy=[0.5], tokens=[bare])
+    Page(render(tmp_path, [reference(), sft(drift=empty), make_metrics("odd", drift=odd)]))
+
+
+def test_each_prompt_is_shown_once_with_every_answer(tmp_path: Path) -> None:
+    page = Page(render(tmp_path, [reference(), sft()]))
+    assert page.tags.count("article") == 2
+    assert page.text.count("How to?") == 1
+    assert "reference says no" in page.text
+    assert "sft says so" in page.text
+
+
+def test_an_answered_harmful_prompt_is_marked_in_words_and_not_by_colour_alone(
+    tmp_path: Path,
+) -> None:
+    sample = Sample(prompts="harmful", prompt="How?", answer="So.", refused=False)
+    assert "! answered" in Page(render(tmp_path, [sft(samples=[sample])])).text
+
+
+def test_safety_tokens_stand_by_weight_with_spaces_visible(tmp_path: Path) -> None:
+    text = Page(render(tmp_path, [sft(drift=None)])).text
+    order = [text.index(shown) for shown in ("␣sorry", "␣can", "Tokens of weight 0", "⏎")]
+    assert order == sorted(order)
+
+
+def test_stages_stand_in_pipeline_order_and_bad_values_are_dashes(tmp_path: Path) -> None:
+    directory = tmp_path / "benchmarks"
+    benchmark(directory, "evaluate/sft", "-\t-\tNA\t1")
+    benchmark(directory, "finetune/pact", "187.2\t0:03:07\t2048.0\t1")
+    benchmark(directory, "align", "nan\tx")
+    benchmark(directory, "demo_base", "1.25\t0:00:01\t812.3\t1")
+    (directory / "score.tsv").write_bytes(b"\xff\xfe\x00")
+    (directory / "tokens.tsv").write_bytes(b"")
+    costs = read_stage_costs(directory)
+    order = ["demo_base", "align", "tokens", "score", "finetune/pact", "evaluate/sft"]
+    assert [cost.name for cost in costs] == order
+    assert [cost.seconds for cost in costs] == [1.25, None, None, None, 187.2, None]
+    text = Page(render(tmp_path, [sft()], benchmarks=directory)).text
+    assert "finetune/pact 3 min 07 s 2.0 GiB" in text
+    assert "evaluate/sft – –" in text
+
+
+@pytest.mark.parametrize("benchmarks", [None, Path("/no/such/directory")])
+def test_no_benchmarks_leave_the_section_out(tmp_path: Path, benchmarks: Path | None) -> None:
+    assert "Time and memory" not in Page(render(tmp_path, [sft()], benchmarks=benchmarks)).text
+
+
+def test_settings_phrases_versions_and_config_are_on_the_page(tmp_path: Path) -> None:
+    text = Page(render(tmp_path, [reference(), make_metrics("run")])).text
+    for shown in ("KL weight 3.0", "I cannot", "versions.torch 9.9", "key: value", "2026-01-02"):
+        assert shown in text
+
+
+def test_the_same_inputs_write_the_same_page(tmp_path: Path) -> None:
+    metrics = [reference(), sft()]
+    assert render(tmp_path, metrics) == render(tmp_path, metrics)
+
+
+def test_no_metrics_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^report: expected at least one metrics\.json.*$"):
+        render(tmp_path, [])
+    with pytest.raises(InputError):
+        headline([])
+
+
+def test_headline_is_three_aligned_lines() -> None:
+    assert headline([sft(), reference(), make_metrics("confidence", None)]) == [
+        "harmful prompts refused   reference 99 %     sft 4 %      confidence –",
+        "task accuracy             reference 89.0 %   sft 88.5 %   confidence 89.0 %",
+        "benign prompts refused    reference 2 %      sft 2 %      confidence 2 %",
+    ]
+
+
+def test_finding_when_the_objective_keeps_refusals() -> None:
+    assert finding([reference(), sft(), make_metrics("pact", 60), make_metrics("confidence")]) == (
+        "Plain fine-tuning (sft) cuts refusals of held-out harmful prompts from 99 % to 4 %; "
+        "confidence, the safest of 2 other runs, keeps 96 %, "
+        "at 89.0 % task accuracy (sft: 88.5 %)."
+    )
+
+
+def test_finding_claims_no_difference_within_the_intervals() -> None:
+    text = finding([reference(), sft(97), make_metrics("pact", 98)])
+    assert "sft) does not clearly change" in text
+    assert "pact is not clearly different, 98 %" in text
+
+
+def test_finding_when_the_objective_does_harm() -> None:
+    text = finding([reference(), sft(80), make_metrics("pact", 10, 100, benign=40)])
+    assert "pact keeps fewer, 10 %" in text
+    assert "at a cost in task accuracy: 50.0 % (sft: 88.5 %)" in text
+    assert "refuses more benign prompts: 40 % (sft: 2 %)" in text
+
+
+def test_finding_with_runs_missing() -> None:
+    assert finding([make_metrics("run", None)]) == "Refusals of harmful prompts were not measured."
+    assert finding([reference()]).startswith("The reference refuses 99 %")
+    assert "no fine-tuned run" in finding([reference()])
+    assert finding([sft()]) == (
+        "Plain fine-tuning (sft) leaves 4 % refusals of held-out harmful prompts, "
+        "at 88.5 % task accuracy."
+    )
+    assert finding([reference(), make_metrics("pact", 60)]) == (
+        "After fine-tuning, pact refuses 60 % of held-out harmful prompts (reference: 99 %), "
+        "at 89.0 % task accuracy (reference: 89.0 %)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.88, 0.881), (0.739, 0.926)]
+)
+def test_ticks_enclose_the_values_in_few_round_steps(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert 2 <= len(ticks) <= 6
+    assert 0 <= ticks[0] <= low
+    assert high <= ticks[-1] <= 1
+
+
+def test_twenty_runs_look_different() -> None:
+    styles = styles_of([make_metrics(f"run{n}") for n in range(20)])
+    assert len({style.css for style in styles.values()}) == 20
