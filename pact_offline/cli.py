@@ -22,7 +22,6 @@ from pact_offline.config import (
     ScoreSettings,
     TokensSettings,
     parse_settings,
-    read_workflow_config,
     read_yaml,
 )
 from pact_offline.errors import PactError
@@ -422,17 +421,6 @@ def demo_align(
     check = {"harmful": harmful_check, "benign": benign_check, "task": task_check}
     shares = align(base, refusals, benign, check, output, settings)
     click.echo(", ".join(f"{name} refused {share:.1%}" for name, share in shares.items()))
-
-
-@cli.command("check-config")
-@click.argument("config", type=FILE)
-def check_config(config: Path) -> None:
-    """Check a workflow config file.
-
-    Example: pact-offline check-config stages/config.yaml
-    """
-    loaded = read_workflow_config(config)
-    click.echo(f"{config}: {len(loaded.runs)} runs, {len(loaded.datasets)} datasets")
 
 
 def main() -> None:

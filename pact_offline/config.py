@@ -7,6 +7,7 @@ both, so a key has one name, one default and one description everywhere.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -305,13 +306,8 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_workflow_config(path: Path) -> WorkflowConfig:
-    """Read and check a workflow config file."""
-    return parse_settings(WorkflowConfig, read_yaml(path), str(path))
-
-
-def workflow_schema() -> dict[str, Any]:
-    """JSON schema of the workflow config, with a description and default for every key."""
+def workflow_schema_text() -> str:
+    """JSON schema of the workflow config as YAML: a description and default for every key."""
     schema = WorkflowConfig.model_json_schema()
     run = RunConfig.model_json_schema()
     run.pop("title", None)
@@ -319,5 +315,12 @@ def workflow_schema() -> dict[str, Any]:
     training = {"type": "object", "additionalProperties": False, "properties": run["properties"]}
     properties = schema["properties"]
     properties["training"] |= training
-    properties["runs"]["additionalProperties"] = training
-    return schema
+    properties["runs"]["patternProperties"] = dict.fromkeys(
+        properties["runs"]["patternProperties"], training
+    )
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return yaml.safe_dump(json.loads(json.dumps(schema)), sort_keys=False, allow_unicode=True)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(workflow_schema_text(), encoding="utf-8")

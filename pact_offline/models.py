@@ -34,7 +34,9 @@ def load_model(
         MissingFileError, ModelError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     require_model(model)
     device = device or default_device()
     try:

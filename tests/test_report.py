@@ -198,6 +198,11 @@ def test_no_drift_leaves_the_confidence_plots_out(tmp_path: Path) -> None:
     assert heading not in Page(render(tmp_path, [reference(), sft(drift=None)])).text
 
 
+def test_the_reference_line_has_a_key_where_only_runs_were_evaluated(tmp_path: Path) -> None:
+    keys = re.findall(r"<li>.*</svg></svg> (\w+)</li>", render(tmp_path, [sft()]))
+    assert keys == ["reference", "reference", "sft"]
+
+
 def test_empty_drift_makes_a_page(tmp_path: Path) -> None:
     empty = Drift(prompts=0, total_reference=[], total_policy=[], tokens=[])
     bare = TokenCurve(id=1, text="I", weight=1.0, reference=[], policy=[])

@@ -79,6 +79,7 @@ def write_report(
         reference=next((m for m in models if m.is_reference), None),
         models=models,
         styles=styles,
+        reference_style=plots.reference_style(styles),
         columns=[c for c in COLUMNS if _is_shown(c, models)],
         judges=_judges(models),
         scatter=plots.scatter(models, styles),

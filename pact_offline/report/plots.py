@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import NamedTuple
 
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.report.figures import percent, share, token_text
+from pact_offline.report.labels import Label, place_labels
 
 COLOURS, MARKERS, DASHES = 5, 6, 4  # 5 and 4 share no factor: 20 runs get distinct lines
 _SHOWN_TOKENS = 6
@@ -32,26 +31,6 @@ class Style:
 class Tick:
     at: float
     text: str
-
-
-class Label(NamedTuple):
-    """Where a label stands from its dot, in px, and which of its ends (`start`, `end`) is there."""
-
-    x: int
-    y: int
-    anchor: str
-
-    @property
-    def is_far(self) -> bool:
-        """Whether it needs a line to its dot."""
-        return not -20 < self.y < 30
-
-
-class Box(NamedTuple):
-    left: float
-    top: float
-    right: float
-    bottom: float
 
 
 @dataclass(frozen=True)
@@ -120,7 +99,7 @@ def scatter(models: Sequence[Metrics], styles: dict[str, Style]) -> Scatter | No
         return round(100 * (value - first) / (last - first), 2)
 
     dots = [(across(a.value), _up(h.value)) for _, a, h in pairs]
-    labels = _place_labels([style.name for style, _, _ in pairs], dots)
+    labels = place_labels([style.name for style, _, _ in pairs], dots)
     return Scatter(
         [
             Point(style, *dot, across(a.low), across(a.high), _up(h.high), _up(h.low), label)
@@ -159,7 +138,7 @@ def total_panels(models: Sequence[Metrics], styles: dict[str, Style]) -> list[Pa
             Panel(
                 run.name,
                 styles[run.name],
-                _lines([(_reference(styles), reference), (styles[run.name], policy)], 1.0),
+                _lines([(reference_style(styles), reference), (styles[run.name], policy)], 1.0),
                 f"{_trace(reference, 1.0)} {' '.join(_trace(policy, 1.0).split()[::-1])}",
                 _step_ticks(len(reference)),
                 _share_ticks(1.0),
@@ -176,7 +155,7 @@ def token_panels(models: Sequence[Metrics], styles: dict[str, Style]) -> list[Pa
         return []
     shown = drifts[0][1].tokens[:_SHOWN_TOKENS]
     curves = {
-        token.id: [(_reference(styles), token.reference)]
+        token.id: [(reference_style(styles), token.reference)]
         + [(style, t.policy) for style, drift in drifts for t in drift.tokens if t.id == token.id]
         for token in shown
     }
@@ -200,7 +179,8 @@ def token_panels(models: Sequence[Metrics], styles: dict[str, Style]) -> list[Pa
     ]
 
 
-def _reference(styles: dict[str, Style]) -> Style:
+def reference_style(styles: dict[str, Style]) -> Style:
+    """The reference's look, also where only runs were evaluated."""
     found = (style for style in styles.values() if style.css == "reference")
     return next(found, Style("reference", "reference", MARKERS))
 
@@ -227,51 +207,3 @@ def _trace(values: Sequence[float], top: float) -> str:
     values = values if len(values) > 1 else [*values, *values]
     last = len(values) - 1
     return " ".join(f"{100 * n / last:.2f},{_up(value, top)}" for n, value in enumerate(values))
-
-
-_NARROW, _WIDE, _HEIGHT = 270, 640, 360  # px of the plot area on a phone and on a desk
-_CHARACTER, _LINE = 7.5, 15  # px of a label
-_HEADROOM = 22  # px above the plot area that labels may use
-_PLACES = tuple(
-    Label(x, y, anchor)
-    for y, (x, anchor) in product((-9, 18, -25, 34, -41, 50, -57), ((9, "start"), (-9, "end")))
-)
-
-
-def _place_labels(names: Sequence[str], dots: Sequence[tuple[float, float]]) -> list[Label]:
-    """For each dot the nearest label that covers least, on a phone and on a desk together."""
-    taken = {
-        width: [_box(dot, width, -7, -7, 14, 14) for dot in dots] for width in (_NARROW, _WIDE)
-    }
-    chosen = []
-    for name, dot in zip(names, dots, strict=True):
-        places = [{w: _label_box(name, dot, label, w) for w in taken} for label in _PLACES]
-        costs = [sum(_covered(boxes[w], taken[w], w) for w in taken) for boxes in places]
-        best = costs.index(min(costs))
-        for width, box in places[best].items():
-            taken[width].append(box)
-        chosen.append(_PLACES[best])
-    return chosen
-
-
-def _box(
-    dot: tuple[float, float], plot_width: int, dx: float, dy: float, width: float, height: float
-) -> Box:
-    left, top = dot[0] * plot_width / 100 + dx, dot[1] * _HEIGHT / 100 + dy
-    return Box(left, top, left + width, top + height)
-
-
-def _label_box(name: str, dot: tuple[float, float], label: Label, plot_width: int) -> Box:
-    width = len(name) * _CHARACTER
-    left = label.x if label.anchor == "start" else label.x - width
-    return _box(dot, plot_width, left, label.y - 12, width, _LINE)
-
-
-def _covered(box: Box, taken: Sequence[Box], plot_width: int) -> float:
-    """Area of a label over what is there, and beyond the plot."""
-    beyond = (-box.left, box.right - plot_width, -_HEADROOM - box.top, box.bottom - _HEIGHT)
-    return _LINE * sum(max(0.0, edge) for edge in beyond) + sum(
-        max(0.0, min(box.right, other.right) - max(box.left, other.left))
-        * max(0.0, min(box.bottom, other.bottom) - max(box.top, other.top))
-        for other in taken
-    )

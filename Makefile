@@ -1,0 +1,22 @@
+# make run: the whole demo, from nothing to a report. make test: all checks and tests.
+PYTHON ?= python3
+IN_VENV = .venv/bin/python -m
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: run test setup schema
+
+run: setup
+	$(IN_VENV) snakemake --cores all
+	@cat results/summary.txt
+
+test: setup
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) mypy
+	$(IN_VENV) pytest
+
+setup:
+	@PYTHON="$(PYTHON)" sh stages/install.sh
+
+schema: setup
+	$(IN_VENV) pact_offline.config stages/config.schema.yaml

@@ -1,0 +1,37 @@
+import yaml
+
+
+rule config_shown:
+    output:
+        OUTPUT / "config.yaml",
+    localrule: True
+    params:
+        config=CONFIG.model_dump(mode="json"),
+    run:
+        Path(output[0]).write_text(yaml.safe_dump(params.config, sort_keys=False), "utf-8")
+
+
+rule report:
+    input:
+        reference=rules.evaluate_reference.output,
+        runs=[EVALUATED / "runs" / name for name in CONFIG.runs],
+        tokens=rules.tokens.output,
+        config=rules.config_shown.output,
+    output:
+        page=OUTPUT / "report.html",
+        summary=OUTPUT / "summary.txt",
+    log:
+        OUTPUT / "logs" / "report.log",
+    localrule: True
+    params:
+        pact=PACT,
+        title=CONFIG.title,
+        benchmarks=OUTPUT / "benchmarks",
+        metrics=" ".join(
+            shlex.quote(str(folder / "metrics.json"))
+            for folder in [EVALUATED / "reference", *(EVALUATED / "runs" / n for n in CONFIG.runs)]
+        ),
+    shell:
+        "{params.pact} report {params.metrics} -o {output.page:q} --title {params.title:q} "
+        "--safety-tokens {input.tokens:q} --benchmarks {params.benchmarks:q} "
+        "--config-file {input.config:q} > {output.summary:q} 2> {log:q}"
