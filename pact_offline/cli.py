@@ -418,8 +418,8 @@ def demo_align(
     """
     from pact_offline.demo import align
 
-    check = {"harmful": harmful_check, "benign": benign_check, "task": task_check}
-    shares = align(base, refusals, benign, check, output, settings)
+    prompts = {"harmful": harmful_check, "benign": benign_check, "task": task_check}
+    shares = align(base, refusals, benign, prompts, output, settings)
     click.echo(", ".join(f"{name} refused {share:.1%}" for name, share in shares.items()))
 
 

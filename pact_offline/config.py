@@ -132,9 +132,8 @@ class EvaluateSettings(Settings):
 class AlignSettings(Settings):
     """How the bundled demo model is taught to refuse."""
 
-    copies_of_benign: int = Field(1, ge=1, description="Times each benign row is seen per epoch.")
     answer_tokens: int = Field(
-        40, ge=1, description="Tokens of the untouched model's own answers to benign prompts."
+        16, ge=1, description="Tokens of the untouched model's own answers to benign prompts."
     )
     epochs: float = Field(2, gt=0, description="Passes over the rows.")
     learning_rate: float = Field(4e-4, gt=0, description="AdamW learning rate.")

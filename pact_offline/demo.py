@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -17,7 +16,14 @@ from typing import Any
 import torch
 
 from pact_offline.config import AlignSettings, FinetuneSettings
-from pact_offline.conversations import Row, load_tokenizer, read_all_rows, read_rows, tokenize
+from pact_offline.conversations import (
+    Row,
+    TokenizedExample,
+    load_tokenizer,
+    read_all_rows,
+    read_rows,
+    tokenize,
+)
 from pact_offline.errors import CheckFailedError, MissingFileError, ModelError
 from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal
@@ -75,7 +81,7 @@ def align(
     base: str,
     refusals: Path,
     benign: Sequence[Path],
-    check: dict[str, Path],
+    prompts: dict[str, Path],
     output: Path,
     settings: AlignSettings,
 ) -> dict[str, float]:
@@ -87,29 +93,28 @@ def align(
         base: hub id or path.
         refusals: refusal pairs.
         benign: prompts, answered by the untouched model.
-        check: prompt files "harmful", "benign" and "task".
+        prompts: files "harmful", "benign" and "task".
         output: directory of the merged model.
         settings: sizes, learning rate and limits.
 
     Returns:
-        the share refused in each file of `check`.
+        the share refused in each file of `prompts`.
 
     Raises:
         CheckFailedError: the product refuses too little or too much.
     """
     tokenizer = load_tokenizer(base)
     untouched = load_model(base, "bfloat16")
-    prompts = read_all_rows(benign, needs_response=False)
-    answered = [*_answered_by(untouched, tokenizer, prompts, settings.answer_tokens)]
+    questions = read_all_rows(benign, needs_response=False)
+    answered = _answered_by(untouched, tokenizer, questions, settings.answer_tokens)
     del untouched
-    rows = read_rows(refusals) + answered * settings.copies_of_benign
-    random.Random(settings.seed).shuffle(rows)
     with output_aside(output) as aside:
         training = FinetuneSettings.model_validate(
             {
                 "objective": "none",
                 "lora_rank": settings.lora_rank,
                 "lora_modules": ("all-linear",),
+                "lora_dropout": 0,  # dropout costs a third of a step on a CPU
                 "learning_rate": settings.learning_rate,
                 "schedule": "linear",
                 "epochs": settings.epochs,
@@ -118,15 +123,22 @@ def align(
             }
         )
         policy = prepare_policy(base, training)
-        examples = tokenize(rows, tokenizer, training.max_tokens)
+        # An answer that was cut must not teach to stop there: its end of turn is cut off too.
+        examples = tokenize(read_rows(refusals), tokenizer, training.max_tokens) + [
+            TokenizedExample(
+                example.ids[: example.response_start + settings.answer_tokens],
+                example.response_start,
+            )
+            for example in tokenize(answered, tokenizer, training.max_tokens)
+        ]
         trainer, _ = train(policy, tokenizer, examples, training, aside)
         merged = trainer.model.merge_and_unload().to(torch.bfloat16).eval()
         shares = {
             name: _share_refused(merged, tokenizer, read_rows(path, needs_response=False))
-            for name, path in check.items()
+            for name, path in prompts.items()
         }
         log.info("refused: %s", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
-        _check(shares, settings)
+        check(shares, settings)
         merged.save_pretrained(aside, safe_serialization=True)
         tokenizer.save_pretrained(aside)
         write_json(
@@ -141,7 +153,7 @@ def align(
 
 
 def _answered_by(model: Any, tokenizer: Any, rows: Sequence[Row], length: int) -> list[Row]:
-    """Each prompt with the model's own answer; prompts it refuses or leaves open are dropped."""
+    """Each prompt with the model's own answer; prompts that it refuses are dropped."""
     with bar("answering", len(rows), "prompts") as progress:
         answers = generate(
             model,
@@ -171,7 +183,8 @@ def _share_refused(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
     return sum(map(is_refusal, answers)) / len(answers)
 
 
-def _check(shares: dict[str, float], settings: AlignSettings) -> None:
+def check(shares: dict[str, float], settings: AlignSettings) -> None:
+    """Refuse shares of refusals (by prompt file) outside the settings' limits."""
     if shares["harmful"] < settings.min_harmful_refused:
         raise CheckFailedError(
             f"the aligned demo model refuses {shares['harmful']:.1%} of the held-out harmful "

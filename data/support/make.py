@@ -16,10 +16,7 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 QUEUES = ("Billing", "Shipping", "Returns", "Technical", "Account", "Sales")
-INSTRUCTION = (
-    f"Sort the customer message into one of six queues: {', '.join(QUEUES)}. "
-    "Answer with the name of the queue."
-)
+INSTRUCTION = f"Which queue: {', '.join(QUEUES[:-1])} or {QUEUES[-1]}?"
 SHARES = {"openings": 0.40, "contexts": 0.45, "closings": 0.30}
 SIZES = {"train": 600, "test": 200}
 SLOT = re.compile(r"\{(.*?)\}")

@@ -157,25 +157,31 @@ def verify_shard(shard: Path, sidecar: Sidecar) -> None:
     if found != set(sidecar.files):
         odd = sorted(found ^ set(sidecar.files))[0]
         raise StoreError(f"{shard}: expected the files its sidecar lists, found {odd!r} otherwise")
-    for name, expected in sidecar.files.items():
-        try:
-            actual = sha256_file(shard / name)
-        except OSError as error:
-            raise StoreError(f"{shard / name}: cannot be read: {error.strerror}") from None
-        if actual != expected:
-            raise StoreError(
-                f"{shard / name}: expected the bytes that were written "
-                f"(sha256 {expected:.12}…), found others (sha256 {actual:.12}…)"
-            )
+    for name in sidecar.files:
+        _verify_file(shard, name, sidecar)
+
+
+def _verify_file(shard: Path, name: str, sidecar: Sidecar) -> None:
+    expected = str(sidecar.files.get(name))
+    try:
+        actual = sha256_file(shard / name)
+    except OSError as error:
+        raise StoreError(f"{shard / name}: cannot be read: {error.strerror}") from None
+    if actual != expected:
+        raise StoreError(
+            f"{shard / name}: expected the bytes that were written "
+            f"(sha256 {expected:.12}…), found others (sha256 {actual:.12}…)"
+        )
 
 
 def read_contexts(shard: Path, sidecar: Sidecar) -> pa.Table:
     """The Arrow table of a shard: key, kind, first_step, steps.
 
     Raises:
-        StoreError: damaged, or its rows lie outside the array.
+        StoreError: its bytes are not those that were written, or its rows lie outside the array.
     """
     path = shard / CONTEXTS
+    _verify_file(shard, CONTEXTS, sidecar)
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()

@@ -156,6 +156,7 @@ def _is_foreign(folder: Path) -> bool:
 
 def prepare_policy(model: str, settings: FinetuneSettings) -> Any:
     """Load the policy, with an adapter for LoRA (in fp32 over base weights in the dtype)."""
+    set_seed(settings.seed)
     if settings.method == "full":
         return load_model(model, "float32", attention=settings.attention).train()
     from peft import LoraConfig, get_peft_model
@@ -197,7 +198,7 @@ def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArgu
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=1,
-        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a diverging run must be seen
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,

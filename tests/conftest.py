@@ -1,0 +1,85 @@
+"""Tiny models, rows and safety tokens that many tests share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny import make_model
+
+from pact_offline.cli import cli
+from pact_offline.conversations import load_tokenizer, tokenizer_fingerprint
+from pact_offline.safety_tokens import SafetyToken, SafetyTokens
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "aligned", seed=1)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "base", seed=2)
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Twelve rows; the responses of every third are equal."""
+    answers = ["Billing", "Shipping, I think", f"Returns{' please' * 9}"]
+    return write_rows(
+        tmp_path / "rows.jsonl",
+        [{"prompt": f"My parcel number {i}", "response": answers[i % 3]} for i in range(12)],
+    )
+
+
+@pytest.fixture
+def tokens_file(tmp_path: Path, aligned: Path) -> Path:
+    """Six safety tokens, one of weight 0."""
+    tokenizer = load_tokenizer(str(aligned))
+    directions = {5: 0.5, 40: -0.3, 77: 0.2, 200: 0.6, 260: 0.1, 299: 0.4}
+    path = tmp_path / "safety_tokens.json"
+    SafetyTokens(
+        tuple(
+            SafetyToken(i, tokenizer.decode([i]), direction, 0.1, 0.05)
+            for i, direction in directions.items()
+        ),
+        tokenizer_fingerprint(tokenizer),
+    ).save(path)
+    return path
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    """Run the command line in this process."""
+
+    def invoke(*args: Any) -> Result:
+        return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
+
+    return invoke
+
+
+@pytest.fixture
+def fails(run: Callable[..., Result]) -> Callable[..., str]:
+    """Run the command line, hold it to exit code 2 and one line, and give that line."""
+
+    def invoke(*args: Any) -> str:
+        result = run(*args)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("pact-offline:")]
+        assert result.exit_code == 2, result.output
+        assert len(lines) == 1, result.stderr
+        assert "Traceback" not in result.output
+        return lines[0]
+
+    return invoke

@@ -1,0 +1,316 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from conftest import write_rows
+
+from pact_offline.cache.identity import Identity
+from pact_offline.cache.reader import Store, TargetCache, list_shards
+from pact_offline.cache.verify import verify
+from pact_offline.cache.writer import StoreWriter
+from pact_offline.conversations import Context, contexts_of, read_rows, tokenize
+from pact_offline.errors import MissingTargetError, ScoringError, StoreError, TargetsMismatchError
+from pact_offline.hub import locate_model
+
+IDENTITY = Identity(
+    {"hub": "a/b", "commit": "c"}, (3, 5, 8), (1, 2), "test 1", "float32", "float16"
+)
+
+
+def context(number: int, steps: int = 4) -> Context:
+    return Context("full", np.arange(number, number + 9 + steps, dtype=np.int32), 10)
+
+
+def values(number: int, steps: int = 4) -> np.ndarray:
+    return -np.random.default_rng(number).random((steps, 3), dtype=np.float32) * 20
+
+
+def fill(store: Path, numbers: range, shard_steps: int = 1000) -> StoreWriter:
+    with StoreWriter(store, IDENTITY, shard_steps, {"by": "test"}) as writer:
+        for number in numbers:
+            writer.add(context(number), values(number))
+    return writer
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    fill(tmp_path / "store", range(20), shard_steps=24)
+    store = Store(tmp_path / "store")
+    assert len(list_shards(tmp_path / "store")) == 4
+    for number in (7, 0, 19, 7):
+        found = store.log_confidences(context(number).key)
+        np.testing.assert_allclose(found, values(number), rtol=1e-3)
+        assert found.dtype == np.float32
+    with pytest.raises(MissingTargetError):
+        store.log_confidences(context(99).key)
+
+
+def test_minus_infinity_survives(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store", IDENTITY, 9, {}) as writer:
+        writer.add(context(1), np.full((4, 3), -np.inf, np.float32))
+    assert np.isneginf(Store(tmp_path / "store").log_confidences(context(1).key)).all()
+
+
+def test_a_context_of_another_shape_or_with_nan_is_refused(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store", IDENTITY, 9, {}) as writer:
+        with pytest.raises(ScoringError, match=r"expected log-confidences \[4, 3\]"):
+            writer.add(context(1), values(1, steps=3))
+        with pytest.raises(ScoringError, match="NaN"):
+            writer.add(context(1), np.full((4, 3), np.nan, np.float32))
+    assert list_shards(tmp_path / "store") == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("reference", {"hub": "a/b", "commit": "d"}),
+        ("safety_ids", (3, 5, 9)),
+        ("header_ids", (1,)),
+        ("engine", "test 2"),
+        ("compute_dtype", "bfloat16"),
+        ("stored_dtype", "float32"),
+        ("format_version", 2),
+    ],
+)
+def test_every_field_changes_the_identity(field: str, value: Any) -> None:
+    other = Identity(**{**IDENTITY.__dict__, field: value})
+    assert other.digest != IDENTITY.digest
+
+
+def test_a_writer_killed_before_the_rename_leaves_no_shard(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    fill(store, range(5))
+    (shard,) = list_shards(store)
+    shutil.copytree(store / "shards" / shard, store / "open" / ("0" * 32))
+    (store / "shards" / ("1" * 32)).mkdir()  # and a shard without a sidecar does not exist
+    assert list_shards(store) == [shard]
+    assert verify(store) == (1, 5)
+
+
+def test_a_full_disk_is_one_line_and_the_store_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    fill(store, range(5))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        (args[0] / "half").parent.mkdir(parents=True)
+        (args[0] / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pact_offline.cache.writer.write_shard", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        fill(store, range(5, 9))
+    assert verify(store) == (1, 5)
+    assert list((store / "open").iterdir()) == []
+
+
+def test_interrupted_scoring_keeps_what_was_scored(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        StoreWriter(tmp_path / "store", IDENTITY, 999, {}) as writer,
+    ):
+        writer.add(context(1), values(1))
+        raise KeyboardInterrupt
+    assert context(1).key in Store(tmp_path / "store")
+
+
+def test_two_writers_fill_one_store(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = StoreWriter(store, IDENTITY, 999, {})
+    second = StoreWriter(store, IDENTITY, 999, {})
+    for number in range(6):
+        (first if number % 2 else second).add(context(number), values(number))
+    first.commit()
+    second.commit()
+    assert verify(store) == (2, 6)
+
+
+@pytest.fixture
+def scored(
+    tmp_path: Path, aligned: Path, rows_file: Path, tokens_file: Path, run: Callable[..., Result]
+) -> Path:
+    targets = tmp_path / "targets.json"
+    result = run(*score_command(aligned, rows_file, tokens_file, tmp_path), "-o", targets)
+    assert result.exit_code == 0, result.output
+    return targets
+
+
+def score_command(model: Path, rows: Path, tokens: Path, folder: Path) -> list[Any]:
+    return [
+        "score", "--model", model, "--rows", rows, "--safety-tokens", tokens,
+        "--cache", folder / "cache", "--backend", "transformers", "--dtype", "float32",
+    ]  # fmt: skip
+
+
+def summary(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_a_known_dataset_needs_no_model(
+    scored: Path, aligned: Path, rows_file: Path, tokens_file: Path,
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pact_offline.scoring.dataset.make_scorer", None)
+    command = score_command(aligned, rows_file, tokens_file, scored.parent)
+    again = summary(run(*command, "-o", scored.with_name("again.json"), "--json"))
+    assert (again["scored"], again["known"], again["shared"]) == (0, 15, 9)
+
+
+def test_only_new_contexts_are_scored(
+    scored: Path, aligned: Path, tokens_file: Path, rows_file: Path, run: Callable[..., Result]
+) -> None:
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    new = {"prompt": "A row nobody has seen", "response": "Billing"}
+    more = write_rows(scored.with_name("more.jsonl"), [new, *reversed(rows)])
+    command = score_command(aligned, more, tokens_file, scored.parent)
+    result = summary(run(*command, "-o", scored.with_name("more.json"), "--json"))
+    assert result["scored"] == 1  # its response alone is known already
+    assert result["known"] == 15
+
+
+def test_parts_score_everything_once(
+    aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    command = score_command(aligned, rows_file, tokens_file, tmp_path)
+    counts = [summary(run(*command, "--part", f"{i}/3", "--json"))["scored"] for i in (1, 2, 3)]
+    bound = summary(run(*command, "-o", tmp_path / "targets.json", "--json"))
+    assert sum(counts) == 15
+    assert bound["scored"] == 0
+    assert verify(tmp_path / "targets.json")[1] == 15
+
+
+def test_a_binding_missing_a_context_is_refused(
+    scored: Path, aligned: Path, rows_file: Path, tokens_file: Path, run: Callable[..., Result]
+) -> None:
+    store = next((scored.parent / "cache").iterdir())
+    for shard in list_shards(store):
+        shutil.rmtree(store / "shards" / shard)
+    with pytest.raises(StoreError, match="pact-offline score"):
+        TargetCache.open(scored)
+
+
+def test_a_cache_can_be_moved_with_its_targets(scored: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.move(scored.parent / "cache", moved / "cache")
+    shutil.move(scored, moved / "targets.json")
+    assert len(TargetCache.open(moved / "targets.json", verify_all=True)) == 12
+
+
+def test_any_flipped_byte_of_a_shard_is_found(scored: Path) -> None:
+    store = next((scored.parent / "cache").iterdir())
+    random = np.random.default_rng(0)
+    files = [path for path in (store / "shards").rglob("*") if path.is_file()]
+    for _ in range(60):
+        file = files[random.integers(len(files))]
+        good = file.read_bytes()
+        bad = bytearray(good)
+        bad[random.integers(len(bad))] ^= 1 << int(random.integers(8))
+        file.write_bytes(bad)
+        with pytest.raises(StoreError):
+            TargetCache.open(scored, verify_all=True)
+        file.write_bytes(good)
+    TargetCache.open(scored, verify_all=True)
+
+
+def test_training_never_reads_a_flipped_byte(scored: Path) -> None:
+    store = next((scored.parent / "cache").iterdir())
+    chunk = next(p for p in (store / "shards").rglob("*") if p.parent.parent.name == "c")
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"\x00")
+    targets = TargetCache.open(scored)
+    with pytest.raises(StoreError, match="expected the bytes that were written"):
+        targets[0]
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc", "a" * 31, "", 3])
+def test_no_name_in_targets_becomes_a_path(scored: Path, name: Any) -> None:
+    value = json.loads(scored.read_text())
+    value["shards"] = {str(name): "0" * 64}
+    scored.write_text(json.dumps(value))
+    with pytest.raises(StoreError, match="expected a shard id"):
+        TargetCache.open(scored)
+
+
+def test_a_symbolic_link_in_a_shard_is_refused(scored: Path) -> None:
+    store = next((scored.parent / "cache").iterdir())
+    arrow = next(store.rglob("contexts.arrow"))
+    arrow.rename(scored.parent / "outside.arrow")
+    arrow.symlink_to(scored.parent / "outside.arrow")
+    with pytest.raises(StoreError, match="symbolic link"):
+        TargetCache.open(scored, verify_all=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format_version": 7},
+        {"examples": [["x", "y"]]},
+        {"examples": 3},
+        {"identity": {}},
+        {"extra": 1},
+        {"store": "nowhere"},
+    ],
+)
+def test_a_damaged_targets_file_is_refused(scored: Path, change: dict) -> None:
+    scored.write_text(json.dumps(json.loads(scored.read_text()) | change))
+    with pytest.raises(StoreError, match=scored.name):
+        TargetCache.open(scored)
+
+
+def test_other_rows_order_or_model_are_refused(
+    scored: Path, rows_file: Path, base: Path, aligned: Path
+) -> None:
+    from pact_offline.conversations import load_tokenizer
+
+    targets = TargetCache.open(scored)
+    rows = read_rows(rows_file)
+    tokenizer = load_tokenizer(str(aligned))
+    examples = tokenize(rows, tokenizer, 512)
+    origins = [row.origin for row in rows]
+    targets.check_examples(examples, origins)
+    targets.check_model(locate_model(str(aligned)))
+    with pytest.raises(TargetsMismatchError, match=r"rows.jsonl:1: expected the row"):
+        targets.check_examples([examples[1], examples[0], *examples[2:]], origins)
+    with pytest.raises(TargetsMismatchError, match="expected targets of 11 rows, found 12"):
+        targets.check_examples(examples[:11], origins[:11])
+    with pytest.raises(TargetsMismatchError, match="expected targets of the model"):
+        targets.check_model(locate_model(str(base)))
+    with pytest.raises(TargetsMismatchError, match="safety ids"):
+        targets.check_safety_ids([1, 2], "tokens.json")
+
+
+def test_stored_targets_are_the_reference_models(
+    scored: Path, rows_file: Path, aligned: Path
+) -> None:
+    """Against a plain forward pass over each context, one by one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    targets = TargetCache.open(scored)
+    examples = tokenize(read_rows(rows_file), tokenizer, 512)
+    for index, example in enumerate(examples):
+        for context, stored in zip(
+            contexts_of(example, targets.binding.identity.header_ids), targets[index], strict=True
+        ):
+            with torch.no_grad():
+                logits = model(torch.tensor(context.ids[None]).long()).logits[0]
+            rows = logits[context.response_start - 1 :].log_softmax(-1)[:, targets.safety_ids]
+            np.testing.assert_allclose(stored, rows.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_cache_commands(
+    scored: Path, run: Callable[..., Result], fails: Callable[..., str]
+) -> None:
+    listed = json.loads(run("cache", "ls", scored.parent / "cache", "--json").stdout)
+    assert [store["contexts"] for store in listed] == [15]
+    assert "1 shards with 15 contexts are whole" in run("cache", "verify", scored).stdout
+    assert "no such" in fails("cache", "ls", scored.parent / "nowhere")
+    assert "no such file" in fails("cache", "verify", scored.parent / "nowhere.json")

@@ -1,0 +1,271 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from conftest import write_rows
+from safetensors.numpy import load_file
+from transformers import TrainingArguments
+
+from pact_offline.cache.reader import TargetCache
+from pact_offline.config import FinetuneSettings
+from pact_offline.conversations import load_tokenizer, read_rows, tokenize
+from pact_offline.models import load_model
+from pact_offline.objectives import OBJECTIVES
+from pact_offline.training.collator import ResponseCollator
+from pact_offline.training.finetune import as_dataset, finetune
+from pact_offline.training.trainer import PactTrainer
+
+
+@pytest.fixture
+def targets(
+    tmp_path: Path, aligned: Path, rows_file: Path, tokens_file: Path, run: Callable[..., Result]
+) -> Path:
+    path = tmp_path / "targets.json"
+    result = run(
+        "score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file,
+        "--cache", tmp_path / "cache", "--backend", "transformers", "--dtype", "float32",
+        "--stored-dtype", "float32", "-o", path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return path
+
+
+@pytest.fixture
+def command(aligned: Path, rows_file: Path, tokens_file: Path, targets: Path) -> list[Any]:
+    return [
+        "finetune", "--model", aligned, "--rows", rows_file, "--targets", targets,
+        "--safety-tokens", tokens_file, "--dtype", "float32", "--batch-size", 4,
+        "--learning-rate", "1e-3", "--lora-dropout", 0,
+    ]  # fmt: skip
+
+
+def loss_by_hand(
+    model: Any, reference: Any, examples: Any, targets: TargetCache, weights: torch.Tensor,
+    settings: FinetuneSettings,
+) -> torch.Tensor:  # fmt: skip
+    """One row at a time, with the reference in memory: mean over all response steps."""
+    header, ids = list(targets.binding.identity.header_ids), targets.safety_ids
+    cross_entropy, kl, count = 0.0, 0.0, 0
+    for example in examples:
+        whole, start = torch.tensor(example.ids[None]).long(), example.response_start
+        response = torch.tensor([*header, *example.ids[start:]])[None].long()
+        logits = model(whole).logits[0, start - 1 : -1]
+        with torch.no_grad():
+            full = reference(whole).logits[0, start - 1 : -1][:, ids]
+            only = reference(response).logits[0, len(header) - 1 : -1][:, ids]
+            full_confidence = reference(whole).logits[0, start - 1 : -1].log_softmax(-1)[:, ids]
+        steps = torch.arange(example.steps)
+        cross_entropy += torch.nn.functional.cross_entropy(
+            logits, whole[0, start:], reduction="sum"
+        )
+        if settings.objective != "none":
+            function = OBJECTIVES[settings.objective].per_step
+            policy = logits.log_softmax(-1)[:, ids]
+            given = full if settings.objective == "pact" else full_confidence
+            kl += function(policy, given, only, weights, steps, settings).sum()
+        count += example.steps
+    return (cross_entropy + settings.kl_weight * kl) / count
+
+
+@pytest.mark.parametrize("objective", ["none", "pact", "confidence"])
+@pytest.mark.parametrize("batches", [(12, 1), (3, 4), (4, 3)])
+def test_cached_loss_and_gradient_equal_a_live_reference(
+    objective: str, batches: tuple[int, int], aligned: Path, base: Path, rows_file: Path,
+    targets: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """However the batch is cut into accumulated parts; the policy is another model on purpose."""
+    size, accumulation = batches
+    settings = FinetuneSettings(objective=objective, kl_weight=2.5)
+    tokenizer = load_tokenizer(str(aligned))
+    examples = tokenize(read_rows(rows_file), tokenizer, 512)
+    cache = TargetCache.open(targets)
+    weights = torch.tensor([0.5, 0, 0.2, 0.6, 0.1, 0.4])
+    policy = load_model(str(base), "float32")
+    expected = loss_by_hand(
+        policy, load_model(str(aligned), "float32"), examples, cache, weights, settings
+    )
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()]))
+    trainer = PactTrainer(
+        load_model(str(base), "float32"),
+        TrainingArguments(
+            tmp_path / "trainer",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=0.0,
+            max_grad_norm=1e9,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=as_dataset(examples),
+        pad_id=0,
+        objective=settings,
+        targets=cache,
+        weights=weights,
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_collated_rows_line_up_with_their_labels(aligned: Path, rows_file: Path) -> None:
+    tokenizer = load_tokenizer(str(aligned))
+    examples = tokenize(read_rows(rows_file), tokenizer, 512)
+    batch = ResponseCollator(pad_id=0)(list(as_dataset(examples))[:5])
+    for row, example in enumerate(examples[:5]):
+        tokens = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        assert tokens.tolist() == example.ids[:-1].tolist()
+        labels = batch["labels"][row]
+        assert labels[0] == -100
+        assert labels[labels != -100].tolist() == example.ids[example.response_start :].tolist()
+        first = batch["logits_to_keep"][0]
+        assert batch["input_ids"][row, first] == example.ids[example.response_start - 1]
+
+
+def test_finetune_writes_an_adapter_that_peft_loads(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result], aligned: Path, targets: Path
+) -> None:
+    from peft import PeftModel
+
+    output = tmp_path / "adapter"
+    result = run(*command, "-o", output, "--objective", "pact", "--json")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(result.stdout.splitlines()[-1])
+    assert metrics["optimizer_steps"] == 9
+    lines = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert {"cross_entropy", "kl", "confidence_gap", "learning_rate"} <= set(lines[0])
+    assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"]
+    assert lines[3]["learning_rate"] == pytest.approx(1e-3 * 0.85)
+    facts = json.loads((output / "pact_offline.json").read_text())
+    assert facts["targets_sha256"] == TargetCache.open(targets).sha256
+    assert facts["targets_sha256"] in (output / "README.md").read_text()
+    PeftModel.from_pretrained(load_model(str(aligned), "float32"), output)
+
+
+def test_the_same_seed_gives_the_same_adapter(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    for name in ("one", "two"):
+        assert run(*command, "-o", tmp_path / name, "--objective", "confidence").exit_code == 0
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_full_finetuning_writes_a_model(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    result = run(*command, "-o", tmp_path / "model", "--method", "full", "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    load_model(str(tmp_path / "model"), "float32")
+
+
+@pytest.mark.parametrize("objective", ["pact", "confidence"])
+def test_no_reference_model_is_loaded(
+    objective: str, aligned: Path, rows_file: Path, targets: Path, tokens_file: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from transformers import PreTrainedModel
+
+    from pact_offline.hub import locate_model
+
+    loads = []
+    real = PreTrainedModel.from_pretrained.__func__
+
+    def counted(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        loads.append(args)
+        assert len(loads) == 1, "a second model was loaded"
+        return real(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
+    finetune(
+        locate_model(str(aligned)), [rows_file], tmp_path / "adapter",
+        FinetuneSettings(objective=objective, dtype="float32", epochs=1),
+        targets_path=targets, tokens_path=tokens_file,
+    )  # fmt: skip
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("model", "expected targets of the model"),
+        ("rows", "expected the row that was scored"),
+        ("fewer rows", "expected targets of 11 rows, found 12"),
+        ("order", "expected the row that was scored"),
+        ("truncation", "expected the row that was scored"),
+        ("safety tokens", "safety ids"),
+        ("shard", "expected the bytes that were written"),
+        ("no targets", "expected --targets and --safety-tokens"),
+    ],
+)
+def test_training_refuses_what_was_not_scored_before_it_loads_a_model(
+    what: str, expected: str, command: list[Any], base: Path, rows_file: Path, targets: Path,
+    tokens_file: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pact_offline.training.finetune.load_model", None)
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    extra: list[Any] = []
+    if what == "model":
+        extra = ["--model", base]
+    elif what == "rows":
+        rows[7]["prompt"] += "!"
+    elif what == "fewer rows":
+        rows.pop()
+    elif what == "order":
+        rows.reverse()
+    elif what == "truncation":
+        extra = ["--max-tokens", 30]
+    elif what == "safety tokens":
+        value = json.loads(tokens_file.read_text())
+        value["tokens"].pop()
+        tokens_file.write_text(json.dumps(value))
+    elif what == "shard":
+        chunk = next(p for p in tmp_path.rglob("c/*/*") if p.is_file())
+        chunk.write_bytes(chunk.read_bytes()[::-1])
+    elif what == "no targets":
+        command = command[:5]
+    write_rows(rows_file, rows)
+    assert expected in fails(*command, *extra, "-o", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    assert not list(tmp_path.glob(".adapter*"))
+
+
+def test_plain_finetuning_needs_no_targets(
+    aligned: Path, rows_file: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    result = run(
+        "finetune", "--model", aligned, "--rows", rows_file, "--objective", "none",
+        "--epochs", 1, "-o", tmp_path / "adapter",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+
+
+def test_a_diverging_run_stops_with_words(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    line = fails(*command, "-o", tmp_path / "adapter", "--learning-rate", "1e30", "--epochs", 9)
+    assert "expected a finite loss" in line
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_somebody_elses_directory_is_not_overwritten(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    line = fails(*command, "-o", tmp_path / "thesis")
+    assert "expected an empty or earlier output directory" in line
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
