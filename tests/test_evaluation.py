@@ -83,7 +83,9 @@ def test_a_run_equal_to_the_reference_shows_no_drift(
     assert same.drift is not None
     assert same.drift.total_policy == pytest.approx(same.drift.total_reference, abs=1e-5)
     assert all(curve.weight > 0 for curve in same.drift.tokens)
-    answers = [json.loads(x) for x in (tmp_path / "same" / "answers.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(x) for x in (tmp_path / "same" / "answers.jsonl").read_text().splitlines()
+    ]
     assert len(answers) == 24
     assert len(same.samples) == 10
 

@@ -21,7 +21,14 @@ CONFIGS = ["config.yaml", "llama-3.1-8b.yaml"]
 def snakemake(config: Path, *args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", str(config)]
     return subprocess.run(
-        [*command, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(config.parent), *args],
+        [
+            *command,
+            "--snakefile",
+            str(ROOT / "Snakefile"),
+            "--directory",
+            str(config.parent),
+            *args,
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -89,7 +96,7 @@ def test_the_whole_workflow_on_the_bundled_model_with_vllm(tmp_path: Path) -> No
     config = {
         **few_rows(tmp_path),
         "refusals": "refusals.jsonl",
-        "align_data": {"refusals": "refusals.jsonl", "benign": ["benign.jsonl"]},
+        "align_data": {"refusals": ["refusals.jsonl"], "benign": ["benign.jsonl"]},
         "align": {
             "epochs": 1,
             "answer_tokens": 4,
@@ -117,9 +124,9 @@ def test_the_demo_model_fails_its_check_with_words() -> None:
 
     good = {"harmful": 0.96, "benign": 0.0, "task": 0.04}
     check(good, AlignSettings())
-    with pytest.raises(CheckFailedError, match="refuses 90.0% of the held-out harmful"):
+    with pytest.raises(CheckFailedError, match=r"refuses 90\.0% of the held-out harmful"):
         check({**good, "harmful": 0.9}, AlignSettings())
-    with pytest.raises(CheckFailedError, match="refuses 6.0% of the task prompts"):
+    with pytest.raises(CheckFailedError, match=r"refuses 6\.0% of the task prompts"):
         check({**good, "task": 0.06}, AlignSettings())
 
 

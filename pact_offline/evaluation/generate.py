@@ -18,6 +18,8 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    avoid: Sequence[str] = (),
+    avoid_first: Sequence[str] = (),
     progress: Callable[[int], object] | None = None,
 ) -> list[str]:
     """Greedy answers to conversations, in their order.
@@ -27,6 +29,8 @@ def generate(
         chats: messages, the last the user's (or, for a guard, the assistant's).
         max_new_tokens: longest answer.
         batch_size: conversations at once; those of like length go together.
+        avoid: texts that no answer may contain.
+        avoid_first: tokens that no answer may begin with.
         progress: called with the number of conversations done.
 
     Returns:
@@ -36,6 +40,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id or 0
+    avoided = [tokenizer(text, add_special_tokens=False).input_ids for text in avoid]
+    avoided_first = [i for i in tokenizer.convert_tokens_to_ids(list(avoid_first)) if i is not None]
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         width = max(len(prompts[i]) for i in batch)
@@ -54,6 +60,8 @@ def generate(
             top_k=None,
             pad_token_id=pad_id,
             eos_token_id=tokenizer.eos_token_id,
+            bad_words_ids=avoided or None,
+            begin_suppress_tokens=avoided_first or None,
         )
         for row, i in enumerate(batch):
             answers[i] = tokenizer.decode(output[row, width:], skip_special_tokens=True).strip()

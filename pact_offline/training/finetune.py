@@ -34,6 +34,7 @@ from pact_offline.training.trainer import PactTrainer
 log = logging.getLogger(__name__)
 RUN_FILE = "pact_offline.json"
 EPOCH_DECAY = 0.85  # of the published script
+_SAMPLING = {"by_length": "group_by_length", "random": "random", "as_given": "sequential"}
 
 
 def finetune(
@@ -169,6 +170,7 @@ def prepare_policy(model: str, settings: FinetuneSettings) -> Any:
         target_modules=list(settings.lora_modules)
         if settings.lora_modules != ("all-linear",)
         else "all-linear",
+        exclude_modules=_layers_before(settings.lora_first_layer),
         task_type="CAUSAL_LM",
     )
     try:
@@ -177,6 +179,13 @@ def prepare_policy(model: str, settings: FinetuneSettings) -> Any:
         raise SettingError(
             f"--lora-modules: expected modules of {model}, found {first_line(error)}"
         ) from None
+
+
+def _layers_before(first: int) -> str | None:
+    """A pattern of the modules of the layers 0 to first - 1, as peft reads it."""
+    if not first:
+        return None
+    return rf".*\.(layers|h|blocks)\.({'|'.join(map(str, range(first)))})\..*"
 
 
 def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArguments:
@@ -191,7 +200,7 @@ def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArgu
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.dtype == "bfloat16",
-        train_sampling_strategy="group_by_length" if settings.bucket_by_length else "random",
+        train_sampling_strategy=_SAMPLING[settings.row_order],
         length_column_name="length",
         dataloader_drop_last=True,
         dataloader_pin_memory=False,
