@@ -140,6 +140,7 @@ class AlignSettings(Settings):
     answer_tokens: int = Field(
         8, ge=1, description="Tokens learnt of each refusal or answer; the first ones decide."
     )
+    refusal_copies: int = Field(2, ge=1, description="Copies of each refusal pair in a pass.")
     epochs: float = Field(1.5, gt=0, description="Passes over the rows.")
     learning_rate: float = Field(2.5e-3, gt=0, description="AdamW learning rate.")
     lora_rank: int = Field(16, ge=1, description="LoRA rank, on all linear layers.")

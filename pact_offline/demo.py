@@ -147,7 +147,9 @@ def align(
                 example.response_start,
             )
             for example in tokenize(
-                [*read_all_rows(refusals), *answered], tokenizer, training.max_tokens
+                [*read_all_rows(refusals) * settings.refusal_copies, *answered],
+                tokenizer,
+                training.max_tokens,
             )
         ]
         trainer, _ = train(policy, tokenizer, _in_order(examples, settings), training, aside)

@@ -1,4 +1,4 @@
-"""The demo's data: sizes, what must not overlap, and that the task is made as data/README.md says."""
+"""The demo's data: sizes, what must not overlap, and how the task is made."""
 
 import importlib.util
 import json
@@ -12,14 +12,14 @@ from conftest import ROOT
 DATA = ROOT / "data"
 SIZES = {
     "refusals.jsonl": 150,
-    "refusals_alignment.jsonl": 135,
+    "refusals_alignment.jsonl": 349,
     "harmful_validation.jsonl": 40,
     "harmful_heldout.jsonl": 80,
     "attack.jsonl": 67,
     "borderline.jsonl": 40,
     "borderline_alignment.jsonl": 60,
     "benign.jsonl": 60,
-    "benign_alignment.jsonl": 360,
+    "benign_alignment.jsonl": 502,
 }
 
 

@@ -16,9 +16,9 @@ from pact_offline.provenance import installed
 
 
 class Scored(NamedTuple):
-    """A context by its index in the call, and its log-confidences, float32 [steps, ids]."""
+    """A context by its position in the call, and its log-confidences, float32 [steps, ids]."""
 
-    index: int
+    position: int
     log_confidences: np.ndarray
 
 

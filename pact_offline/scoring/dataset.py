@@ -168,7 +168,7 @@ def fill(
         bar("scoring", summary.tokens, "tokens") as progress,
     ):
         for scored in scorer.score(missing):
-            context = missing[scored.index]
+            context = missing[scored.position]
             writer.add(context, scored.log_confidences)
             progress.update(len(context.ids))
     return summary

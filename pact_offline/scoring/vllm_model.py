@@ -23,7 +23,7 @@ FIRST_ROW = "pact_first_row"  # key in a request's pooling parameters
 _ROWS_AT_ONCE = 1024  # bounds the logits in memory to this many vocabularies
 
 
-class LogConfidencePooler(Pooler):
+class LogConfidencePooler(Pooler):  # type: ignore[misc]
     """Hidden states in, fp32 log-confidences [response steps, safety ids] out, for each request.
 
     A prompt may arrive in chunks; the rows of each chunk are scored as they come.
@@ -45,7 +45,9 @@ class LogConfidencePooler(Pooler):
         cursor = pooling_metadata.get_pooling_cursor()
         scheduled = cursor.num_scheduled_tokens_cpu.tolist()
         seen = cursor.seq_lens_cpu.tolist()
-        wanted, counts, offset = [], [], 0
+        wanted: list[Any] = []
+        counts: list[int] = []
+        offset = 0
         for params, count, end in zip(
             pooling_metadata.pooling_params, scheduled, seen, strict=True
         ):

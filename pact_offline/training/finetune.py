@@ -260,7 +260,9 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         line = {"step": state.global_step, "seconds": seconds, **logs}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        shown = {name: f"{logs[name]:.3g}" for name in ("cross_entropy", "kl") if name in logs}
+        shown: dict[str, object] = {
+            name: f"{logs[name]:.3g}" for name in ("cross_entropy", "kl") if name in logs
+        }
         self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:

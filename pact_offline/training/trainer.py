@@ -117,7 +117,8 @@ class PactTrainer(Trainer):  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The published schedule where `epoch_decay` is set, else the one in `args`."""
-        if self._epoch_decay is None or self.lr_scheduler is not None:
+        scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
+        if self._epoch_decay is None or scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         per_epoch = max(1, round(num_training_steps / self.args.num_train_epochs))
         self.lr_scheduler = torch.optim.lr_scheduler.StepLR(
