@@ -252,6 +252,7 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         if not logs or "loss" not in logs:
             return
         if not all(map(_is_finite, logs.values())):
+            self._bar.close()
             raise TrainingError(
                 f"step {state.global_step}: expected a finite loss and gradient, found "
                 f"loss {logs['loss']}; lower --learning-rate or --kl-weight"
