@@ -10,7 +10,7 @@ EVALUATE = (
     "OMP_NUM_THREADS={threads} {params.pact} evaluate --model {params.model:q} "
     "--harmful {input.harmful:q} --borderline {input.borderline:q} --benign {input.benign:q} "
     "--task {input.task:q} --safety-tokens {input.tokens:q} -o {output:q} {params.settings} "
-    f"--batch-size {CONFIG.evaluate.batch_size} "
+    "{resources.means} "
 )
 
 
@@ -30,6 +30,7 @@ rule evaluate_reference:
         mem_mb=6000,
         runtime=120,
         gpu=0 if IS_DEMO else 1,
+        means=f"--batch-size {CONFIG.evaluate.batch_size}",
     params:
         pact=PACT,
         model=ALIGNED,
@@ -55,6 +56,7 @@ rule evaluate:
         mem_mb=6000,
         runtime=120,
         gpu=0 if IS_DEMO else 1,
+        means=f"--batch-size {CONFIG.evaluate.batch_size}",
     params:
         pact=PACT,
         model=ALIGNED,

@@ -9,8 +9,11 @@ SCORE_VALUES = options(
     CONFIG.score,
     without=["batch_tokens", "gpu_memory_utilization", "tensor_parallel_size", "shard_steps"],
 )
-SCORE_MEANS = options(
-    CONFIG.score, without=["backend", "dtype", "stored_dtype", "max_tokens"]
+# They go by way of a resource: neither those nor their text in a command count as changes.
+SCORE_MEANS = (
+    f"--batch-tokens {CONFIG.score.batch_tokens} --shard-steps {CONFIG.score.shard_steps} "
+    f"--gpu-memory-utilization {CONFIG.score.gpu_memory_utilization} "
+    f"--tensor-parallel-size {CONFIG.score.tensor_parallel_size}"
 )
 
 
@@ -38,6 +41,7 @@ rule score_part:
         mem_mb=8000,
         runtime=240,
         gpu=0 if IS_DEMO else 1,
+        means=SCORE_MEANS,
     params:
         pact=PACT,
         model=ALIGNED,
@@ -48,7 +52,7 @@ rule score_part:
         "OMP_NUM_THREADS={threads} {params.pact} score --model {params.model:q} {params.rows} "
         f"--safety-tokens {{input.tokens:q}} --cache {shlex.quote(str(CACHE))} "
         '--part "${{part%%-of-*}}/${{part##*-of-}}" '
-        "{params.values} " + SCORE_MEANS + " 2>&1 | tee {log:q} >&2"
+        "{params.values} {resources.means} 2>&1 | tee {log:q} >&2"
 
 
 rule targets:
@@ -64,6 +68,7 @@ rule targets:
     resources:
         mem_mb=2000,
         runtime=30,
+        means=SCORE_MEANS,
     params:
         pact=PACT,
         model=ALIGNED,
@@ -72,4 +77,4 @@ rule targets:
     shell:
         "{params.pact} score --model {params.model:q} {params.rows} "
         f"--safety-tokens {{input.tokens:q}} --cache {shlex.quote(str(CACHE))} -o {{output:q}} "
-        "{params.values} " + SCORE_MEANS + " 2>&1 | tee {log:q} >&2"
+        "{params.values} {resources.means} 2>&1 | tee {log:q} >&2"

@@ -14,6 +14,7 @@ rule tokens:
         mem_mb=6000,
         runtime=60,
         gpu=0 if IS_DEMO else 1,
+        means=f"--batch-size {CONFIG.tokens.batch_size}",
     params:
         pact=PACT,
         aligned=ALIGNED,
@@ -23,5 +24,4 @@ rule tokens:
     shell:
         "OMP_NUM_THREADS={threads} {params.pact} tokens --aligned {params.aligned:q} "
         "--base {params.base:q} --refusals {params.refusals:q} -o {output:q} "
-        f"--batch-size {CONFIG.tokens.batch_size} "
-        "{params.settings} 2>&1 | tee {log:q} >&2"
+        "{resources.means} {params.settings} 2>&1 | tee {log:q} >&2"
