@@ -142,8 +142,12 @@ def tokens(
         click.echo(found.table())
 
 
-def parse_part(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+def parse_part(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
     """Read I/N, both from 1."""
+    if value is None:
+        return None
     index, slash, count = value.partition("/")
     if slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
         return int(index), int(count)
@@ -158,7 +162,6 @@ def parse_part(ctx: click.Context, param: click.Parameter, value: str) -> tuple[
 @click.option("-o", "--output", type=FILE, help="targets.json to write.")
 @click.option(
     "--part",
-    default="1/1",
     callback=parse_part,
     help="Score the I-th of N parts only, and write no targets.json.",
 )
@@ -170,7 +173,7 @@ def score(
     safety_tokens: Path,
     cache: Path,
     output: Path | None,
-    part: tuple[int, int],
+    part: tuple[int, int] | None,
     as_json: bool,
     settings: ScoreSettings,
 ) -> None:
@@ -184,11 +187,11 @@ def score(
     from pact_offline.hub import locate_model
     from pact_offline.scoring.dataset import bind, fill, prepare
 
-    if (output is None) == (part[1] == 1):
-        raise click.UsageError("expected either --output, or --part I/N with N above 1")
+    if (output is None) == (part is None):
+        raise click.UsageError("expected either --output or --part I/N")
     files = locate_model(model)
     dataset = prepare(files, rows, safety_tokens, cache, settings)
-    summary = fill(dataset, files, settings, part)
+    summary = fill(dataset, files, settings, part or (1, 1))
     if output is not None:
         bind(dataset, files, settings, output)
     if as_json:
