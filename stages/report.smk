@@ -6,9 +6,9 @@ rule config_shown:
         OUTPUT / "config.yaml",
     localrule: True
     params:
-        config=CONFIG.model_dump(mode="json"),
-    run:
-        Path(output[0]).write_text(yaml.safe_dump(params.config, sort_keys=False), "utf-8")
+        config=yaml.safe_dump(CONFIG.model_dump(mode="json"), sort_keys=False),
+    shell:  # not `run`, which fails where the path of Python has a space
+        "printf %s {params.config:q} > {output:q}"
 
 
 rule report:
