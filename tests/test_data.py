@@ -12,14 +12,14 @@ from conftest import ROOT
 DATA = ROOT / "data"
 SIZES = {
     "refusals.jsonl": 150,
-    "refusals_alignment.jsonl": 349,
+    "refusals_alignment.jsonl": 524,
     "harmful_validation.jsonl": 40,
     "harmful_heldout.jsonl": 80,
     "attack.jsonl": 67,
     "borderline.jsonl": 40,
     "borderline_alignment.jsonl": 60,
     "benign.jsonl": 60,
-    "benign_alignment.jsonl": 502,
+    "benign_alignment.jsonl": 576,
 }
 
 
