@@ -138,14 +138,14 @@ class AlignSettings(Settings):
     """How the bundled demo model is taught to refuse."""
 
     answer_tokens: int = Field(
-        8, ge=1, description="Tokens learnt of each refusal or answer; the first ones decide."
+        12, ge=1, description="Tokens learnt of each refusal or answer; the first ones decide."
     )
     refusal_copies: int = Field(2, ge=1, description="Copies of each refusal pair in a pass.")
-    epochs: float = Field(1.5, gt=0, description="Passes over the rows.")
-    learning_rate: float = Field(2.5e-3, gt=0, description="AdamW learning rate.")
+    epochs: float = Field(1, gt=0, description="Passes over the rows.")
+    learning_rate: float = Field(3e-3, gt=0, description="AdamW learning rate.")
     lora_rank: int = Field(16, ge=1, description="LoRA rank, on all linear layers.")
     lora_first_layer: int = Field(
-        15, ge=0, description="First layer that learns; those before it keep what generalises."
+        17, ge=0, description="First layer that learns; those before it keep what generalises."
     )
     batch_size: int = Field(32, ge=1, description="Rows per optimizer step.")
     seed: int = Field(42, ge=0, description="Seed of weights, order and dropout.")
