@@ -192,19 +192,25 @@ def _in_order(
     return ordered
 
 
-def _answered_by(model: Any, tokenizer: Any, rows: Sequence[Row], length: int) -> list[Row]:
-    """Each prompt with the model's own answer; prompts that it refuses are dropped."""
-    with bar("answering", len(rows), "prompts") as progress:
-        answers = generate(
+def _answers(
+    model: Any, tokenizer: Any, rows: Sequence[Row], label: str, length: int, **held: Any
+) -> list[str]:
+    with bar(label, len(rows), "prompts") as progress:
+        return generate(
             model,
             tokenizer,
             [row.prompt for row in rows],
             max_new_tokens=length,
             batch_size=32,
-            avoid=_APOLOGIES,
-            avoid_first=_FIRST_PERSON,
             progress=progress.update,
+            **held,
         )
+
+
+def _answered_by(model: Any, tokenizer: Any, rows: Sequence[Row], length: int) -> list[Row]:
+    """Each prompt with the model's own answer; prompts that it refuses are dropped."""
+    held = {"avoid": _APOLOGIES, "avoid_first": _FIRST_PERSON}
+    answers = _answers(model, tokenizer, rows, "answering", length, **held)
     return [
         Row(row.prompt, answer, row.origin)
         for row, answer in zip(rows, answers, strict=True)
@@ -213,15 +219,7 @@ def _answered_by(model: Any, tokenizer: Any, rows: Sequence[Row], length: int) -
 
 
 def _share_refused(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
-    with bar("checking", len(rows), "prompts") as progress:
-        answers = generate(
-            model,
-            tokenizer,
-            [row.prompt for row in rows],
-            max_new_tokens=_CHECK_TOKENS,
-            batch_size=32,
-            progress=progress.update,
-        )
+    answers = _answers(model, tokenizer, rows, "checking", _CHECK_TOKENS)
     return sum(map(is_refusal, answers)) / len(answers)
 
 
