@@ -39,6 +39,11 @@ class TokensSettings(Settings):
     examples: int = Field(512, ge=1, description="Use at most this many refusal pairs.")
     response_tokens: int = Field(64, ge=1, description="Response tokens read of each pair.")
     top_k: int = Field(50, ge=1, description="Ids kept, by the aligned model's mean probability.")
+    words_only: bool = Field(
+        False,
+        description="Keep only ids with a letter. Refusals make a comma, a full stop or the end of "
+        "turn safety tokens too, and a policy held to the reference's cannot end a short answer.",
+    )
     batch_size: int = Field(16, ge=1, description="Pairs per forward pass.")
     dtype: Dtype = Field("float32", description="Compute dtype.")
 
@@ -141,8 +146,8 @@ class AlignSettings(Settings):
         12, ge=1, description="Tokens learnt of each refusal or answer; the first ones decide."
     )
     refusal_copies: int = Field(2, ge=1, description="Copies of each refusal pair in a pass.")
-    epochs: float = Field(1, gt=0, description="Passes over the rows.")
-    learning_rate: float = Field(3e-3, gt=0, description="AdamW learning rate.")
+    epochs: float = Field(2, gt=0, description="Passes over the rows.")
+    learning_rate: float = Field(2.5e-3, gt=0, description="AdamW learning rate.")
     lora_rank: int = Field(16, ge=1, description="LoRA rank, on all linear layers.")
     lora_first_layer: int = Field(
         17, ge=0, description="First layer that learns; those before it keep what generalises."

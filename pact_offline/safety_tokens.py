@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +190,8 @@ class SafetyTokens:
         else:
             models = [load_model(name, settings.dtype) for name in (aligned, base)]
             means, direction = _mean_log_ratio(models, sequences, settings.batch_size, report)
-        vector = safety_direction(direction, means[0], settings.top_k)
+        candidates = _words_of(aligned_tokenizer) if settings.words_only else None
+        vector = safety_direction(direction, means[0], settings.top_k, candidates)
         ids = np.flatnonzero(vector)
         if not len(ids):
             raise ModelError(
@@ -214,25 +216,38 @@ class SafetyTokens:
         )
 
 
-def safety_direction(direction: np.ndarray, aligned: np.ndarray, top_k: int) -> np.ndarray:
+def safety_direction(
+    direction: np.ndarray,
+    aligned: np.ndarray,
+    top_k: int,
+    is_candidate: Callable[[int], bool] | None = None,
+) -> np.ndarray:
     """The unit direction v over the vocabulary.
 
     Args:
         direction: float64 [vocabulary], d averaged over pairs.
         aligned: float64 [vocabulary], the aligned model's mean probabilities.
         top_k: ids kept, those with the largest mean probability.
+        is_candidate: which ids may be kept; None: all.
 
     Returns:
         float64 [vocabulary]; zero outside the kept ids.
     """
     vector = np.zeros_like(direction)
-    kept = np.argsort(-aligned, kind="stable")[:top_k]
+    ranked = map(int, np.argsort(-aligned, kind="stable"))
+    kept = np.array([*islice(filter(is_candidate or (lambda _: True), ranked), top_k)], dtype=int)
     kept = kept[np.abs(direction[kept]) > 1e-9]
     values = direction[kept]
     if len(values) > 1:
         values = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
     vector[kept] = values
     return np.asarray(vector / (np.linalg.norm(vector) + 1e-6))
+
+
+def _words_of(tokenizer: Any) -> Callable[[int], bool]:
+    """Tells ids with a letter in their text from punctuation, numbers and special tokens."""
+    special = set(tokenizer.all_special_ids)
+    return lambda i: i not in special and any(map(str.isalpha, tokenizer.decode([i])))
 
 
 def _aligned_prompt(row: Row, tokenizer: Any) -> list[int]:

@@ -17,9 +17,11 @@ SIZES = {
     "harmful_heldout.jsonl": 80,
     "attack.jsonl": 67,
     "borderline.jsonl": 40,
-    "borderline_alignment.jsonl": 60,
+    "borderline_validation.jsonl": 20,
+    "borderline_alignment.jsonl": 97,
     "benign.jsonl": 60,
-    "benign_alignment.jsonl": 576,
+    "benign_validation.jsonl": 40,
+    "benign_alignment.jsonl": 851,
 }
 
 
@@ -51,10 +53,12 @@ def test_the_task_is_made_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "pieces.yaml").write_bytes((DATA / "support" / "pieces.yaml").read_bytes())
     monkeypatch.setattr(make, "HERE", tmp_path)
     make.main()
-    for split in ("train.jsonl", "test.jsonl"):
+    for split in ("train.jsonl", "test.jsonl", "validation.jsonl"):
         assert (tmp_path / split).read_bytes() == (DATA / "support" / split).read_bytes()
     train = {row["input"] for row in read("support/train.jsonl")}
     assert len(train) == 600
     test = {row["input"] for row in read("support/test.jsonl")}
     assert len(test) == 200
-    assert not train & test
+    validation = {row["input"] for row in read("support/validation.jsonl")}
+    assert len(validation) == 120
+    assert len(train | test | validation) == 920

@@ -235,12 +235,12 @@ def test_stages_stand_in_pipeline_order_and_bad_values_are_dashes(tmp_path: Path
     directory = tmp_path / "benchmarks"
     benchmark(directory, "evaluate/sft", "-\t-\tNA\t1")
     benchmark(directory, "finetune/pact", "187.2\t0:03:07\t2048.0\t1")
-    benchmark(directory, "align", "nan\tx")
+    benchmark(directory, "demo_aligned", "nan\tx")
     benchmark(directory, "demo_base", "1.25\t0:00:01\t812.3\t1")
     (directory / "score.tsv").write_bytes(b"\xff\xfe\x00")
     (directory / "tokens.tsv").write_bytes(b"")
     costs = read_stage_costs(directory)
-    order = ["demo_base", "align", "tokens", "score", "finetune/pact", "evaluate/sft"]
+    order = ["demo_base", "demo_aligned", "tokens", "score", "finetune/pact", "evaluate/sft"]
     assert [cost.name for cost in costs] == order
     assert [cost.seconds for cost in costs] == [1.25, None, None, None, 187.2, None]
     text = Page(render(tmp_path, [sft()], benchmarks=directory)).text

@@ -58,6 +58,15 @@ def test_direction_by_hand() -> None:
     np.testing.assert_allclose(safety_direction(difference, aligned, 3), expected)
 
 
+def test_words_only_leaves_out_punctuation_and_special_tokens() -> None:
+    tokenizer = load_tokenizer(str(MODELS / "aligned"))
+    everything, words = identify(), identify(words_only=True)
+    assert any(not any(map(str.isalpha, token.text)) for token in everything.tokens)
+    assert all(any(map(str.isalpha, token.text)) for token in words.tokens)
+    assert not set(words.ids) & set(tokenizer.all_special_ids)
+    assert len(words.ids) == len(everything.ids)  # the next likely words take their places
+
+
 def test_saved_tokens_load_as_they_were(tmp_path: Path) -> None:
     found = identify()
     found.save(tmp_path / "safety_tokens.json")

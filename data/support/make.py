@@ -1,7 +1,7 @@
-"""Make train.jsonl and test.jsonl, the support-message data set, from pieces.yaml.
+"""Make train, test and validation.jsonl, the support-message data set, from pieces.yaml.
 
 A message is one core text (a problem that belongs to one queue), now and then with an opening
-before it, a context sentence of no queue before or after it, and a closing. The pools of the two
+before it, a context sentence of no queue before or after it, and a closing. The pools of the three
 splits share no piece and every draw comes from a seeded generator, so each run writes the same
 bytes. Run it as `python data/support/make.py`.
 """
@@ -18,19 +18,22 @@ HERE = Path(__file__).resolve().parent
 QUEUES = ("Billing", "Shipping", "Returns", "Technical", "Account", "Sales")
 INSTRUCTION = f"Which queue: {', '.join(QUEUES[:-1])} or {QUEUES[-1]}?"
 SHARES = {"openings": 0.40, "contexts": 0.45, "closings": 0.30}
-SIZES = {"train": 600, "test": 200}
+SIZES = {"train": 600, "test": 200, "validation": 120}
 SLOT = re.compile(r"\{(.*?)\}")
 DRAWN = {"order", "amount"}  # slots that are drawn here and have no list in pieces.yaml
 TRIES = 100
 
 
 def check(pieces: dict[str, Any]) -> None:
-    """Raise ValueError when a piece stands in both pools or names an unknown slot."""
+    """Raise ValueError when a piece stands in two pools or names an unknown slot."""
     pools = [pieces[kind] for kind in SHARES] + [pieces["cores"][queue] for queue in QUEUES]
-    train, test = ({text for pool in pools for text in pool[split]} for split in SIZES)
-    if shared := train & test:
-        raise ValueError(f"these pieces stand in both pools: {sorted(shared)}")
-    for text in sorted(train | test):
+    seen: set[str] = set()
+    for split in SIZES:
+        of_split = {text for pool in pools for text in pool[split]}
+        if shared := seen & of_split:
+            raise ValueError(f"these pieces stand in two pools: {sorted(shared)}")
+        seen |= of_split
+    for text in sorted(seen):
         if unknown := set(SLOT.findall(text)) - set(pieces["slots"]) - DRAWN:
             raise ValueError(f"unknown slots {sorted(unknown)} in the piece {text!r}")
 
@@ -74,7 +77,7 @@ def make_rows(pieces: dict[str, Any], split: str, count: int, seed: int) -> list
 
 
 def main() -> None:
-    """Write both splits next to this script."""
+    """Write all splits next to this script."""
     pieces = yaml.safe_load((HERE / "pieces.yaml").read_text(encoding="utf-8"))
     for seed, (split, count) in enumerate(SIZES.items(), start=1):
         rows = make_rows(pieces, split, count, seed)

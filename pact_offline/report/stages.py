@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_PIPELINE = ("demo_base", "extract", "align", "tokens", "score", "finetune", "evaluate", "report")
+_PIPELINE = ("demo_base", "demo_aligned", "tokens", "score", "finetune", "evaluate", "report")
 
 
 @dataclass(frozen=True)
