@@ -177,6 +177,14 @@ def test_the_guard_has_a_column_only_where_it_judged(tmp_path: Path) -> None:
     assert "61 of 100" in text
 
 
+@pytest.mark.parametrize(("accuracy", "said"), [(0, False), (178, True)])
+def test_an_axis_is_said_to_start_elsewhere_only_where_it_does(
+    tmp_path: Path, accuracy: int, said: bool
+) -> None:
+    text = Page(render(tmp_path, [make_metrics("reference", 99, accuracy), sft()])).text
+    assert ("does not start at zero" in text) is said
+
+
 def test_the_reference_comes_first_and_runs_keep_their_order(tmp_path: Path) -> None:
     metrics = [make_metrics("zeta"), reference(), make_metrics("alpha")]
     names = re.findall(

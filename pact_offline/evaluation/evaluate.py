@@ -124,6 +124,7 @@ def evaluate(
     """
     tokenizer = load_tokenizer(model_name)
     require_chat_template(tokenizer)
+    guard_tokenizer = load_tokenizer(settings.guard) if settings.guard is not None else None
     tokens = SafetyTokens.load(tokens_path, tokenizer)
     prompts = read_prompts(prompts_paths)
     baseline = None if reference is None else _read_reference(reference)
@@ -157,7 +158,7 @@ def evaluate(
     if settings.guard is not None:
         unsafe = judge_with_guard(
             settings.guard,
-            load_tokenizer(settings.guard),
+            guard_tokenizer,
             [answer.row.prompt[-1]["content"] for answer in harmful],
             own,
             settings.dtype,

@@ -52,6 +52,7 @@ class Scatter:
     points: list[Point]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
+    from_zero: bool
     summary: str
 
 
@@ -107,6 +108,7 @@ def scatter(models: Sequence[Metrics], styles: dict[str, Style]) -> Scatter | No
         ],
         [Tick(across(value), share(value)) for value in values],
         _share_ticks(1.0),
+        first == 0,
         "; ".join(
             f"{style.name}: task accuracy {percent(a)}, harmful prompts refused {percent(h)}"
             for style, a, h in pairs
