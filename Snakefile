@@ -4,7 +4,11 @@ from snakemake.utils import min_version
 min_version("9.10")
 
 
-configfile: "stages/config.yaml"
+# Snakemake would merge a --configfile into this one key by key: a user's runs would train with the
+# demo's settings, and the demo's runs among theirs.
+if not workflow.config_settings.configfiles:
+
+    configfile: "stages/config.yaml"
 
 
 include: "stages/settings.smk"

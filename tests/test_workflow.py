@@ -82,6 +82,9 @@ def test_the_whole_workflow_on_tiny_models(aligned: Path, base: Path, tmp_path: 
     assert len((output / "summary.txt").read_text().strip().splitlines()) == 4
     facts = json.loads((output / "adapters" / "pact" / "pact_offline.json").read_text())
     assert facts["targets_sha256"]
+    # A config of one's own is the whole config: nothing of the demo's stands in for what it omits.
+    assert facts["settings"]["learning_rate"] == 3e-5
+    assert {run.name for run in (output / "adapters").iterdir()} == {"sft", "pact"}
 
     again = snakemake(path)
     assert "Nothing to be done" in again.stderr
