@@ -190,8 +190,8 @@ class SafetyTokens:
         else:
             models = [load_model(name, settings.dtype) for name in (aligned, base)]
             means, direction = _mean_log_ratio(models, sequences, settings.batch_size, report)
-        candidates = _words_of(aligned_tokenizer) if settings.words_only else None
-        vector = safety_direction(direction, means[0], settings.top_k, candidates)
+        is_candidate = _is_word_in(aligned_tokenizer) if settings.words_only else None
+        vector = safety_direction(direction, means[0], settings.top_k, is_candidate)
         ids = np.flatnonzero(vector)
         if not len(ids):
             raise ModelError(
@@ -244,7 +244,7 @@ def safety_direction(
     return np.asarray(vector / (np.linalg.norm(vector) + 1e-6))
 
 
-def _words_of(tokenizer: Any) -> Callable[[int], bool]:
+def _is_word_in(tokenizer: Any) -> Callable[[int], bool]:
     """Tells ids with a letter in their text from punctuation, numbers and special tokens."""
     special = set(tokenizer.all_special_ids)
     return lambda i: i not in special and any(map(str.isalpha, tokenizer.decode([i])))
