@@ -116,13 +116,24 @@ def cli(verbose: bool) -> None:
 
 @cli.command()
 @click.option("--aligned", required=True, help="Aligned model: hub id or path.")
-@click.option("--base", required=True, help="Its base model: hub id or path.")
-@click.option("--refusals", type=FILE, required=True, help="Refusal pairs, JSON lines.")
+@click.option("--base", help="Its base model: hub id or path.")
+@click.option("--refusals", type=FILE, help="Refusal pairs, JSON lines.")
+@click.option(
+    "--from-list",
+    type=FILE,
+    help="A hand-made list instead, JSON: words, ids, or pairs of one with its weight.",
+)
 @click.option("-o", "--output", type=FILE, required=True, help="safety_tokens.json to write.")
 @settings_options(TokensSettings)
 @_json_option
 def tokens(
-    aligned: str, base: str, refusals: Path, output: Path, as_json: bool, settings: TokensSettings
+    aligned: str,
+    base: str | None,
+    refusals: Path | None,
+    from_list: Path | None,
+    output: Path,
+    as_json: bool,
+    settings: TokensSettings,
 ) -> None:
     """Find safety tokens: the ids whose confidence tells an aligned model from its base.
 
@@ -132,9 +143,16 @@ def tokens(
     from pact_offline.progress import bar
     from pact_offline.safety_tokens import SafetyTokens
 
-    rows = read_rows(refusals)
-    with bar("reading refusals", 2 * min(len(rows), settings.examples), "pairs") as progress:
-        found = SafetyTokens.identify(aligned, base, rows, settings, progress.update)
+    if from_list is not None and base is None and refusals is None:
+        found = SafetyTokens.from_list(from_list, aligned)
+    elif from_list is None and base is not None and refusals is not None:
+        rows = read_rows(refusals)
+        passes = 3 if settings.mode == "pref_logratio" else 2
+        total = passes * min(len(rows), settings.examples)
+        with bar("reading refusals", total, "pairs") as progress:
+            found = SafetyTokens.identify(aligned, base, rows, settings, progress.update)
+    else:
+        raise click.UsageError("expected either --base and --refusals, or --from-list")
     found.save(output)
     if as_json:
         click.echo(output.read_text(encoding="utf-8"), nl=False)
@@ -221,7 +239,7 @@ def finetune(
     as_json: bool,
     settings: FinetuneSettings,
 ) -> None:
-    """Fine-tune from cached targets; no reference model is loaded.
+    """Fine-tune from cached targets; no reference model is loaded (but see --reference).
 
     Example: pact-offline finetune --model A --rows train.jsonl --targets targets.json
     --safety-tokens tokens.json --objective confidence --kl-weight 3 -o adapter
@@ -375,6 +393,42 @@ def cache_verify(path: Path) -> None:
 
     shards, contexts = verify(path)
     click.echo(f"{path}: {shards} shards with {contexts} contexts are whole")
+
+
+@cli.group()
+def bench() -> None:
+    """Measure, side by side and on your own model and rows."""
+
+
+@bench.command("equality")
+@click.option("--model", required=True, help="Reference, and model to fine-tune.")
+@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@click.option(
+    "--targets", type=FILE, multiple=True, required=True, help="targets.json; may be repeated."
+)
+@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@settings_options(FinetuneSettings)
+@_json_option
+def bench_equality(
+    model: str,
+    rows: tuple[str, ...],
+    targets: tuple[Path, ...],
+    safety_tokens: Path,
+    as_json: bool,
+    settings: FinetuneSettings,
+) -> None:
+    """Train from each cache and with the reference in memory, and compare losses and weights.
+
+    Example: pact-offline bench equality --model A --rows train.jsonl --targets targets.json
+    --safety-tokens tokens.json --dtype float32 --lora-dropout 0
+    """
+    from dataclasses import asdict
+
+    from pact_offline.bench.equality import equality, table
+    from pact_offline.hub import locate_model
+
+    found = equality(locate_model(model), rows, targets, safety_tokens, settings)
+    click.echo(json.dumps([asdict(one) for one in found]) if as_json else table(found))
 
 
 @cli.group()

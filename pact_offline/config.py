@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pact_offline.errors import InputError, MissingFileError, SettingError
 
@@ -21,6 +28,7 @@ S = TypeVar("S", bound=BaseModel)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "bfloat16"]
+BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
 
 
 class Settings(BaseModel):
@@ -74,10 +82,30 @@ class ScoreSettings(Settings):
 class ObjectiveSettings(Settings):
     """The regulariser and its shape."""
 
-    objective: Literal["none", "pact", "confidence"] = Field(
-        "pact", description="Regulariser; none is plain supervised fine-tuning."
+    objective: str = Field(
+        "pact",
+        examples=[*BUILT_IN_OBJECTIVES],
+        description="Regulariser: pact, confidence, or none for plain supervised fine-tuning.",
     )
     kl_weight: float = Field(1.0, ge=0, description="Weight of the regulariser in the loss.")
+    kl_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How the weight moves to kl_weight_end from first to last step."
+    )
+    kl_weight_end: float = Field(
+        0.0, ge=0, description="Where a linear or cosine kl_schedule ends."
+    )
+    first_steps: int = Field(
+        0, ge=0, description="Response steps, from the first, that count first_weight times."
+    )
+    first_weight: float = Field(
+        1.0, ge=0, description="Factor on the regulariser at the first first_steps response steps."
+    )
+    safety_weights: bool = Field(
+        True, description="Safety tokens count by their weights; false: all of them alike."
+    )
+    gate: bool = Field(
+        True, description="pact: mix the response-only context in by the gate; false: full only."
+    )
     temperature: float = Field(2.0, gt=0, description="pact: softmax temperature T.")
     alpha: float = Field(2.0, description="pact: slope of the gate.")
     bias: float = Field(0.0, description="pact: bias of the gate.")
@@ -90,6 +118,16 @@ class ObjectiveSettings(Settings):
         8.0, description="pact: decay length in steps; 0 or less: nothing is mixed from step N on."
     )
     boost: float = Field(1.0, ge=0, description="pact: factor on the mix.")
+
+    @field_validator("objective")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in BUILT_IN_OBJECTIVES:
+            from pact_offline.objectives import OBJECTIVES  # imports torch
+
+            if name not in OBJECTIVES:
+                raise ValueError(f"expected one of none, {', '.join(OBJECTIVES)}, found {name!r}")
+        return name
 
 
 class FinetuneSettings(ObjectiveSettings):
@@ -123,6 +161,11 @@ class FinetuneSettings(ObjectiveSettings):
     )
     max_tokens: int = Field(512, ge=2, description="A row is cut at this many tokens.")
     seed: int = Field(42, ge=0, description="Seed of weights, order and dropout.")
+    reference: Literal["cache", "live"] = Field(
+        "cache",
+        description="Where targets come from: the cache, or the reference model kept in memory and "
+        "run twice for every batch, as the published script does (slow; for proof).",
+    )
 
 
 class EvaluateSettings(Settings):
@@ -181,12 +224,6 @@ class ModelsConfig(Settings):
         None, description="Its base model, for finding safety tokens (hub id or path)."
     )
 
-    @model_validator(mode="after")
-    def _both_or_neither(self) -> ModelsConfig:
-        if (self.aligned is None) != (self.base is None):
-            raise ValueError("expected both 'aligned' and 'base', or neither for the demo pair")
-        return self
-
 
 class EvaluationData(Settings):
     """Prompts that answers are judged on."""
@@ -218,7 +255,14 @@ class WorkflowConfig(Settings):
         AlignSettings.model_validate({}), description="The demo's reference model."
     )
     align_data: AlignData | None = Field(None, description="Rows of the demo's reference model.")
-    refusals: str = Field(description="Refusal pairs for finding safety tokens.")
+    refusals: str | None = Field(
+        None, description="Refusal pairs for finding safety tokens; needed without a token_list."
+    )
+    token_list: str | None = Field(
+        None,
+        description="Hand-made safety tokens (JSON list of words or ids) instead of `refusals` and "
+        "models.base.",
+    )
     datasets: dict[RunName, tuple[str, ...]] = Field(
         min_length=1, description="Name to list of row files, in order."
     )
@@ -245,7 +289,17 @@ class WorkflowConfig(Settings):
 
     @model_validator(mode="after")
     def _names_agree(self) -> WorkflowConfig:
-        if self.models.aligned is None and self.align_data is None:
+        aligned, base = self.models.aligned, self.models.base
+        if self.token_list is None and self.refusals is None:
+            raise ValueError("expected 'refusals' or 'token_list', found neither")
+        if (base is not None and aligned is None) or (
+            aligned is not None and base is None and self.token_list is None
+        ):
+            raise ValueError(
+                "models: expected both 'aligned' and 'base', or neither for the demo pair; "
+                "'base' may be left out with a 'token_list'"
+            )
+        if aligned is None and self.align_data is None:
             raise ValueError("'align_data' is needed to make the demo's reference model")
         if "reference" in self.runs:
             raise ValueError("runs.reference: this name stands for the reference model itself")

@@ -7,6 +7,7 @@ here and one entry in `OBJECTIVES`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pact_offline.config import ObjectiveSettings
+from pact_offline.errors import SettingError
 
 _LOWEST = -1e5  # stands in for -inf, so that 0 * -inf cannot make a NaN
 _SMALLEST = 1e-12
@@ -61,7 +63,7 @@ def mix(
 def pact(
     policy: Tensor,
     full: Tensor,
-    response_only: Tensor,
+    response_only: Tensor | None,
     weights: Tensor,
     steps: Tensor,
     settings: ObjectiveSettings = DEFAULTS,
@@ -73,7 +75,7 @@ def pact(
     Args:
         policy: [steps, ids], the policy's log-confidences; any float dtype.
         full: [steps, ids], the reference's with the prompt.
-        response_only: [steps, ids], the reference's without the prompt.
+        response_only: [steps, ids], the reference's without the prompt; not read with the gate off.
         weights: [ids], safety-token weights, at least 0.
         steps: int [steps], index of each step in its response.
         settings: T, alpha, bias, gate and window.
@@ -81,9 +83,13 @@ def pact(
     Returns:
         fp32 [steps]: T^2 * sum over ids of q * (log q - log_softmax(policy / T)).
     """
-    policy, full, response_only = _finite(policy), _finite(full), _finite(response_only)
-    share = mix(policy, response_only, steps, settings).unsqueeze(-1)
-    target = (1 - share) * full + share * response_only
+    policy, target = _finite(policy), _finite(full)
+    if settings.gate:
+        if response_only is None:
+            raise SettingError("pact: expected response_only where the gate is on, found None")
+        response_only = _finite(response_only)
+        share = mix(policy, response_only, steps, settings).unsqueeze(-1)
+        target = (1 - share) * target + share * response_only
     shares = torch.softmax(target / settings.temperature, dim=-1) * weights.float()
     shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=_SMALLEST)
     gap = shares.clamp(min=_SMALLEST).log() - F.log_softmax(policy / settings.temperature, dim=-1)
@@ -130,10 +136,10 @@ class Objective:
 
     Attributes:
         per_step: the function, with the arguments of `pact`.
-        needs_response_only: whether the targets without the prompt are read.
+        needs_response_only: whether the targets without the prompt are read (with the gate on).
     """
 
-    per_step: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, ObjectiveSettings], Tensor]
+    per_step: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, ObjectiveSettings], Tensor]
     needs_response_only: bool
 
 
@@ -141,3 +147,39 @@ OBJECTIVES: dict[str, Objective] = {
     "pact": Objective(pact, needs_response_only=True),
     "confidence": Objective(confidence, needs_response_only=False),
 }
+
+
+def weights_in_use(weights: Tensor, settings: ObjectiveSettings) -> Tensor:
+    """The safety tokens' weights as the settings want them, [ids].
+
+    Raises:
+        SettingError: nothing would be held to the reference.
+    """
+    if not settings.safety_weights:
+        weights = torch.ones_like(weights)
+    if not (weights > 0).any():
+        raise SettingError(
+            "safety tokens: expected one with a weight above 0, found none; use others, or "
+            "--safety-weights false"
+        )
+    if settings.objective == "pact" and len(weights) < 2:
+        raise SettingError(
+            "--objective pact: expected two safety tokens or more, found one, and its share among "
+            "one is always 1; use --objective confidence"
+        )
+    return weights
+
+
+def step_weights(steps: Tensor, settings: ObjectiveSettings) -> Tensor:
+    """How much the regulariser counts at each response step, fp32 [steps]."""
+    return torch.where(steps < settings.first_steps, settings.first_weight, 1.0)
+
+
+def kl_weight_at(progress: float, settings: ObjectiveSettings) -> float:
+    """The regulariser's weight at a point of training; 0 is the first step, 1 the last."""
+    start, end = settings.kl_weight, settings.kl_weight_end
+    if settings.kl_schedule == "linear":
+        return start + (end - start) * progress
+    if settings.kl_schedule == "cosine":
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    return start

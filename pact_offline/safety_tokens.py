@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,15 +34,15 @@ class SafetyToken:
         id: token id.
         text: the token, decoded.
         direction: v, the entry of the unit direction; negative entries weigh 0.
-        aligned: mean probability under the aligned model.
-        base: mean probability under the base model.
+        aligned: mean probability under the aligned model; None in a hand-made set.
+        base: mean probability under the base model; None in a hand-made set.
     """
 
     id: int
     text: str
     direction: float
-    aligned: float
-    base: float
+    aligned: float | None = None
+    base: float | None = None
 
     @property
     def weight(self) -> float:
@@ -79,9 +81,9 @@ class SafetyTokens:
         for token in sorted(self.tokens, key=lambda token: -token.direction):
             text = token.text.replace(" ", "\u00b7").encode("unicode_escape").decode()
             text = text.replace("\\xb7", "\u00b7")
-            lines.append(
-                f"{text:16} {token.id:7} {token.weight:8.4f} {token.aligned:9.5f} {token.base:9.5f}"
-            )
+            means = ("-" if m is None else f"{m:.5f}" for m in (token.aligned, token.base))
+            columns = " ".join(f"{mean:>9}" for mean in means)
+            lines.append(f"{text:16} {token.id:7} {token.weight:8.4f} {columns}")
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
@@ -117,10 +119,13 @@ class SafetyTokens:
                     f"{path}: format_version: expected {FORMAT_VERSION}, "
                     f"found {value['format_version']!r}"
                 )
-            names = ("id", "text", "direction", "aligned", "base")
-            kinds = (int, str, float, float, float)
             tokens = tuple(
-                SafetyToken(*(kind(token[name]) for name, kind in zip(names, kinds, strict=True)))
+                SafetyToken(
+                    int(token["id"]),
+                    str(token["text"]),
+                    float(token["direction"]),
+                    *(None if m is None else float(m) for m in (token["aligned"], token["base"])),
+                )
                 for token in value["tokens"]
             )
             result = cls(
@@ -140,6 +145,47 @@ class SafetyTokens:
                 "those of another vocabulary; run `pact-offline tokens` for this model"
             )
         return result
+
+    @classmethod
+    def from_list(cls, path: Path, model: str) -> SafetyTokens:
+        """Read a hand-made list: JSON, each entry a word, an id, or [word or id, weight].
+
+        A word is exactly one token, its leading space included: " can" is not "can". An entry
+        without a weight weighs 1; one of weight 0 counts in the softmaxes of `pact` alone.
+
+        Args:
+            path: the list.
+            model: hub id or path of the model whose tokenizer the words are read with.
+
+        Raises:
+            InputError: names the entry, what was expected and what was found.
+        """
+        from pact_offline.conversations import load_tokenizer
+
+        try:
+            entries = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
+        if not isinstance(entries, list) or not entries:
+            raise InputError(f"{path}: expected a list of words or ids, found {entries!r:.40}")
+        tokenizer = load_tokenizer(model)
+        weights: dict[int, float] = {}
+        for index, entry in enumerate(entries):
+            place = f"{path}: entry {index + 1}"
+            word, weight = entry if isinstance(entry, list) and len(entry) == 2 else (entry, 1)
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not (is_number and 0 <= weight < math.inf):
+                raise InputError(f"{place}: expected a weight of 0 or more, found {weight!r:.40}")
+            id_ = _only_token(word, tokenizer, place)
+            if id_ in weights:
+                raise InputError(f"{place}: expected each token once, found id {id_} again")
+            weights[id_] = float(weight)
+        return cls(
+            tuple(SafetyToken(i, tokenizer.decode([i]), weights[i]) for i in sorted(weights)),
+            tokenizer_fingerprint(tokenizer),
+            {"mode": "list"},
+            provenance(aligned=model),
+        )
 
     @classmethod
     def identify(
@@ -174,39 +220,43 @@ class SafetyTokens:
                 f"found another ({sizes[1]} tokens)"
             )
         pairs = rows[: settings.examples]
-        report = progress or (lambda count: None)
-        sequences = [
-            _teacher_forced(pairs, aligned_tokenizer, settings, _aligned_prompt),
-            _teacher_forced(pairs, base_tokenizer, settings, _base_prompt),
-        ]
-        if settings.mode == "p_diff":
-            means = []
-            for name, items in zip((aligned, base), sequences, strict=True):
-                model = load_model(name, settings.dtype)
-                means.append(_mean_probabilities(model, items, settings.batch_size, report))
-                del model  # one model in memory at a time
-            _same_width(means, aligned, base)
-            direction = means[0] - means[1]
-        else:
-            models = [load_model(name, settings.dtype) for name in (aligned, base)]
-            means, direction = _mean_log_ratio(models, sequences, settings.batch_size, report)
+        seen_aligned = _teacher_forced(pairs, aligned_tokenizer, settings, _aligned_prompt)
+        seen_base = _teacher_forced(pairs, base_tokenizer, settings, _base_prompt)
+        read = partial(_read, batch_size=settings.batch_size, progress=progress or (lambda n: None))
+        model = load_model(aligned, settings.dtype)
+        aligned_mean = read(model, seen_aligned).mean
         is_candidate = _is_word_in(aligned_tokenizer) if settings.words_only else None
-        vector = safety_direction(direction, means[0], settings.top_k, is_candidate)
-        ids = np.flatnonzero(vector)
-        if not len(ids):
+        kept = likeliest(aligned_mean, settings.top_k, is_candidate)
+        is_ratio = settings.mode == "pref_logratio"
+        ours = read(model, seen_aligned, kept) if is_ratio else None
+        del model  # one model in memory at a time
+        theirs = read(load_model(base, settings.dtype), seen_base, kept if is_ratio else None)
+        if aligned_mean.shape != theirs.mean.shape:
+            raise ModelError(
+                f"{base}: expected {len(aligned_mean)} logits as {aligned} has, "
+                f"found {len(theirs.mean)}"
+            )
+        if ours is not None:
+            difference = _mean_log_ratio(ours, theirs)
+        else:
+            difference = (aligned_mean - theirs.mean)[kept]
+        vector = safety_direction(difference)
+        is_safety = vector != 0
+        if not is_safety.any():
             raise ModelError(
                 f"{base}: expected a base model that differs from {aligned}, found the same "
                 "confidences on every token"
             )
+        found = sorted(zip(kept[is_safety].tolist(), vector[is_safety].tolist(), strict=True))
         tokens = tuple(
             SafetyToken(
-                int(i),
-                aligned_tokenizer.decode([int(i)]),
-                float(vector[i]),
-                float(means[0][i]),
-                float(means[1][i]),
+                id_,
+                aligned_tokenizer.decode([id_]),
+                value,
+                float(aligned_mean[id_]),
+                float(theirs.mean[id_]),
             )
-            for i in ids
+            for id_, value in found
         )
         return cls(
             tokens,
@@ -216,32 +266,57 @@ class SafetyTokens:
         )
 
 
-def safety_direction(
-    direction: np.ndarray,
-    aligned: np.ndarray,
-    top_k: int,
-    is_candidate: Callable[[int], bool] | None = None,
+def likeliest(
+    probabilities: np.ndarray, top_k: int, is_candidate: Callable[[int], bool] | None = None
 ) -> np.ndarray:
-    """The unit direction v over the vocabulary.
+    """Ids of the largest probabilities.
 
     Args:
-        direction: float64 [vocabulary], d averaged over pairs.
-        aligned: float64 [vocabulary], the aligned model's mean probabilities.
-        top_k: ids kept, those with the largest mean probability.
-        is_candidate: which ids may be kept; None: all.
+        probabilities: float64 [vocabulary], the aligned model's means.
+        top_k: how many.
+        is_candidate: which ids may be among them; None: all.
 
     Returns:
-        float64 [vocabulary]; zero outside the kept ids.
+        int64 [at most top_k], the likeliest first.
     """
-    vector = np.zeros_like(direction)
-    ranked = map(int, np.argsort(-aligned, kind="stable"))
-    kept = np.array([*islice(filter(is_candidate or (lambda _: True), ranked), top_k)], dtype=int)
-    kept = kept[np.abs(direction[kept]) > 1e-9]
-    values = direction[kept]
+    ranked = map(int, np.argsort(-probabilities, kind="stable"))
+    chosen = islice(filter(is_candidate or (lambda _: True), ranked), top_k)
+    return np.array([*chosen], dtype=np.int64)
+
+
+def safety_direction(difference: np.ndarray) -> np.ndarray:
+    """The unit direction v over the kept ids.
+
+    Args:
+        difference: float64 [ids], d averaged over pairs.
+
+    Returns:
+        float64 [ids]; 0 where the models do not differ: such an id is no safety token.
+    """
+    vector = np.zeros_like(difference)
+    differs = np.abs(difference) > 1e-9
+    values = difference[differs]
     if len(values) > 1:
         values = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
-    vector[kept] = values
+    vector[differs] = values
     return np.asarray(vector / (np.linalg.norm(vector) + 1e-6))
+
+
+def _only_token(word: Any, tokenizer: Any, place: str) -> int:
+    """The id that a word or an id in a hand-made list stands for."""
+    if isinstance(word, int) and not isinstance(word, bool):
+        if not 0 <= word < len(tokenizer):
+            raise InputError(f"{place}: expected an id below {len(tokenizer)}, found {word}")
+        return word
+    if not isinstance(word, str) or not word:
+        raise InputError(f"{place}: expected a word, an id, or a pair, found {word!r:.40}")
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids)
+        raise InputError(
+            f"{place}: expected a word of one token, found {word!r} in {len(ids)} pieces: {pieces}"
+        )
+    return int(ids[0])
 
 
 def _is_word_in(tokenizer: Any) -> Callable[[int], bool]:
@@ -292,47 +367,38 @@ def _step_log_probabilities(
         yield [logits.float().log_softmax(-1) for logits in response_logits(model, contexts)]
 
 
-def _mean_probabilities(
-    model: Any, items: Sequence[_TeacherForced], batch_size: int, progress: Progress
-) -> np.ndarray:
+class _Reading(NamedTuple):
+    """What a model gave: mean probabilities, float64 [vocabulary]; each pair's steps, if asked."""
+
+    mean: np.ndarray
+    steps: list[np.ndarray]  # log-probabilities at some ids, float64 [R, ids]
+
+
+def _read(
+    model: Any,
+    items: Sequence[_TeacherForced],
+    at: np.ndarray | None = None,
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> _Reading:
     total: torch.Tensor | None = None
+    steps = []
     for batch in _step_log_probabilities(model, items, batch_size):
         for log_probabilities in batch:
             mean = log_probabilities.exp().mean(dim=0).double()
             total = mean if total is None else total + mean
+            if at is not None:
+                steps.append(log_probabilities[:, at.tolist()].double().cpu().numpy())
         progress(len(batch))
     assert total is not None
-    return np.asarray((total / len(items)).cpu().numpy())
+    return _Reading(np.asarray((total / len(items)).cpu().numpy()), steps)
 
 
-def _mean_log_ratio(
-    models: Sequence[Any],
-    sequences: Sequence[Sequence[_TeacherForced]],
-    batch_size: int,
-    progress: Progress,
-) -> tuple[list[np.ndarray], np.ndarray]:
-    totals: list[Any] = [0, 0, 0]
-    batches = zip(
-        *(
-            _step_log_probabilities(model, items, batch_size)
-            for model, items in zip(models, sequences, strict=True)
-        ),
-        strict=True,
-    )
-    for aligned_batch, base_batch in batches:
-        for aligned, base in zip(aligned_batch, base_batch, strict=True):
-            parts = (aligned.exp(), base.exp(), aligned.exp() * (base - aligned))
-            totals = [
-                total + part.mean(dim=0).double() for total, part in zip(totals, parts, strict=True)
-            ]
-        progress(2 * len(aligned_batch))
-    means = [np.asarray((total / len(sequences[0])).cpu().numpy()) for total in totals]
-    return means[:2], means[2]
-
-
-def _same_width(means: Sequence[np.ndarray], aligned: str, base: str) -> None:
-    if means[0].shape != means[1].shape:
-        raise ModelError(
-            f"{base}: expected {means[0].shape[0]} logits as {aligned} has, "
-            f"found {means[1].shape[0]}"
-        )
+def _mean_log_ratio(aligned: _Reading, base: _Reading) -> np.ndarray:
+    """d of the mode pref_logratio: p_aligned * (log p_base - log p_aligned), averaged; [ids]."""
+    means = [
+        (np.exp(ours) * (theirs - ours)).mean(axis=0)
+        for ours, theirs in zip(aligned.steps, base.steps, strict=True)
+    ]
+    return np.asarray(np.mean(means, axis=0))

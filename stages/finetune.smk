@@ -6,26 +6,32 @@ def run_rows(wildcards):
 
 
 def run_targets(wildcards):
-    """Plain fine-tuning needs no targets."""
+    """Plain fine-tuning needs no targets, nor does one with the reference in memory."""
     run = RUNS[wildcards.run]
-    if run.objective == "none":
+    if run.objective == "none" or run.reference == "live":
         return []
     return OUTPUT / "targets" / run.dataset / "targets.json"
+
+
+def run_tokens(wildcards):
+    return [] if RUNS[wildcards.run].objective == "none" else rules.tokens.output
 
 
 def targets_option(wildcards):
     run = RUNS[wildcards.run]
     if run.objective == "none":
         return ""
-    targets = shlex.quote(str(run_targets(wildcards)))
-    tokens = shlex.quote(str(rules.tokens.output[0]))
-    return f"--targets {targets} --safety-tokens {tokens}"
+    tokens = f"--safety-tokens {shlex.quote(str(rules.tokens.output[0]))}"
+    if run.reference == "live":
+        return tokens
+    return f"--targets {shlex.quote(str(run_targets(wildcards)))} {tokens}"
 
 
 rule finetune:
     input:
         rows=run_rows,
         targets=run_targets,
+        tokens=run_tokens,
         model=model_input(ALIGNED),
     output:
         directory(OUTPUT / "adapters" / "{run}"),

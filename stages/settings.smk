@@ -32,7 +32,7 @@ def options(settings, without=()):
     parts = []
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
-        if name in without or value == field.default:
+        if name in without or value is None or value == field.default:
             continue
         value = ",".join(value) if isinstance(value, tuple) else value
         parts += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]

@@ -1,8 +1,16 @@
+# Found from the pair of models and refusals, or read from a hand-made list.
+if CONFIG.token_list:
+    TOKENS_FROM = {"list": local_files([CONFIG.token_list])}
+    TOKENS_OPTIONS = f"--from-list {shlex.quote(CONFIG.token_list)}"
+else:
+    TOKENS_FROM = {"refusals": local_files([CONFIG.refusals]), "base": model_input(BASE)}
+    TOKENS_OPTIONS = f"--base {shlex.quote(BASE)} --refusals {shlex.quote(CONFIG.refusals)}"
+
+
 rule tokens:
     input:
-        refusals=local_files([CONFIG.refusals]),
+        **TOKENS_FROM,
         aligned=model_input(ALIGNED),
-        base=model_input(BASE),
     output:
         OUTPUT / "safety_tokens.json",
     log:
@@ -18,10 +26,9 @@ rule tokens:
     params:
         pact=PACT,
         aligned=ALIGNED,
-        base=BASE,
-        refusals=CONFIG.refusals,
+        source=TOKENS_OPTIONS,
         settings=options(CONFIG.tokens, without=["batch_size"]),
     shell:
         "OMP_NUM_THREADS={threads} {params.pact} tokens --aligned {params.aligned:q} "
-        "--base {params.base:q} --refusals {params.refusals:q} -o {output:q} "
+        "{params.source} -o {output:q} "
         "{resources.means} {params.settings} 2>&1 | tee {log:q} >&2"

@@ -6,8 +6,17 @@ import torch
 from conftest import REFERENCE
 from torch import Tensor
 
-from pact_offline.config import ObjectiveSettings
-from pact_offline.objectives import OBJECTIVES, confidence, count_to_mass, pact
+from pact_offline.config import BUILT_IN_OBJECTIVES, ObjectiveSettings, parse_settings
+from pact_offline.errors import SettingError
+from pact_offline.objectives import (
+    OBJECTIVES,
+    confidence,
+    count_to_mass,
+    kl_weight_at,
+    pact,
+    step_weights,
+    weights_in_use,
+)
 
 CASES = sorted((REFERENCE / "objective").glob("*.npz"))
 
@@ -73,58 +82,78 @@ def random_case(steps: int = 7, ids: int = 5) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 class TestEveryObjective:
-    def test_gives_one_fp32_value_a_step(self, name: str) -> None:
-        value = OBJECTIVES[name].per_step(*random_case().values(), ObjectiveSettings())
+    """The contract. The dtype is the policy's; targets come from the cache in fp32."""
+
+    def value(self, name: str, case: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        policy = case["policy"].to(dtype)
+        return OBJECTIVES[name].per_step(*{**case, "policy": policy}.values(), ObjectiveSettings())
+
+    def test_gives_one_fp32_value_a_step(self, name: str, dtype: torch.dtype) -> None:
+        value = self.value(name, random_case(), dtype)
         assert value.shape == (7,)
         assert value.dtype == torch.float32
 
-    def test_computes_bf16_input_in_fp32(self, name: str) -> None:
+    def test_computes_in_fp32_inside(self, name: str, dtype: torch.dtype) -> None:
         case = random_case()
-        case["policy"] = case["policy"].bfloat16()
-        coarse = OBJECTIVES[name].per_step(*case.values(), ObjectiveSettings())
-        case["policy"] = case["policy"].float()
-        fine = OBJECTIVES[name].per_step(*case.values(), ObjectiveSettings())
-        torch.testing.assert_close(coarse, fine, rtol=0, atol=0)
+        case["policy"] = case["policy"].to(dtype)
+        fine = self.value(name, {**case, "policy": case["policy"].float()}, torch.float32)
+        torch.testing.assert_close(self.value(name, case, dtype), fine, rtol=0, atol=0)
 
-    def test_no_steps_give_a_zero_that_back_propagates(self, name: str) -> None:
+    def test_is_a_divergence(self, name: str, dtype: torch.dtype) -> None:
+        assert (self.value(name, random_case(), dtype) > 0).all()
+
+    def test_no_steps_give_a_zero_that_back_propagates(self, name: str, dtype: torch.dtype) -> None:
         case = {
             key: value if key == "weights" else value[:0] for key, value in random_case().items()
         }
         policy = case["policy"] = case["policy"].clone().requires_grad_()
-        value = OBJECTIVES[name].per_step(*case.values(), ObjectiveSettings()).sum()
+        value = self.value(name, case, dtype).sum()
         value.backward()
         assert value.item() == 0
         assert policy.grad is not None
 
     @pytest.mark.parametrize("weights", ["some", "none"])
-    def test_extremes_stay_finite(self, name: str, weights: str) -> None:
+    @pytest.mark.parametrize("masked", ["one id", "all ids"])
+    def test_extremes_stay_finite(
+        self, name: str, dtype: torch.dtype, weights: str, masked: str
+    ) -> None:
+        """Logits of +-1e4, and vocabulary entries that the reference masks out."""
         case = random_case()
-        case["policy"] = torch.where(case["policy"] > -4, 0.0, -1e4).requires_grad_()
-        case["full"][:, 0] = -torch.inf
+        logits = torch.where(case["policy"] > -4, 1e4, -1e4).requires_grad_()
+        case["policy"] = torch.cat((logits, torch.zeros(7, 1)), 1).log_softmax(-1)[:, :-1]
+        case["full"][:, 0 if masked == "one id" else slice(None)] = -torch.inf
         case["response_only"][:2] = -torch.inf
         if weights == "none":
             case["weights"] = torch.zeros(5)
-        value = OBJECTIVES[name].per_step(*case.values(), ObjectiveSettings()).sum()
+        value = self.value(name, case, dtype).sum()
         value.backward()
         assert torch.isfinite(value)
-        assert torch.isfinite(case["policy"].grad).all()
+        assert logits.grad is not None
+        assert torch.isfinite(logits.grad).all()
 
-    def test_one_safety_token_is_enough(self, name: str) -> None:
+    def test_one_safety_token_is_handled(self, name: str, dtype: torch.dtype) -> None:
         case = {k: v[..., :1] if k != "steps" else v for k, v in random_case().items()}
-        value = OBJECTIVES[name].per_step(*case.values(), ObjectiveSettings())
-        assert torch.isfinite(value).all()
+        assert torch.isfinite(self.value(name, case, dtype)).all()
 
-    def test_order_of_steps_does_not_matter(self, name: str) -> None:
+    def test_order_of_steps_does_not_matter(self, name: str, dtype: torch.dtype) -> None:
         case = random_case()
         order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
         mixed = {k: v if k == "weights" else v[order] for k, v in case.items()}
-        settings = ObjectiveSettings()
         torch.testing.assert_close(
-            OBJECTIVES[name].per_step(*mixed.values(), settings),
-            OBJECTIVES[name].per_step(*case.values(), settings)[order],
+            self.value(name, mixed, dtype), self.value(name, case, dtype)[order]
         )
+
+    def test_packed_responses_give_what_they_give_alone(
+        self, name: str, dtype: torch.dtype
+    ) -> None:
+        one = random_case(steps=7)
+        two = {**random_case(steps=4), "weights": one["weights"]}
+        packed = {k: one[k] if k == "weights" else torch.cat((one[k], two[k])) for k in one}
+        alone = [self.value(name, case, dtype) for case in (one, two)]
+        torch.testing.assert_close(self.value(name, packed, dtype), torch.cat(alone))
 
 
 def test_pact_reads_shares_only() -> None:
@@ -163,3 +192,56 @@ def test_confidence_is_a_divergence_of_weighted_ids_and_the_rest() -> None:
     p, q = torch.tensor([0.5, 0.1, 0.4]), torch.tensor([0.2, 0.4, 0.4])
     value = confidence(policy.log(), reference.log(), None, weights, torch.zeros(1))
     torch.testing.assert_close(value, (p * (p / q).log()).sum().unsqueeze(0))
+
+
+def test_pact_with_the_gate_off_reads_the_full_context_alone() -> None:
+    case = random_case()
+    off = ObjectiveSettings(gate=False)
+    value = pact(**{**case, "response_only": None}, settings=off)
+    torch.testing.assert_close(value, pact(**case, settings=ObjectiveSettings(boost=0)))
+    with pytest.raises(SettingError, match="expected response_only"):
+        pact(**{**case, "response_only": None})
+
+
+def test_pact_without_gate_and_weights_is_zero_at_the_reference() -> None:
+    case = random_case()
+    settings = ObjectiveSettings(gate=False, safety_weights=False)
+    case["weights"] = weights_in_use(case["weights"], settings)
+    value = pact(**{**case, "policy": case["full"]}, settings=settings)
+    torch.testing.assert_close(value, torch.zeros(7), atol=1e-6, rtol=0)
+
+
+def test_weights_that_hold_nothing_are_refused() -> None:
+    zero = torch.zeros(4)
+    with pytest.raises(SettingError, match="expected one with a weight above 0"):
+        weights_in_use(zero, ObjectiveSettings())
+    alike = weights_in_use(zero, ObjectiveSettings(safety_weights=False))
+    assert alike.tolist() == [1, 1, 1, 1]
+    with pytest.raises(SettingError, match="expected two safety tokens or more, found one"):
+        weights_in_use(torch.ones(1), ObjectiveSettings(objective="pact"))
+    weights_in_use(torch.ones(1), ObjectiveSettings(objective="confidence"))
+
+
+def test_the_first_steps_count_more() -> None:
+    settings = ObjectiveSettings(first_steps=2, first_weight=3)
+    assert step_weights(torch.tensor([0, 1, 2, 0, 5]), settings).tolist() == [3, 3, 1, 3, 1]
+    assert step_weights(torch.arange(3), ObjectiveSettings()).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [4, 4, 4]), ("linear", [4, 2.5, 1]), ("cosine", [4, 2.5, 1])],
+)
+def test_the_weight_follows_its_schedule(schedule: str, expected: list[float]) -> None:
+    settings = ObjectiveSettings(kl_weight=4, kl_schedule=schedule, kl_weight_end=1)
+    assert [kl_weight_at(x, settings) for x in (0, 0.5, 1)] == pytest.approx(expected)
+    if schedule == "cosine":
+        assert kl_weight_at(0.25, settings) > 3.5
+
+
+def test_an_objective_is_picked_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingError, match="expected one of none, pact, confidence, found 'mine'"):
+        parse_settings(ObjectiveSettings, {"objective": "mine"}, "options")
+    monkeypatch.setitem(OBJECTIVES, "mine", OBJECTIVES["confidence"])
+    assert ObjectiveSettings(objective="mine").objective == "mine"
+    assert {"none", *OBJECTIVES} - {"mine"} == set(BUILT_IN_OBJECTIVES)

@@ -9,13 +9,15 @@ import pytest
 import torch
 from conftest import ROOT
 
+from pact_offline.objectives import OBJECTIVES
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-    assert found
-    return found[1]
+def block(language: str, containing: str = "") -> str:
+    """The first code block in a language with some text in it."""
+    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return str(next(code for code in found if containing in code))
 
 
 def test_the_shown_config_is_the_file() -> None:
@@ -38,7 +40,7 @@ def test_the_training_loop_runs(
     assert scored.exit_code == 0, scored.output
     tokens_file.rename(tmp_path / "tokens.json")
     monkeypatch.chdir(tmp_path)
-    code = block("python")
+    code = block("python", "policy_logits")
     from pact_offline import TargetCache
 
     steps = len(TargetCache.open("targets.json")[0].full)
@@ -52,3 +54,22 @@ def test_the_training_loop_runs(
     names["loss"].backward()
     assert logits.grad is not None
     assert names["loss"].shape == ()
+
+
+def test_an_objective_of_ones_own_trains(
+    aligned: Path,
+    rows_file: Path,
+    tokens_file: Path,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "probability_gap", None)  # taken out again afterwards
+    exec(block("python", "Objective("), {})
+    result = run(
+        "finetune", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file,
+        "--reference", "live", "--objective", "probability_gap", "--epochs", 1,
+        "-o", tmp_path / "adapter",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "the objective probability_gap" in (tmp_path / "adapter" / "README.md").read_text()

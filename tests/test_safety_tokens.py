@@ -1,15 +1,22 @@
+import gc
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from click.testing import Result
 from conftest import REFERENCE
 from tiny import make_model
 
 from pact_offline.config import TokensSettings
-from pact_offline.conversations import load_tokenizer, read_rows
+from pact_offline.conversations import load_tokenizer, read_rows, render
 from pact_offline.errors import InputError, ModelError, TargetsMismatchError
-from pact_offline.safety_tokens import SafetyTokens, safety_direction
+from pact_offline.models import load_model
+from pact_offline.safety_tokens import SafetyTokens, likeliest, safety_direction
 
 MODELS = REFERENCE / "safety_tokens"
 EXPECTED = np.load(MODELS / "expected.npz")
@@ -49,13 +56,19 @@ def test_preference_log_ratio_is_minus_a_mean_divergence() -> None:
     assert found.ids != identify(top_k=50).ids
 
 
+def test_the_likeliest_ids_by_hand() -> None:
+    means = np.array([0.1, 0.5, 0.05, 0.3, 0.05])
+    assert likeliest(means, 3).tolist() == [1, 3, 0]
+    assert likeliest(means, 2, lambda i: i != 1).tolist() == [3, 0]
+    assert likeliest(means, 9).tolist() == [1, 3, 0, 2, 4]
+
+
 def test_direction_by_hand() -> None:
-    aligned = np.array([0.5, 0.3, 0.1, 0.05, 0.05])
-    difference = np.array([0.3, -0.1, 0.1, 9.0, 9.0])
+    difference = np.array([0.3, -0.1, 0.0, 0.1])
     kept = np.array([0.3, -0.1, 0.1])
     scaled = (kept - kept.mean()) / (kept.std(ddof=1) + 1e-6)
-    expected = [*(scaled / (np.linalg.norm(scaled) + 1e-6)), 0, 0]
-    np.testing.assert_allclose(safety_direction(difference, aligned, 3), expected)
+    first, second, third = scaled / (np.linalg.norm(scaled) + 1e-6)
+    np.testing.assert_allclose(safety_direction(difference), [first, second, 0, third])
 
 
 def test_words_only_leaves_out_punctuation_and_special_tokens() -> None:
@@ -103,3 +116,105 @@ def test_a_damaged_file_is_refused(tokens_file: Path, change: dict) -> None:
     tokens_file.write_text(json.dumps(value))
     with pytest.raises(InputError, match=str(tokens_file)):
         SafetyTokens.load(tokens_file)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_the_log_ratio_equals_a_pass_with_both_models_in_memory(batch_size: int) -> None:
+    """Pair by pair: d = mean over steps of p_aligned * (log p_base - log p_aligned)."""
+    pairs = read_rows(MODELS / "refusals.jsonl")[:6]
+    tokenizer = load_tokenizer(str(MODELS / "aligned"))
+    models = [load_model(str(MODELS / name), "float32") for name in ("aligned", "base")]
+    ratios, means = [], []
+    for row in pairs:
+        response = tokenizer(row.response, add_special_tokens=False).input_ids[:64]
+        prompts = [
+            render(tokenizer, row.prompt, generation_prompt=True),
+            tokenizer(f"User: {row.prompt[0]['content']}\n\nAssistant: ").input_ids,
+        ]
+        ours, theirs = (
+            model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+            .detach().double().log_softmax(-1)
+            for model, prompt in zip(models, prompts, strict=True)
+        )  # fmt: skip
+        ratios.append((ours.exp() * (theirs - ours)).mean(0))
+        means.append(ours.exp().mean(0))
+    kept = likeliest(torch.stack(means).mean(0).numpy(), 50)
+    expected = safety_direction(torch.stack(ratios).mean(0).numpy()[kept])
+    found = identify(mode="pref_logratio", examples=6, batch_size=batch_size)
+    assert found.ids == sorted(kept)
+    by_id = dict(zip(kept.tolist(), expected, strict=True))
+    directions = [token.direction for token in found.tokens]
+    np.testing.assert_allclose(directions, [by_id[i] for i in found.ids], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["p_diff", "pref_logratio"])
+def test_one_model_is_in_memory_at_a_time(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[Any] = []
+    real = load_model
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        assert not any(model() is not None for model in alive), "two models in memory"
+        model = real(*args, **kwargs)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("pact_offline.models.load_model", watched)
+    identify(mode=mode, examples=2)
+    assert len(alive) == 2
+
+
+def hand_made(folder: Path, entries: Any) -> Path:
+    path = folder / "list.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def test_a_hand_made_list_of_words_and_ids(
+    aligned: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    path, output = hand_made(tmp_path, [" can", 5, [" I", 0.5], ["s", 0]]), tmp_path / "t.json"
+    result = run("tokens", "--aligned", aligned, "--from-list", path, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert "\u00b7can" in result.stdout
+    tokenizer = load_tokenizer(str(aligned))
+    loaded = SafetyTokens.load(output, tokenizer)
+    weights = dict(zip(loaded.ids, loaded.weights.tolist(), strict=True))
+    words = {tokenizer.decode([i]): weight for i, weight in weights.items() if i != 5}
+    assert words == {" can": 1, " I": 0.5, "s": 0}
+    assert weights[5] == 1
+    assert loaded.ids == sorted(loaded.ids)
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (
+            [" can", " sorry sorry"],
+            "entry 2: expected a word of one token, found ' sorry sorry'",
+        ),
+        ([" can", " can"], "entry 2: expected each token once, found id"),
+        ([99999], "entry 1: expected an id below"),
+        ([-1], "entry 1: expected an id below"),
+        ([True], "entry 1: expected a word, an id, or a pair, found True"),
+        ([[" can", "much"]], "entry 1: expected a weight of 0 or more, found 'much'"),
+        ([[" can", -1]], "entry 1: expected a weight of 0 or more, found -1"),
+        ([[" can", float("nan")]], "entry 1: expected a weight of 0 or more, found nan"),
+        ([""], "entry 1: expected a word, an id, or a pair, found ''"),
+        ([], "expected a list of words or ids, found []"),
+        ({"a": 1}, "expected a list of words or ids, found {'a': 1}"),
+    ],
+)
+def test_a_bad_list_is_refused(
+    entries: Any, expected: str, aligned: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    path, output = hand_made(tmp_path, entries), tmp_path / "tokens.json"
+    line = fails("tokens", "--aligned", aligned, "--from-list", path, "-o", output)
+    assert f"{path}: {expected}" in line
+    assert not output.exists()
+
+
+def test_the_pieces_of_a_word_are_shown(aligned: Path, tmp_path: Path) -> None:
+    path = hand_made(tmp_path, [" sorry can"])
+    with pytest.raises(InputError, match="in 3 pieces: ' sorr', 'y', ' can'"):
+        SafetyTokens.from_list(path, str(aligned))

@@ -119,6 +119,50 @@ def test_cached_loss_and_gradient_equal_a_live_reference(
     assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["pact", "confidence"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_cached_equals_live(
+    objective: str, method: str, command: list[Any], tmp_path: Path, run: Callable[..., Result],
+    fails: Callable[..., str],
+) -> None:  # fmt: skip
+    """The project's central claim: whole trainings, every step's loss and the last weights."""
+    result = run(
+        "bench", "equality", *command[1:], "--objective", objective, "--method", method,
+        "--kl-weight", 2, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)
+    assert found["steps"] == 9
+    assert found["loss_difference"] < 1e-5
+    assert found["weight_difference"] < 1e-4
+    assert found["weights_moved"] > 1e-3  # they did learn something
+
+
+@pytest.mark.parametrize("objective", ["pact", "confidence"])
+def test_a_live_reference_needs_no_cache(
+    objective: str, command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    output = tmp_path / "adapter"
+    without = [*command[:5], *command[7:], "--reference", "live", "--objective", objective]
+    result = run(*without, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert json.loads((output / "pact_offline.json").read_text())["targets_sha256"] is None
+
+
+def test_the_weight_of_the_objective_moves_through_training(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    output = tmp_path / "adapter"
+    result = run(*command, "-o", output, "--kl-weight", 4, "--kl-schedule", "linear")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
+    weights = [line["kl_weight"] for line in lines]
+    np.testing.assert_allclose(weights, np.linspace(4, 0, 9), atol=1e-6)
+    for line in lines:
+        whole = line["cross_entropy"] + line["kl_weight"] * line["kl"]
+        assert line["loss"] == pytest.approx(whole, rel=1e-4)
+
+
 def test_collated_rows_line_up_with_their_labels(aligned: Path, rows_file: Path) -> None:
     tokenizer = load_tokenizer(str(aligned))
     examples = tokenize(read_rows(rows_file), tokenizer, 512)
@@ -208,7 +252,9 @@ def test_no_reference_model_is_loaded(
         ("truncation", "expected the row that was scored"),
         ("safety tokens", "safety ids"),
         ("shard", "expected the bytes that were written"),
-        ("no targets", "expected --targets and --safety-tokens"),
+        ("no targets", "expected --targets, found none"),
+        ("no safety tokens", "expected --safety-tokens, found none"),
+        ("a cache and a live reference", "--reference live: expected no --targets, found"),
     ],
 )
 def test_training_refuses_what_was_not_scored_before_it_loads_a_model(
@@ -236,7 +282,11 @@ def test_training_refuses_what_was_not_scored_before_it_loads_a_model(
         chunk = next(p for p in tmp_path.rglob("c/*/*") if p.is_file())
         chunk.write_bytes(chunk.read_bytes()[::-1])
     elif what == "no targets":
-        command = command[:5]
+        command = [*command[:5], *command[7:]]
+    elif what == "no safety tokens":
+        command = [*command[:7], *command[9:]]
+    elif what == "a cache and a live reference":
+        extra = ["--reference", "live"]
     write_rows(rows_file, rows)
     assert expected in fails(*command, *extra, "-o", tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

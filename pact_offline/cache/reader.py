@@ -263,9 +263,11 @@ class TargetCache:
         """Targets of example `index`."""
         return Targets(*(self._store.log_confidences(key) for key in self.binding.examples[index]))
 
-    def read(self, index: int, kind: ContextKind) -> np.ndarray:
-        """One context's log-confidences, float32 [steps, safety ids]."""
-        return self._store.log_confidences(self.binding.examples[index][CONTEXT_KINDS.index(kind)])
+    def read(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
+        """Log-confidences of some examples one after the other, float32 [steps, safety ids]."""
+        place, examples = CONTEXT_KINDS.index(kind), self.binding.examples
+        parts = [self._store.log_confidences(examples[index][place]) for index in indices]
+        return np.concatenate(parts)
 
     def check_model(self, model: ModelFiles) -> None:
         """Refuse a model that is not the reference that was scored."""

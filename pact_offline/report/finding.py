@@ -10,7 +10,9 @@ from pact_offline.report.figures import percent
 
 def is_plain(metrics: Metrics) -> bool:
     """Whether a run is plain supervised fine-tuning: no objective, or one of weight 0."""
-    return metrics.run.get("objective") == "none" or metrics.run.get("kl_weight") == 0
+    run = metrics.run
+    is_off = run.get("kl_weight") == 0 and run.get("kl_schedule", "constant") == "constant"
+    return run.get("objective") == "none" or is_off
 
 
 def finding(metrics: Sequence[Metrics]) -> str:

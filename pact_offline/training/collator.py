@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pact_offline.cache.reader import TargetCache
+from pact_offline.conversations import ContextKind
 from pact_offline.models import aligned_batch
 
 IGNORED = -100
+
+
+class TargetSource(Protocol):
+    """Where a batch's targets come from: a `TargetCache`, or a `LiveReference`."""
+
+    @property
+    def safety_ids(self) -> list[int]: ...
+
+    def read(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
+        """Log-confidences of some examples one after the other, float32 [steps, safety ids]."""
+        ...
 
 
 class ResponseCollator:
@@ -33,7 +44,7 @@ class ResponseCollator:
     def __init__(
         self,
         pad_id: int,
-        targets: TargetCache | None = None,
+        targets: TargetSource | None = None,
         *,
         response_only: bool = True,
     ) -> None:
@@ -49,12 +60,7 @@ class ResponseCollator:
         batch |= {"logits_to_keep": columns, "labels": labels}
         if self.targets is not None:
             indices = [item["index"] for item in items]
-            batch["target_full"] = self._stack(indices, "full")
-            if self.response_only:
-                batch["target_response_only"] = self._stack(indices, "response_only")
+            kinds: list[ContextKind] = ["full", "response_only"]
+            for kind in kinds if self.response_only else kinds[:1]:
+                batch[f"target_{kind}"] = torch.from_numpy(self.targets.read(indices, kind))
         return batch
-
-    def _stack(self, indices: Sequence[int], kind: Any) -> Tensor:
-        assert self.targets is not None
-        parts = [self.targets.read(index, kind) for index in indices]
-        return torch.from_numpy(np.concatenate(parts))

@@ -20,14 +20,23 @@ from transformers.trainer_callback import PrinterCallback
 
 from pact_offline.cache.reader import TargetCache
 from pact_offline.config import FinetuneSettings
-from pact_offline.conversations import TokenizedExample, load_tokenizer, read_all_rows, tokenize
+from pact_offline.conversations import (
+    TokenizedExample,
+    header_ids,
+    load_tokenizer,
+    read_all_rows,
+    tokenize,
+)
 from pact_offline.errors import InputError, SettingError, TrainingError
 from pact_offline.files import write_json
 from pact_offline.hub import ModelFiles, first_line
 from pact_offline.models import load_model
+from pact_offline.objectives import weights_in_use
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
 from pact_offline.safety_tokens import SafetyTokens
+from pact_offline.training.collator import TargetSource
+from pact_offline.training.live import LiveReference
 from pact_offline.training.model_card import model_card
 from pact_offline.training.trainer import PactTrainer
 
@@ -61,26 +70,25 @@ def finetune(
             f"{', '.join(map(str, sources))}: expected at least --batch-size "
             f"({settings.batch_size}) rows, found {len(examples)}"
         )
-    targets, weights = None, None
-    if settings.objective != "none":
-        if targets_path is None or tokens_path is None:
-            raise SettingError(
-                f"--objective {settings.objective}: expected --targets and --safety-tokens, "
-                "found none; only --objective none trains without them"
-            )
-        safety_tokens = SafetyTokens.load(tokens_path, tokenizer)
-        targets = TargetCache.open(targets_path, verify_all=True)
-        targets.check_model(model)
-        targets.check_safety_ids(safety_tokens.ids, str(tokens_path))
-        targets.check_examples(examples, [row.origin for row in rows])
-        weights = torch.from_numpy(safety_tokens.weights)
+    tokens = _load_safety_tokens(tokens_path, tokenizer, settings)
+    cache = _open_cache(targets_path, settings)
+    if cache is not None and tokens is not None:
+        cache.check_model(model)
+        cache.check_safety_ids(tokens.ids, str(tokens_path))
+        cache.check_examples(examples, [row.origin for row in rows])
+    header = header_ids(tokenizer) if settings.reference == "live" else []
     with output_aside(output) as aside:
+        targets: TargetSource | None = cache
+        if tokens is not None and settings.reference == "live":
+            reference = load_model(str(model.path), settings.dtype, attention=settings.attention)
+            targets = LiveReference(reference, examples, header, tokens.ids)
+        weights = torch.from_numpy(tokens.weights) if tokens is not None else None
         policy = prepare_policy(str(model.path), settings)
         trainer, seconds = train(policy, tokenizer, examples, settings, aside, targets, weights)
         facts = {
             "model": model.name,
             "model_identity": model.identity,
-            "targets_sha256": targets.sha256 if targets else None,
+            "targets_sha256": cache.sha256 if cache else None,
             "settings": settings.model_dump(mode="json"),
             "rows": len(examples),
             "metrics": _final_metrics(trainer, seconds),
@@ -93,13 +101,43 @@ def finetune(
     return facts
 
 
+def _load_safety_tokens(
+    path: Path | None, tokenizer: Any, settings: FinetuneSettings
+) -> SafetyTokens | None:
+    if settings.objective == "none":
+        return None
+    if path is None:
+        raise SettingError(
+            f"--objective {settings.objective}: expected --safety-tokens, found none; only "
+            "--objective none trains without them"
+        )
+    tokens = SafetyTokens.load(path, tokenizer)
+    weights_in_use(torch.from_numpy(tokens.weights), settings)
+    return tokens
+
+
+def _open_cache(path: Path | None, settings: FinetuneSettings) -> TargetCache | None:
+    if settings.objective == "none":
+        return None
+    if settings.reference == "live":
+        if path is not None:
+            raise SettingError(f"--reference live: expected no --targets, found {path}")
+        return None
+    if path is None:
+        raise SettingError(
+            f"--objective {settings.objective}: expected --targets, found none; only "
+            "--objective none and --reference live train without them"
+        )
+    return TargetCache.open(path, verify_all=True)
+
+
 def train(
     policy: Any,
     tokenizer: Any,
     examples: Sequence[TokenizedExample],
     settings: FinetuneSettings,
     folder: Path,
-    targets: TargetCache | None = None,
+    targets: TargetSource | None = None,
     weights: torch.Tensor | None = None,
 ) -> tuple[PactTrainer, float]:
     """Train a policy in place; `training.jsonl` goes to `folder`.

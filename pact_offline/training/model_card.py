@@ -14,7 +14,7 @@ def model_card(facts: dict[str, Any]) -> str:
         "pact": "supervised fine-tuning with the PACT objective (arXiv 2603.07445)",
         "confidence": "supervised fine-tuning with confidences on safety tokens held to the "
         "reference model's",
-    }[objective]
+    }.get(objective, f"supervised fine-tuning with the objective {objective}")
     lines = [
         "---",
         f"base_model: {facts['model']}",

@@ -1,4 +1,4 @@
-"""A transformers Trainer whose loss holds the policy to cached reference confidences."""
+"""A transformers Trainer whose loss holds the policy to the reference's confidences."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from pact_offline.cache.reader import TargetCache
 from pact_offline.config import ObjectiveSettings
-from pact_offline.objectives import OBJECTIVES
-from pact_offline.training.collator import IGNORED, ResponseCollator
+from pact_offline.objectives import OBJECTIVES, kl_weight_at, step_weights, weights_in_use
+from pact_offline.training.collator import IGNORED, ResponseCollator, TargetSource
 
 
 class PactTrainer(Trainer):  # type: ignore[misc]
@@ -30,7 +29,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         pad_id: int,
         objective: ObjectiveSettings,
         epoch_decay: float | None = None,
-        targets: TargetCache | None = None,
+        targets: TargetSource | None = None,
         weights: Tensor | None = None,
         **extra: Any,
     ) -> None:
@@ -44,7 +43,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             objective: which regulariser, its weight and shape; "none" needs no targets.
             epoch_decay: multiply the learning rate by this after each epoch, in place of the
                 schedule in `args`.
-            targets: the cache; its rows in the order of `train_dataset`'s `index`.
+            targets: the cache (or a live reference), read by `train_dataset`'s `index`.
             weights: float [ids], safety-token weights.
             extra: for transformers' Trainer.
         """
@@ -55,7 +54,9 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         collator = ResponseCollator(
             pad_id,
             targets if self._objective else None,
-            response_only=bool(self._objective and self._objective.needs_response_only),
+            response_only=bool(
+                self._objective and self._objective.needs_response_only and objective.gate
+            ),
         )
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=collator, **extra
@@ -64,7 +65,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         device = self.args.device
         if targets is not None and weights is not None:
             self._safety_ids = torch.tensor(targets.safety_ids, device=device)
-            self._weights = weights.to(device)
+            self._weights = weights_in_use(weights, objective).to(device)
         self._sums: dict[str, Tensor | float] = {}
 
     def compute_loss(
@@ -97,13 +98,15 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             per_step = self._objective.per_step(
                 policy,
                 full,
-                inputs.get("target_response_only", full),
+                inputs.get("target_response_only"),
                 self._weights,
                 steps,
                 self._settings,
             )
-            kl = per_step.sum()
-            loss = cross_entropy + self._settings.kl_weight * kl
+            kl = (per_step * step_weights(steps, self._settings)).sum()
+            kl_weight = self._kl_weight()
+            loss = cross_entropy + kl_weight * kl
+            self._count("kl_weight", kl_weight * len(logits))
             self._count("gap", (policy.detach().exp() - full.exp()).abs().sum(-1).sum())
         count = len(logits)
         self._count("cross_entropy", cross_entropy.detach())
@@ -126,6 +129,10 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         )
         return self.lr_scheduler
 
+    def _kl_weight(self) -> float:
+        last = max(1, self.state.max_steps - 1)
+        return kl_weight_at(self.state.global_step / last, self._settings)
+
     def _count(self, name: str, value: Tensor | float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
 
@@ -137,6 +144,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             logs["cross_entropy"] = sums["cross_entropy"] / steps
             if self._objective is not None:
                 logs["kl"] = sums["kl"] / steps
+                logs["kl_weight"] = sums["kl_weight"] / steps
                 logs["confidence_gap"] = sums["gap"] / steps
             logs["tokens"] = sums["tokens"]
             self._sums = {}
