@@ -63,8 +63,9 @@ class ScoreSettings(Settings):
         "auto", description="auto: vLLM where it is installed, else transformers."
     )
     dtype: Dtype = Field("bfloat16", description="Compute dtype of the reference model.")
-    stored_dtype: Literal["float16", "float32"] = Field(
-        "float16", description="Dtype of stored log-confidences; float32 is exact."
+    stored_dtype: Literal["uint8", "float16", "float32"] = Field(
+        "float16",
+        description="How log-confidences are stored: exactly (float32), or in 2 or 1 bytes each.",
     )
     max_tokens: int = Field(512, ge=2, description="A row is cut at this many tokens.")
     batch_tokens: int = Field(
@@ -76,6 +77,20 @@ class ScoreSettings(Settings):
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one model (vLLM).")
     shard_steps: int = Field(
         131072, ge=1, description="Response steps per shard; a killed run loses one shard at most."
+    )
+
+
+class AuditSettings(Settings):
+    """How a cache is checked against its model."""
+
+    sample: int = Field(64, ge=1, description="Rows drawn at random.")
+    seed: int = Field(0, ge=0, description="Seed of the draw.")
+    backend: Literal["vllm", "transformers"] = Field(
+        "transformers", description="What scores them again."
+    )
+    dtype: Dtype = Field("float32", description="Compute dtype of the new scores.")
+    tolerance: float = Field(
+        2.0, gt=0, description="Largest difference allowed, in units of the compute dtype's noise."
     )
 
 

@@ -26,6 +26,11 @@ FORMAT_VERSION = 1
 Progress = Callable[[int], object]
 
 
+def visible(text: str) -> str:
+    """A token's text on one line, with its spaces shown as dots."""
+    return text.replace(" ", "\u00b7").encode("unicode_escape").decode().replace("\\xb7", "\u00b7")
+
+
 @dataclass(frozen=True)
 class SafetyToken:
     """One id of the set.
@@ -79,11 +84,9 @@ class SafetyTokens:
         """The tokens for a person, the heaviest first; spaces are shown as a dot."""
         lines = [f"{'token':16} {'id':>7} {'weight':>8} {'aligned':>9} {'base':>9}"]
         for token in sorted(self.tokens, key=lambda token: -token.direction):
-            text = token.text.replace(" ", "\u00b7").encode("unicode_escape").decode()
-            text = text.replace("\\xb7", "\u00b7")
             means = ("-" if m is None else f"{m:.5f}" for m in (token.aligned, token.base))
             columns = " ".join(f"{mean:>9}" for mean in means)
-            lines.append(f"{text:16} {token.id:7} {token.weight:8.4f} {columns}")
+            lines.append(f"{visible(token.text):16} {token.id:7} {token.weight:8.4f} {columns}")
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:

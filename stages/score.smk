@@ -50,7 +50,7 @@ rule score_part:
     shell:
         "part={wildcards.scatteritem}; "
         "OMP_NUM_THREADS={threads} {params.pact} score --model {params.model:q} {params.rows} "
-        f"--safety-tokens {{input.tokens:q}} --cache {shlex.quote(str(CACHE))} "
+        f"--safety-tokens {{input.tokens:q}} --cache {shlex.quote(CACHE)} "
         '--part "${{part%%-of-*}}/${{part##*-of-}}" '
         "{params.values} {resources.means} 2>&1 | tee {log:q} >&2"
 
@@ -76,5 +76,5 @@ rule targets:
         values=SCORE_VALUES,
     shell:
         "{params.pact} score --model {params.model:q} {params.rows} "
-        f"--safety-tokens {{input.tokens:q}} --cache {shlex.quote(str(CACHE))} -o {{output:q}} "
+        f"--safety-tokens {{input.tokens:q}} --cache {shlex.quote(CACHE)} -o {{output:q}} "
         "{params.values} {resources.means} 2>&1 | tee {log:q} >&2"

@@ -15,7 +15,7 @@ except PactError as error:
     sys.exit(2)
 validate(config, "config.schema.yaml")
 OUTPUT = Path(CONFIG.output)
-CACHE = Path(CONFIG.cache or OUTPUT / "cache")
+CACHE = CONFIG.cache or str(OUTPUT / "cache")  # a directory or a URL
 IS_DEMO = CONFIG.models.aligned is None
 ALIGNED = str(OUTPUT / "models" / "aligned") if IS_DEMO else CONFIG.models.aligned
 BASE = str(OUTPUT / "models" / "base") if IS_DEMO else CONFIG.models.base

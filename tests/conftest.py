@@ -83,3 +83,21 @@ def fails(run: Callable[..., Result]) -> Callable[..., str]:
         return lines[0]
 
     return invoke
+
+
+FACTS = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def fact(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Say something at the end of the test run."""
+    return request.config.stash.setdefault(FACTS, []).append
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if facts := config.stash.get(FACTS, []):
+        terminalreporter.section("faults made on purpose")
+        for line in facts:
+            terminalreporter.write_line(line)

@@ -7,12 +7,15 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pact_offline.config import read_text
+from pact_offline.cache.encoding import StoredDtype
+from pact_offline.cache.storage import Storage, join
 from pact_offline.errors import StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+IDENTITY_FILE = "identity.json"
+_MAX_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Identity:
         header_ids: assistant header of the response-only contexts.
         engine: name and version of what computed the values.
         compute_dtype: dtype of the forward pass.
-        stored_dtype: "float16" or "float32".
+        stored_dtype: encoding of the stored values.
         format_version: of the store.
     """
 
@@ -34,7 +37,7 @@ class Identity:
     header_ids: tuple[int, ...]
     engine: str
     compute_dtype: str
-    stored_dtype: str
+    stored_dtype: StoredDtype
     format_version: int = FORMAT_VERSION
 
     @property
@@ -71,9 +74,9 @@ class Identity:
                 f"{source}: format_version: expected {FORMAT_VERSION}, "
                 f"found {value['format_version']}; this store is of another pact-offline"
             )
-        if value["stored_dtype"] not in ("float16", "float32"):
+        if value["stored_dtype"] not in get_args(StoredDtype):
             raise StoreError(
-                f"{source}: stored_dtype: expected float16 or float32, "
+                f"{source}: stored_dtype: expected one of {', '.join(get_args(StoredDtype))}, "
                 f"found {value['stored_dtype']!r:.40}"
             )
         for key in ("safety_ids", "header_ids"):
@@ -87,17 +90,33 @@ class Identity:
             }
         )
 
-    @classmethod
-    def load(cls, path: Path) -> Identity:
-        """Read `identity.json`."""
-        try:
-            value = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise StoreError(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
-        return cls.from_dict(value, str(path))
+    def to_bytes(self) -> bytes:
+        """`identity.json`."""
+        return (json.dumps(self.to_dict(), indent=1) + "\n").encode()
 
 
-def store_path(cache: Path, model_name: str, identity: Identity) -> Path:
+def read_identity(storage: Storage) -> Identity:
+    """Read a store's `identity.json`.
+
+    Raises:
+        StoreError: there is none, or not one byte for byte as this format writes it.
+    """
+    place = f"{storage.url}/{IDENTITY_FILE}"
+    if not storage.has(IDENTITY_FILE):
+        raise StoreError(f"{storage.url}: expected a store with {IDENTITY_FILE}, found none")
+    data = storage.read(IDENTITY_FILE, _MAX_BYTES)
+    try:
+        identity = Identity.from_dict(json.loads(data), place)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{place}: expected JSON, found: {error}") from None
+    if identity.to_bytes() != data:
+        raise StoreError(f"{place}: expected the bytes that were written, found others")
+    return identity
+
+
+def store_path(cache: str | Path, model_name: str, identity: Identity) -> str:
     """CACHE/<name>-<12 hex>; the name is for people, the digits decide."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name).strip(".-") or "model"
-    return cache / f"{name[:48]}-{identity.digest[:12]}"
+    return join(cache, f"{name[:48]}-{identity.digest[:12]}")

@@ -1,42 +1,49 @@
-"""One shard: an immutable directory that appears by one rename.
+"""One shard: an immutable folder of a store, committed whole.
 
-<shard id>/shard.json                 the sidecar: counts, provenance, SHA-256 of every file
-<shard id>/contexts.arrow             key, kind, first_step, steps; one row a context
-<shard id>/log_confidence.zarr/...    Zarr v3 array [steps, safety ids]
+shards/<shard id>/shard.json             the sidecar: counts, provenance, SHA-256 of every file
+shards/<shard id>/contexts.arrow         key, kind, steps; one row a context, in the arrays' order
+shards/<shard id>/log_confidence.zarr/   Zarr v3 array [steps, safety ids], one plain chunk
+shards/<shard id>/scale.zarr/            Zarr v3 array [steps]; beside eight-bit codes only
+
+A shard's id is the start of its sidecar's SHA-256, so whoever knows the id can check every byte.
+The files' names are fixed; none is read from a file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import zarr
 
+from pact_offline.cache.encoding import StoredDtype, array_dtypes, encode
+from pact_offline.cache.identity import Identity
+from pact_offline.cache.storage import Storage
 from pact_offline.conversations import CONTEXT_KINDS
 from pact_offline.errors import StoreError
 from pact_offline.files import sha256_file
 
+SHARDS = "shards"
 SIDECAR = "shard.json"
 CONTEXTS = "contexts.arrow"
-ARRAY = "log_confidence.zarr"
-CHUNK_STEPS = 4096
 _ID = re.compile(r"[0-9a-f]{32}")
 _MAX_SIDECAR = 1 << 20
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.binary(16)),
-        ("kind", pa.string()),
-        ("first_step", pa.int64()),
-        ("steps", pa.int32()),
-    ]
+_MENDED_BY = (
+    "`pact-offline cache verify STORE --repair` drops the shard, and `pact-offline score` "
+    "fills the gap"
 )
+
+# Fixed widths only: no declared length can ask for more memory than the file has bytes.
+SCHEMA = pa.schema([("key", pa.binary(16)), ("kind", pa.int8()), ("steps", pa.int32())])
+_ROW_BYTES = 64
 
 
 def check_shard_id(value: Any, source: str) -> str:
@@ -46,13 +53,42 @@ def check_shard_id(value: Any, source: str) -> str:
     return value
 
 
+def shard_id_of(sidecar: bytes) -> str:
+    """The id of a shard with this sidecar: the first 16 bytes of its SHA-256, in hex."""
+    return hashlib.sha256(sidecar).hexdigest()[:32]
+
+
+def shard_ids(storage: Storage) -> list[str]:
+    """Ids of the committed shards, sorted."""
+    return [
+        check_shard_id(name, f"{storage.url}/{SHARDS}")
+        for name in storage.names(SHARDS)
+        if storage.has(f"{SHARDS}/{name}/{SIDECAR}")
+    ]
+
+
+def array_files(stored_dtype: StoredDtype) -> dict[str, tuple[str, str]]:
+    """Each array's files: its Zarr metadata and its one chunk."""
+    dimensions = {"log_confidence": "c/0/0", "scale": "c/0"}
+    return {
+        name: (f"{name}.zarr/zarr.json", f"{name}.zarr/{dimensions[name]}")
+        for name in array_dtypes(stored_dtype)
+    }
+
+
+def data_files(stored_dtype: StoredDtype) -> tuple[str, ...]:
+    """Every file of a shard but the sidecar."""
+    files = array_files(stored_dtype).values()
+    return (CONTEXTS, *(name for pair in files for name in pair))
+
+
 @dataclass(frozen=True)
 class Sidecar:
     """`shard.json`.
 
     Attributes:
         identity: digest of the store's identity.
-        contexts, steps: rows of the Arrow table and of the array.
+        contexts, steps: rows of the Arrow table and of the arrays.
         files: relative path to SHA-256, every file but the sidecar.
         provenance: what is recorded but determines no value.
     """
@@ -64,32 +100,32 @@ class Sidecar:
     provenance: dict[str, Any]
 
 
-def read_sidecar(shard: Path) -> Sidecar:
-    """Read and check a shard's sidecar; `StoreError` where there is none or it is damaged."""
-    path = shard / SIDECAR
-    try:
-        if path.stat().st_size > _MAX_SIDECAR:
-            raise StoreError(f"{path}: expected at most {_MAX_SIDECAR} bytes, found more")
-        value = json.loads(path.read_bytes())
-        sidecar = Sidecar(**value)
-        right = (
-            isinstance(sidecar.files, dict)
-            and isinstance(sidecar.contexts, int)
-            and isinstance(sidecar.steps, int)
-            and all(_is_inside(name) for name in sidecar.files)
-        )
-    except StoreError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        raise StoreError(f"{path}: expected a shard's sidecar, found: {error}") from None
-    if not right:
-        raise StoreError(f"{path}: expected counts and files of a shard, found otherwise")
-    return sidecar
+class Contexts(NamedTuple):
+    """A shard's contexts: keys, fixed-size binary [contexts]; steps of each, int64 [contexts]."""
+
+    keys: pa.FixedSizeBinaryArray
+    steps: np.ndarray
 
 
-def _is_inside(name: str) -> bool:
-    parts = name.split("/")
-    return bool(name) and not name.startswith("/") and ".." not in parts and "\\" not in name
+def find_keys(wanted: pa.Array, keys: pa.Array) -> np.ndarray:
+    """Where each wanted key stands first among `keys`, int64; -1 where it does not."""
+    found = pc.index_in(wanted, value_set=keys)
+    return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def pack_keys(hex_keys: Sequence[str]) -> pa.FixedSizeBinaryArray:
+    """Context keys as fixed-size binary; `ValueError` where one is not 32 hex digits."""
+    data = bytes.fromhex("".join(hex_keys))
+    if len(data) != 16 * len(hex_keys):
+        raise ValueError("expected keys of 32 hex digits")
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(16), len(hex_keys), [None, pa.py_buffer(data)]
+    )
+
+
+def join_keys(parts: Sequence[pa.Array]) -> pa.FixedSizeBinaryArray:
+    """Keys of many shards, one after the other."""
+    return pa.concat_arrays([pack_keys([]), *parts])
 
 
 def write_shard(
@@ -98,121 +134,169 @@ def write_shard(
     kinds: Sequence[str],
     values: Sequence[np.ndarray],
     *,
-    identity: str,
-    stored_dtype: str,
+    identity: Identity,
     provenance: dict[str, Any],
-) -> None:
-    """Write a shard's files and, last, its sidecar into an empty folder.
+) -> str:
+    """Write a shard's files into an empty folder; the sidecar last.
 
     Args:
-        folder: made here.
+        folder: there, and empty.
         keys, kinds, values: one entry a context; values are [steps, safety ids].
-        identity: digest of the store's identity.
-        stored_dtype: dtype on disk.
+        identity: of the store.
         provenance: recorded in the sidecar.
+
+    Returns:
+        the shard's id.
     """
-    folder.mkdir(parents=True)
-    steps = [len(item) for item in values]
-    rows = np.concatenate(values).astype(stored_dtype)
-    array = zarr.create_array(
-        folder / ARRAY,
-        shape=rows.shape,
-        dtype=rows.dtype,
-        chunks=(min(CHUNK_STEPS, len(rows)), rows.shape[1]),
-        compressors=zarr.codecs.BloscCodec(
-            cname="zstd", clevel=5, shuffle="bitshuffle", typesize=rows.dtype.itemsize
-        ),
-        fill_value=0,
-    )
-    array[:] = rows
-    firsts = np.cumsum([0, *steps[:-1]], dtype=np.int64)
-    table = pa.table(
-        [[bytes.fromhex(key) for key in keys], list(kinds), firsts, np.array(steps, np.int32)],
-        schema=SCHEMA,
-    )
+    steps = np.array([len(item) for item in values], dtype=np.int32)
+    for name, rows in encode(np.concatenate(values), identity.stored_dtype).items():
+        array = zarr.create_array(
+            folder / f"{name}.zarr",
+            shape=rows.shape,
+            dtype=rows.dtype,
+            chunks=rows.shape,
+            compressors=None,
+            filters=None,
+            fill_value=0,
+            config={"write_empty_chunks": True},
+        )
+        array[:] = rows
+    numbers = np.array([CONTEXT_KINDS.index(kind) for kind in kinds], dtype=np.int8)  # type: ignore[arg-type]
+    table = pa.table([pack_keys(keys), numbers, steps], schema=SCHEMA)
     with pa.OSFile(str(folder / CONTEXTS), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         writer.write_table(table)
-    files = {
-        file.relative_to(folder).as_posix(): sha256_file(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-    sidecar = Sidecar(identity, len(keys), len(rows), files, provenance)
-    (folder / SIDECAR).write_text(json.dumps(asdict(sidecar), indent=1) + "\n", encoding="utf-8")
+    files = {name: sha256_file(folder / name) for name in data_files(identity.stored_dtype)}
+    sidecar = Sidecar(identity.digest, len(keys), int(steps.sum()), files, provenance)
+    data = (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
+    (folder / SIDECAR).write_bytes(data)
+    return shard_id_of(data)
 
 
-def verify_shard(shard: Path, sidecar: Sidecar) -> None:
-    """Check the bytes of every file, and that there is no file more.
+class Shard:
+    """A committed shard, read-only."""
 
-    Raises:
-        StoreError: names the file.
-    """
-    found = set()
-    for path in sorted(shard.rglob("*")):
-        if path.is_symlink():
-            raise StoreError(f"{path}: expected a plain file, found a symbolic link")
-        if path.is_file():
-            found.add(path.relative_to(shard).as_posix())
-    found.discard(SIDECAR)
-    if found != set(sidecar.files):
-        odd = sorted(found ^ set(sidecar.files))[0]
-        raise StoreError(f"{shard}: expected the files its sidecar lists, found {odd!r} otherwise")
-    for name in sidecar.files:
-        _verify_file(shard, name, sidecar)
+    def __init__(self, storage: Storage, shard_id: str, identity: Identity) -> None:
+        """Read the sidecar.
 
-
-def _verify_file(shard: Path, name: str, sidecar: Sidecar) -> None:
-    expected = str(sidecar.files.get(name))
-    try:
-        actual = sha256_file(shard / name)
-    except OSError as error:
-        raise StoreError(f"{shard / name}: cannot be read: {error.strerror}") from None
-    if actual != expected:
-        raise StoreError(
-            f"{shard / name}: expected the bytes that were written "
-            f"(sha256 {expected:.12}…), found others (sha256 {actual:.12}…)"
-        )
-
-
-def read_contexts(shard: Path, sidecar: Sidecar) -> pa.Table:
-    """The Arrow table of a shard: key, kind, first_step, steps.
-
-    Raises:
-        StoreError: its bytes are not those that were written, or its rows lie outside the array.
-    """
-    path = shard / CONTEXTS
-    _verify_file(shard, CONTEXTS, sidecar)
-    try:
-        with pa.memory_map(str(path)) as file:
-            table = pa.ipc.open_file(file).read_all()
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path}: expected an Arrow table, found: {error}") from None
-    if table.schema != SCHEMA or len(table) != sidecar.contexts:
-        raise StoreError(f"{path}: expected {sidecar.contexts} contexts, found otherwise")
-    first, steps = table["first_step"].to_numpy(), table["steps"].to_numpy()
-    kinds = set(table["kind"].unique().to_pylist())
-    inside = (first >= 0) & (steps > 0) & (first + steps <= sidecar.steps)
-    if not inside.all() or not kinds <= set(CONTEXT_KINDS):
-        raise StoreError(f"{path}: expected contexts within {sidecar.steps} steps, found otherwise")
-    return table
-
-
-def read_array(shard: Path, sidecar: Sidecar, ids: int, dtype: str) -> np.ndarray:
-    """The shard's log-confidences, [steps, ids] in `dtype`.
-
-    Raises:
-        StoreError: another shape or dtype than the identity and sidecar say.
-    """
-    path = shard / ARRAY
-    try:
-        array = zarr.open_array(path, mode="r", zarr_format=3)
-        if array.shape != (sidecar.steps, ids) or array.dtype != np.dtype(dtype):
+        Raises:
+            StoreError: there is none, it is damaged, or it is of another store.
+        """
+        self._storage, self._identity = storage, identity
+        self.id, self._folder = shard_id, f"{SHARDS}/{shard_id}"
+        self.place = f"{storage.url}/{self._folder}"
+        data = storage.read(f"{self._folder}/{SIDECAR}", _MAX_SIDECAR)
+        if shard_id_of(data) != shard_id:
             raise StoreError(
-                f"{path}: expected {dtype} [{sidecar.steps}, {ids}], "
-                f"found {array.dtype} {list(array.shape)}"
+                f"{self.place}/{SIDECAR}: expected the bytes that were written, found others; "
+                f"{_MENDED_BY}"
             )
-        return np.asarray(array[:])
-    except StoreError:
-        raise
-    except Exception as error:
-        raise StoreError(f"{path}: expected a Zarr array, found: {error}") from None
+        self.sidecar = _parse_sidecar(data, f"{self.place}/{SIDECAR}")
+        if self.sidecar.identity != identity.digest:
+            raise StoreError(f"{self.place}: expected a shard of this store, found one of another")
+        if set(self.sidecar.files) != set(data_files(identity.stored_dtype)):
+            raise StoreError(
+                f"{self.place}/{SIDECAR}: files: expected "
+                f"{', '.join(data_files(identity.stored_dtype))}, found others"
+            )
+
+    def contexts(self) -> Contexts:
+        """The keys and steps of its contexts, after their bytes have been checked.
+
+        Raises:
+            StoreError: other bytes than were written, or rows that do not fit the arrays.
+        """
+        sidecar, path = self.sidecar, self._verified(CONTEXTS)
+        place = f"{self.place}/{CONTEXTS}"
+        if path.stat().st_size > _ROW_BYTES * (sidecar.contexts + 1024):
+            raise StoreError(f"{place}: expected {sidecar.contexts} contexts, found a larger file")
+        try:
+            with pa.OSFile(str(path)) as file:
+                table = pa.ipc.open_file(file).read_all()
+                table.validate()
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{place}: expected an Arrow table, found: {error}") from None
+        if table.schema != SCHEMA or len(table) != sidecar.contexts:
+            raise StoreError(f"{place}: expected {sidecar.contexts} contexts, found otherwise")
+        steps = table["steps"].to_numpy().astype(np.int64)
+        kinds = table["kind"].to_numpy()
+        fits = (steps > 0).all() and steps.sum() == sidecar.steps
+        if not fits or not np.isin(kinds, range(len(CONTEXT_KINDS))).all():
+            raise StoreError(f"{place}: expected {sidecar.steps} steps, found otherwise")
+        return Contexts(table["key"].combine_chunks(), steps)
+
+    def arrays(self) -> dict[str, Path]:
+        """The chunk file of each array, after its bytes and metadata have been checked.
+
+        Raises:
+            StoreError: other bytes than were written, or an array of another shape or form.
+        """
+        steps, ids = self.sidecar.steps, len(self._identity.safety_ids)
+        chunks = {}
+        for name, dtype in array_dtypes(self._identity.stored_dtype).items():
+            metadata, chunk = array_files(self._identity.stored_dtype)[name]
+            shape = (steps, ids) if name == "log_confidence" else (steps,)
+            folder = self._verified(metadata).parent
+            _check_array(folder, shape, dtype, f"{self.place}/{name}.zarr")
+            path = self._verified(chunk)
+            if path.stat().st_size != dtype.itemsize * int(np.prod(shape)):
+                raise StoreError(f"{self.place}/{chunk}: expected {shape} {dtype}, found otherwise")
+            chunks[name] = path
+        return chunks
+
+    def verify(self) -> dict[str, Path]:
+        """Check every byte, and that no file lies there that the sidecar does not list.
+
+        Returns:
+            as `arrays`.
+        """
+        self.contexts()
+        chunks = self.arrays()
+        expected = {name.split("/")[0] for name in self.sidecar.files} | {SIDECAR}
+        if odd := sorted(set(self._storage.names(self._folder)) - expected):
+            raise StoreError(f"{self.place}: expected only the files of a shard, found {odd[0]!r}")
+        return chunks
+
+    def _verified(self, name: str) -> Path:
+        path = self._storage.local(self._folder, (name,)) / name
+        expected = self.sidecar.files[name]
+        try:
+            actual = sha256_file(path)
+        except OSError as error:
+            raise StoreError(f"{self.place}/{name}: cannot be read: {error.strerror}") from None
+        if actual != expected:
+            raise StoreError(
+                f"{self.place}/{name}: expected the bytes that were written (sha256 "
+                f"{expected:.12}…), found others ({actual:.12}…); {_MENDED_BY}"
+            )
+        return path
+
+
+def _parse_sidecar(data: bytes, source: str) -> Sidecar:
+    try:
+        sidecar = Sidecar(**json.loads(data))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreError(f"{source}: expected a shard's sidecar, found: {error}") from None
+    counts = (sidecar.contexts, sidecar.steps)
+    right = (
+        isinstance(sidecar.files, dict)
+        and all(isinstance(text, str) for item in sidecar.files.items() for text in item)
+        and all(isinstance(count, int) and count > 0 for count in counts)
+        and isinstance(sidecar.provenance, dict)
+    )
+    if not right:
+        raise StoreError(f"{source}: expected counts and files of a shard, found otherwise")
+    return sidecar
+
+
+def _check_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, place: str) -> None:
+    try:
+        array = zarr.open_array(folder, mode="r", zarr_format=3)
+        codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]
+    except Exception as error:  # zarr raises many kinds on metadata that is none
+        raise StoreError(f"{place}: expected a Zarr array, found: {error}") from None
+    found = (array.shape, array.dtype, array.chunks, codecs)
+    if found != (shape, dtype, shape, ["bytes"]):
+        raise StoreError(
+            f"{place}: expected {dtype} {list(shape)} in one plain chunk, found {array.dtype} "
+            f"{list(array.shape)} in chunks of {list(array.chunks)} by {', '.join(codecs)}"
+        )

@@ -3,55 +3,114 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pact_offline.cache.reader import Store, TargetCache
+from pact_offline.cache.identity import IDENTITY_FILE, Identity, read_identity
+from pact_offline.cache.reader import Binding, TargetCache
+from pact_offline.cache.shard import SHARDS, SIDECAR, Shard, shard_ids
+from pact_offline.cache.storage import join, open_storage
+from pact_offline.cache.usage import usages
 from pact_offline.errors import MissingFileError, StoreError
 
 
-def list_stores(cache: Path) -> list[dict[str, Any]]:
-    """Every store in a cache directory: name, counts, bytes and what made it.
+def store_places(cache: str) -> list[str]:
+    """The stores in a cache directory, or the store itself.
 
     Raises:
         MissingFileError: no such directory.
     """
-    if not cache.is_dir():
+    storage = open_storage(cache)
+    if storage.has(IDENTITY_FILE):
+        return [cache]
+    if "://" not in cache and not Path(cache).is_dir():
         raise MissingFileError(f"{cache}: no such directory")
-    found = []
-    for identity in sorted(cache.glob("*/identity.json")):
-        store = Store(identity.parent)
-        found.append(
-            {
-                "name": identity.parent.name,
-                "shards": len(store.sidecars),
-                "contexts": sum(s.contexts for s in store.sidecars.values()),
-                "steps": sum(s.steps for s in store.sidecars.values()),
-                "bytes": sum(f.stat().st_size for f in identity.parent.rglob("*") if f.is_file()),
-                "reference": store.identity.reference,
-                "engine": store.identity.engine,
-                "compute_dtype": store.identity.compute_dtype,
-                "stored_dtype": store.identity.stored_dtype,
-            }
-        )
-    return found
+    return [join(cache, n) for n in storage.names() if storage.has(f"{n}/{IDENTITY_FILE}")]
 
 
-def verify(path: Path) -> tuple[int, int]:
-    """Check a store (a directory) or all that a targets.json needs.
+def list_stores(cache: str) -> list[dict[str, Any]]:
+    """Every store in a cache directory: name, counts, bytes, what made it and what uses it."""
+    return [_describe(place) for place in store_places(cache)]
 
-    Returns:
-        the number of shards and of contexts that are whole.
+
+def _describe(place: str) -> dict[str, Any]:
+    storage = open_storage(place)
+    identity = read_identity(storage)
+    sidecars = [Shard(storage, name, identity).sidecar for name in shard_ids(storage)]
+    known = usages(storage).values()
+    return {
+        "name": place.rstrip("/").rsplit("/", 1)[-1],
+        "shards": len(sidecars),
+        "contexts": sum(sidecar.contexts for sidecar in sidecars),
+        "steps": sum(sidecar.steps for sidecar in sidecars),
+        "bytes": storage.size(""),
+        "reference": identity.reference,
+        "model": next((s.provenance.get("model") for s in sidecars), None),
+        "engine": identity.engine,
+        "compute_dtype": identity.compute_dtype,
+        "stored_dtype": identity.stored_dtype,
+        "used_by": [
+            {"targets": usage.targets, "rows": usage.rows, "missing": usage.is_missing()}
+            for usage in known
+        ],
+    }
+
+
+class Verified(NamedTuple):
+    """What a check found: counts of what is whole, and shards that are not, with the reason."""
+
+    shards: int
+    contexts: int
+    bad: dict[str, str]
+
+
+def verify_store(place: str) -> Verified:
+    """Check every byte of a store.
 
     Raises:
-        MissingFileError, StoreError: names what is not, and why.
+        StoreError: the store itself cannot be read (its identity or its records of use).
     """
-    if path.is_dir():
-        if not (path / "identity.json").is_file():
-            raise StoreError(f"{path}: expected a store with identity.json, found none")
-        store = Store(path)
-        for shard in store.sidecars:
-            store.verify(shard)
-        return len(store.sidecars), sum(s.contexts for s in store.sidecars.values())
+    storage = open_storage(place)
+    identity = read_identity(storage)
+    if not _is_named_by(place, identity):
+        raise StoreError(
+            f"{place}: expected a directory name that ends with {identity.digest[:12]}, the "
+            "store's identity, found another"
+        )
+    usages(storage)
+    good, contexts, bad = 0, 0, {}
+    for name in shard_ids(storage):
+        try:
+            shard = Shard(storage, name, identity)
+            shard.verify()
+        except StoreError as error:
+            bad[name] = str(error)
+        else:
+            good, contexts = good + 1, contexts + shard.sidecar.contexts
+    return Verified(good, contexts, bad)
+
+
+def _is_named_by(place: str, identity: Identity) -> bool:
+    return place.rstrip("/").endswith(identity.digest[:12])
+
+
+def drop_shards(place: str, shards: list[str]) -> None:
+    """Remove shards that are not whole; the next `score` fills the gap."""
+    storage = open_storage(place)
+    for name in shards:
+        storage.remove(f"{SHARDS}/{name}", first=SIDECAR)
+
+
+def verify_targets(path: Path) -> Verified:
+    """Check every byte that a targets.json needs.
+
+    Raises:
+        MissingFileError, StoreError: names the file that is not whole, and why.
+    """
     targets = TargetCache.open(path, verify_all=True)
-    keys = {key for keys in targets.binding.examples for key in keys}
-    return len(targets.binding.shards), len(keys)
+    return Verified(len(targets.binding.shards), len(set(targets.binding.keys())), {})
+
+
+def store_of(path: Path) -> str:
+    """The store that a targets.json is bound to."""
+    store = Binding.load(path).store
+    return store if "://" in store else str(path.resolve().parent / store)

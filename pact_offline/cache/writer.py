@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from pact_offline.cache.identity import Identity
-from pact_offline.cache.shard import write_shard
+from pact_offline.cache.identity import IDENTITY_FILE, Identity, read_identity
+from pact_offline.cache.shard import SHARDS, SIDECAR, write_shard
+from pact_offline.cache.storage import open_storage
 from pact_offline.conversations import Context
 from pact_offline.errors import ScoringError, StoreError
-from pact_offline.files import write_json
 
 
 class StoreWriter:
@@ -25,30 +24,27 @@ class StoreWriter:
     """
 
     def __init__(
-        self, store: Path, identity: Identity, shard_steps: int, provenance: dict[str, Any]
+        self, store: str | Path, identity: Identity, shard_steps: int, provenance: dict[str, Any]
     ) -> None:
         """Make the store, or join it.
 
         Raises:
             StoreError: the place cannot be written to, or is another store.
         """
-        self._store, self._identity = store, identity
+        self._storage, self._identity = open_storage(store), identity
         self._shard_steps, self._provenance = shard_steps, provenance
         self._keys: list[str] = []
         self._kinds: list[str] = []
         self._values: list[np.ndarray] = []
         self._steps = 0
         self.shards: list[str] = []
-        try:
-            (store / "shards").mkdir(parents=True, exist_ok=True)
-            (store / "open").mkdir(exist_ok=True)
-            described = store / "identity.json"
-            if not described.exists():
-                write_json(described, identity.to_dict())
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{store}: cannot be written: {error}") from None
-        if Identity.load(described) != identity:
-            raise StoreError(f"{described}: expected {identity.digest:.12}, found another identity")
+        if not self._storage.has(IDENTITY_FILE):
+            self._storage.write(IDENTITY_FILE, identity.to_bytes())
+        if read_identity(self._storage) != identity:
+            raise StoreError(
+                f"{store}: expected the identity {identity.digest:.12}, found another; store "
+                "directories are named by their identity, was this one renamed?"
+            )
 
     def add(self, context: Context, log_confidences: np.ndarray) -> None:
         """Keep one scored context, [steps, safety ids].
@@ -73,30 +69,35 @@ class StoreWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Write the open shard aside and make it appear by one rename."""
+        """Write the open shard aside and make it appear at once."""
         if not self._keys:
             return
         keys, kinds, values = self._keys, self._kinds, self._values
         self._keys, self._kinds, self._values, self._steps = [], [], [], 0
-        shard_id = uuid.uuid4().hex
-        aside = self._store / "open" / shard_id
+        folder = None
         try:
-            write_shard(
-                aside,
+            folder = self._storage.aside()
+            shard_id = write_shard(
+                folder,
                 keys,
                 kinds,
                 values,
-                identity=self._identity.digest,
-                stored_dtype=self._identity.stored_dtype,
+                identity=self._identity,
                 provenance=self._provenance,
             )
-            aside.rename(self._store / "shards" / shard_id)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            self._storage.commit(folder, f"{SHARDS}/{shard_id}", last=SIDECAR)
+        except (OSError, StoreError) as error:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or error
             raise StoreError(
-                f"{self._store}: shard not written: {error.strerror or error}; what was committed "
-                "before is safe, and the same command goes on from there"
+                f"{self._storage.url}: shard not written: {reason}; what was committed before is "
+                "safe, and the same command goes on from there"
             ) from None
+        except BaseException:  # Ctrl-C in the middle
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         self.shards.append(shard_id)
 
     def __enter__(self) -> StoreWriter:

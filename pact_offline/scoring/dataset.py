@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.cache.identity import Identity, store_path
-from pact_offline.cache.reader import Binding, Place, Store
-from pact_offline.cache.shard import SIDECAR
+from pact_offline.cache.identity import IDENTITY_FILE, Identity, store_path
+from pact_offline.cache.reader import Binding, Store
+from pact_offline.cache.storage import open_storage
+from pact_offline.cache.usage import record_usage
 from pact_offline.cache.writer import StoreWriter
 from pact_offline.config import ScoreSettings
 from pact_offline.conversations import (
@@ -23,7 +24,6 @@ from pact_offline.conversations import (
     tokenizer_fingerprint,
 )
 from pact_offline.errors import MissingTargetError
-from pact_offline.files import sha256_file
 from pact_offline.hub import ModelFiles
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
@@ -39,21 +39,21 @@ class Dataset:
 
     Attributes:
         contexts: distinct contexts by key.
-        examples: context keys of each row, in order.
+        examples: both context keys of each row, in order, as in a `Binding`.
         sources: row files and their counts.
         tokenizer: fingerprint of the vocabulary.
         identity: of the store.
-        store: its directory.
+        store: its directory or URL.
         backend: "vllm" or "transformers".
         backend_reason: why that one.
     """
 
     contexts: dict[str, Context]
-    examples: tuple[tuple[str, str], ...]
+    examples: tuple[str, ...]
     sources: tuple[dict[str, Any], ...]
     tokenizer: str
     identity: Identity
-    store: Path
+    store: str
     backend: str
     backend_reason: str
 
@@ -76,7 +76,7 @@ def prepare(
     model: ModelFiles,
     sources: Sequence[str | Path],
     tokens_path: Path,
-    cache: Path,
+    cache: str | Path,
     settings: ScoreSettings,
 ) -> Dataset:
     """Tokenize the rows and name the store; loads no model."""
@@ -101,7 +101,7 @@ def prepare(
             pair = contexts_of(example, header)
             keys = (pair[0].key, pair[1].key)
             contexts.update(zip(keys, pair, strict=True))
-            examples.append(keys)
+            examples.append("".join(keys))
     return Dataset(
         contexts,
         tuple(examples),
@@ -125,8 +125,11 @@ def fill(
         settings: dtype, batch and memory.
         part: (i, n) scores the i-th of n parts, split by context key.
     """
-    store = Store(dataset.store) if (dataset.store / "identity.json").exists() else None
-    known = {key for key in dataset.contexts if store is not None and key in store}
+    known: set[str] = set()
+    if open_storage(dataset.store).has(IDENTITY_FILE):
+        keys = list(dataset.contexts)
+        places = Store(dataset.store).locate(keys)
+        known = {key for key, place in zip(keys, places, strict=True) if place >= 0}
     index, count = part
     missing = [
         context
@@ -141,7 +144,7 @@ def fill(
         scored=len(missing),
         tokens=sum(len(context.ids) for context in missing),
         backend=dataset.backend,
-        store=str(dataset.store),
+        store=dataset.store,
     )
     log.info(
         "%d rows: %d contexts, %d shared, %d known, %d to score",
@@ -181,29 +184,24 @@ def bind(dataset: Dataset, model: ModelFiles, settings: ScoreSettings, path: Pat
         MissingTargetError: some are not.
     """
     store = Store(dataset.store)
-    places: dict[str, Place] = {}
-    for key in dataset.contexts:
-        try:
-            places[key] = store.place(key)
-        except MissingTargetError:
-            continue
-    if len(places) < len(dataset.contexts):
+    places = store.locate(list(dataset.contexts))
+    if missing := int((places < 0).sum()):
         raise MissingTargetError(
-            f"{dataset.store}: expected {len(dataset.contexts)} contexts, found {len(places)}; "
+            f"{dataset.store}: expected {len(places)} contexts, found {len(places) - missing}; "
             "run `pact-offline score` again to fill the gap"
         )
-    used = sorted({place.shard for place in places.values()})
     binding = Binding(
-        store=str(dataset.store),
+        store=dataset.store,
         identity=dataset.identity,
         tokenizer=dataset.tokenizer,
         max_tokens=settings.max_tokens,
         examples=dataset.examples,
-        shards={s: sha256_file(dataset.store / "shards" / s / SIDECAR) for s in used},
+        shards=tuple(store.shards_of(places)),
         rows=dataset.sources,
         provenance=provenance(
             model=model.name, backend=dataset.backend, backend_reason=dataset.backend_reason
         ),
     )
     binding.save(path)
+    record_usage(dataset.store, binding, path)
     return binding

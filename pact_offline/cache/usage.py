@@ -1,0 +1,126 @@
+"""Which targets.json use a store: a record of each binding, kept in the store itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pact_offline.cache.reader import Binding
+from pact_offline.cache.shard import SHARDS, SIDECAR, check_shard_id, shard_ids
+from pact_offline.cache.storage import LocalStorage, Storage, open_storage
+from pact_offline.errors import StoreError
+
+_FOLDER = "bindings"
+_MAX_BYTES = 64 << 20
+_STALE_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A targets.json that was bound to a store.
+
+    Attributes:
+        targets: its absolute path when it was written.
+        machine: name of the machine it was written on.
+        rows: how many rows it binds.
+        shards: the shards it needs.
+    """
+
+    targets: str
+    machine: str
+    rows: int
+    shards: tuple[str, ...]
+
+    def is_missing(self) -> bool:
+        """Whether its file is gone; None of our business on another machine."""
+        return self.machine == platform.node() and not Path(self.targets).exists()
+
+
+def _name_of(data: bytes) -> str:
+    return f"{_FOLDER}/{hashlib.sha256(data).hexdigest()[:32]}.json"
+
+
+def record_usage(place: str, binding: Binding, targets: Path) -> None:
+    """Remember that a targets.json needs some shards; replaces what it needed before."""
+    storage = open_storage(place)
+    usage = Usage(
+        str(targets.resolve()), platform.node(), len(binding.examples), tuple(binding.shards)
+    )
+    data = (json.dumps(asdict(usage), indent=1) + "\n").encode()
+    if not storage.has(_name_of(data)):
+        storage.write(_name_of(data), data)
+    for name, other in usages(storage).items():
+        if (other.targets, other.machine) == (usage.targets, usage.machine) and other != usage:
+            storage.remove_file(name)
+
+
+def usages(storage: Storage) -> dict[str, Usage]:
+    """Every record of a store by its name.
+
+    Raises:
+        StoreError: a record is damaged.
+    """
+    found = {}
+    for entry in storage.names(_FOLDER):
+        name = f"{_FOLDER}/{entry}"
+        data = storage.read(name, _MAX_BYTES)
+        if _name_of(data) != name:
+            raise StoreError(f"{storage.url}/{name}: expected the bytes that were written")
+        try:
+            value = json.loads(data)
+            for shard in value["shards"]:
+                check_shard_id(shard, f"{storage.url}/{name}: shards")
+            found[name] = Usage(**{**value, "shards": tuple(value["shards"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(f"{storage.url}/{name}: expected a binding, found: {error}") from None
+    return found
+
+
+class Garbage(NamedTuple):
+    """What no targets.json needs: shards, forgotten records, and folders of killed writers."""
+
+    shards: list[str]
+    records: list[str]
+    leftovers: list[str]
+    size: int
+
+
+def find_garbage(storage: Storage, *, forget_missing: bool) -> Garbage:
+    """What `remove_garbage` would remove.
+
+    Args:
+        storage: of one store.
+        forget_missing: also forget bindings whose targets.json is gone from this machine.
+    """
+    known = usages(storage)
+    forgotten = [name for name, usage in known.items() if forget_missing and usage.is_missing()]
+    needed = {shard for name, usage in known.items() if name not in forgotten
+              for shard in usage.shards}  # fmt: skip
+    shards = [shard for shard in shard_ids(storage) if shard not in needed]
+    whole = set(shard_ids(storage))
+    leftovers = [f"{SHARDS}/{name}" for name in storage.names(SHARDS) if name not in whole]
+    if isinstance(storage, LocalStorage):
+        leftovers += [f"open/{name}" for name in storage.names("open")]
+        leftovers = [name for name in leftovers if _is_stale(storage.path / name)]
+    folders = [f"{SHARDS}/{shard}" for shard in shards] + leftovers
+    return Garbage(shards, forgotten, leftovers, sum(map(storage.size, folders)))
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether no live writer can still be at it."""
+    return time.time() - path.stat().st_mtime > _STALE_SECONDS
+
+
+def remove_garbage(storage: Storage, garbage: Garbage) -> None:
+    """Remove shards, records and leftovers."""
+    for shard in garbage.shards:
+        storage.remove(f"{SHARDS}/{shard}", first=SIDECAR)
+    for name in garbage.leftovers:
+        storage.remove(name, first=SIDECAR)
+    for name in garbage.records:
+        storage.remove_file(name)

@@ -1,0 +1,146 @@
+"""Small stores made on the spot, and the writers that faults are done to.
+
+Light on imports, since a process is started for each of a hundred writers.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pact_offline.cache.identity import Identity
+from pact_offline.cache.reader import Store
+from pact_offline.cache.shard import shard_ids
+from pact_offline.cache.storage import open_storage
+from pact_offline.cache.verify import verify_store
+from pact_offline.cache.writer import StoreWriter
+from pact_offline.conversations import Context
+from pact_offline.errors import StoreError
+
+CONTEXTS = 60
+IDENTITY = Identity(
+    {"hub": "a/b", "commit": "c"}, (3, 5, 8), (1, 2), "test 1", "float32", "float16"
+)
+
+
+def context(number: int, steps: int = 4) -> Context:
+    return Context("full", np.arange(number, number + 9 + steps, dtype=np.int32), 10)
+
+
+def list_shards(store: Path) -> list[str]:
+    return shard_ids(open_storage(store))
+
+
+def read(store: Store, *numbers: int) -> np.ndarray:
+    places = store.locate([context(number).key for number in numbers])
+    assert (places >= 0).all()
+    return store.read(places)
+
+
+def values(number: int, steps: int = 4) -> np.ndarray:
+    return -np.random.default_rng(number).random((steps, 3), dtype=np.float32) * 20
+
+
+def named(folder: Path) -> Path:
+    """A store's directory ends with its identity."""
+    return folder / f"store-{IDENTITY.digest[:12]}"
+
+
+def whole(store: Path) -> tuple[int, int]:
+    found = verify_store(str(store))
+    assert not found.bad
+    return found.shards, found.contexts
+
+
+def fill(store: Path, numbers: range, shard_steps: int = 1000) -> StoreWriter:
+    with StoreWriter(store, IDENTITY, shard_steps, {"by": "test"}) as writer:
+        for number in numbers:
+            writer.add(context(number), values(number))
+    return writer
+
+
+def write_missing(store: Path, seed: int, pause: float) -> None:
+    """A writer as `score` is one: asks what is there, adds the rest in an order of its own."""
+    numbers = list(range(CONTEXTS))
+    random.Random(seed).shuffle(numbers)
+    if (store / "identity.json").exists():
+        opened = Store(store)
+        places = opened.locate([context(number).key for number in numbers])
+        numbers = [n for n, place in zip(numbers, places, strict=True) if place < 0]
+    with StoreWriter(store, IDENTITY, 12, {"seed": seed}) as writer:
+        for number in numbers:
+            writer.add(context(number), values(number))
+            time.sleep(pause)
+
+
+def holds_all(store: Path, numbers: range) -> None:
+    """Every context is there once in a binding, and as it was written."""
+    opened = Store(store)
+    places = opened.locate([context(number).key for number in numbers])
+    assert (places >= 0).all()
+    assert len(set(places.tolist())) == len(places)
+    for number, place in zip(numbers, places, strict=True):
+        np.testing.assert_allclose(opened.read([place]), values(number), rtol=1e-3)
+
+
+def kill_writers(place: str, count: str) -> None:
+    """Fork writers and kill each at a random point; print what came of it as JSON."""
+    store, draw = Path(place), random.Random(1)
+    killed = midway = filled = 0
+    fill(store.with_name("warm-up"), range(1))  # what the first shard alone has to load
+    while killed < int(count):
+        before = len(Store(store)) if (store / "identity.json").exists() else 0
+        child = os.fork()
+        if not child:
+            write_missing(store, killed, 0.0002)
+            os._exit(0)
+        time.sleep(draw.uniform(0.0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        if not (store / "identity.json").exists():
+            continue
+        after = whole(store)[1]
+        assert after >= before
+        midway += before < after < CONTEXTS
+        if after == CONTEXTS:
+            holds_all(store, range(CONTEXTS))
+            shutil.rmtree(store)
+            filled += 1
+    write_missing(store, 0, 0)
+    holds_all(store, range(CONTEXTS))
+    print(json.dumps({"killed": killed, "midway": midway, "filled": filled + 1}))
+
+
+def refused(work: Callable[[], None]) -> int:
+    """Exit code 2 where `work` ends with one `StoreError` of one line."""
+    try:
+        work()
+    except StoreError as error:
+        return 2 if "\n" not in str(error) else 3
+    return 0
+
+
+def write_with_small_files(store: Path, limit: int) -> None:
+    """Add contexts where the system refuses to write more than `limit` bytes to a file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(refused(lambda: fill_from(store, 20)))
+
+
+def write_as_nobody(store: Path) -> None:
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setuid(65534)
+    sys.exit(refused(lambda: fill_from(store, 20)))
+
+
+def fill_from(store: Path, first: int) -> None:
+    fill(store, range(first, first + 20), shard_steps=20)

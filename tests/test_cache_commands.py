@@ -1,0 +1,234 @@
+"""`pact-offline cache`: ls, show, verify, audit, gc."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from conftest import write_rows
+
+from pact_offline.cache.shard import shard_ids
+from pact_offline.cache.storage import open_storage
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def command(aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path) -> list[Any]:
+    return [
+        "score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file,
+        "--cache", tmp_path / "cache", "--backend", "transformers", "--dtype", "float32",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def targets(command: list[Any], tmp_path: Path, run: Run) -> Path:
+    path = tmp_path / "targets.json"
+    result = run(*command, "-o", path)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def store_of(targets: Path) -> Path:
+    return next((targets.parent / "cache").iterdir())
+
+
+def damage(targets: Path) -> str:
+    """Change one byte of the store's only shard; its id."""
+    (shard,) = shard_ids(open_storage(store_of(targets)))
+    chunk = store_of(targets) / "shards" / shard / "log_confidence.zarr" / "c" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[7] ^= 1
+    chunk.write_bytes(data)
+    return shard
+
+
+def test_ls_says_what_is_there_and_who_uses_it(targets: Path, aligned: Path, run: Run) -> None:
+    listed = json.loads(run("cache", "ls", targets.parent / "cache", "--json").stdout)
+    (store,) = listed
+    assert (store["contexts"], store["shards"]) == (15, 1)
+    assert store["bytes"] == sum(
+        path.stat().st_size for path in store_of(targets).rglob("*") if path.is_file()
+    )
+    assert store["used_by"] == [{"targets": str(targets), "rows": 12, "missing": False}]
+    shown = run("cache", "ls", targets.parent / "cache").stdout
+    assert str(aligned) in shown
+    assert f"used by {targets}, 12 rows" in shown
+    targets.unlink()
+    assert "(gone)" in run("cache", "ls", targets.parent / "cache").stdout
+
+
+def test_a_binding_made_again_is_remembered_once(
+    targets: Path, command: list[Any], rows_file: Path, run: Run
+) -> None:
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    write_rows(rows_file, rows[:5])
+    assert run(*command, "-o", targets).exit_code == 0
+    (store,) = json.loads(run("cache", "ls", targets.parent / "cache", "--json").stdout)
+    assert store["used_by"] == [{"targets": str(targets), "rows": 5, "missing": False}]
+
+
+def test_show_is_a_table_of_steps_and_tokens(
+    targets: Path, tokens_file: Path, rows_file: Path, aligned: Path, run: Run, fails: Any
+) -> None:
+    show = ["cache", "show", targets, 1, "--safety-tokens", tokens_file]
+    shown = run(*show, "--rows", rows_file, "--model", aligned, "--columns", 3).stdout
+    lines = shown.splitlines()
+    assert lines[0].startswith("full context")
+    assert "Shipping" in lines[2] or "S" in lines[2]
+    assert len(lines[2].split()) == 2 + 1 + 3  # step, token, the rest, three safety tokens
+    assert any(line.startswith("response-only context") for line in lines)
+    assert run(*show).exit_code == 0  # without rows: no tokens, all else
+    assert "expected a row from 0 to 11, found 12" in fails(
+        "cache", "show", targets, 12, "--safety-tokens", tokens_file
+    )
+
+
+@pytest.mark.parametrize("what", ["store", "directory"])
+def test_verify_says_which_shard_and_why_and_repairs(
+    what: str, targets: Path, command: list[Any], run: Run, fails: Any
+) -> None:
+    place = store_of(targets) if what == "store" else targets.parent / "cache"
+    assert "1 shards with 15 contexts are whole" in run("cache", "verify", place).stdout
+    assert "1 shards with 15 contexts are whole" in run("cache", "verify", targets).stdout
+    shard = damage(targets)
+    found = run("cache", "verify", place)
+    assert found.exit_code == 1
+    assert f"{shard}/log_confidence.zarr/c/0/0: expected the bytes" in found.stdout
+    assert "expected the bytes that were written" in fails("cache", "verify", targets)
+    assert shard in run("cache", "verify", place, "--repair").stdout
+    again = json.loads(run(*command, "-o", targets, "--json").stdout)
+    assert again["scored"] == 15
+    assert run("cache", "verify", targets).exit_code == 0
+
+
+def test_repair_lets_score_fill_just_the_gap(command: list[Any], tmp_path: Path, run: Run) -> None:
+    targets = tmp_path / "targets.json"
+    assert run(*command, "-o", targets, "--shard-steps", 20).exit_code == 0
+    shards = store_of(targets) / "shards"
+    victim = sorted(shards.iterdir())[0]
+    lost = json.loads((victim / "shard.json").read_text())["contexts"]
+    (victim / "contexts.arrow").write_bytes(b"")
+    assert "--repair" in run(*command, "-o", targets).output  # score says how to mend it
+    assert run("cache", "verify", shards.parent, "--repair").exit_code == 0
+    again = json.loads(run(*command, "-o", targets, "--json").stdout)
+    assert (again["scored"], again["known"]) == (lost, 15 - lost)
+
+
+def test_a_file_more_in_a_shard_is_found(targets: Path, run: Run) -> None:
+    (shard,) = (store_of(targets) / "shards").iterdir()
+    (shard / "extra.py").write_text("")
+    found = run("cache", "verify", store_of(targets))
+    assert found.exit_code == 1
+    assert "found 'extra.py'" in found.stdout
+
+
+def test_a_renamed_store_is_refused(targets: Path, fails: Any) -> None:
+    moved = store_of(targets).rename(targets.parent / "cache" / "mine")
+    assert "expected a directory name that ends with" in fails("cache", "verify", moved)
+
+
+@pytest.mark.parametrize("stored", ["uint8", "float16", "float32"])
+def test_audit_finds_a_right_cache_within_the_noise(
+    stored: str, command: list[Any], targets: Path, tokens_file: Path, rows_file: Path,
+    aligned: Path, run: Run,
+) -> None:  # fmt: skip
+    assert run(*command, "-o", targets, "--stored-dtype", stored).exit_code == 0
+    audit = ["cache", "audit", targets, *command[1:7], "--sample", 6]
+    found = run(*audit)
+    assert found.exit_code == 0, found.output
+    assert "within the tolerance" in found.stdout
+    value = json.loads(run(*audit, "--json").stdout)
+    assert value["contexts"] == 12
+    if stored == "float32":
+        assert value["difference"]["max"] < 1e-4
+        assert value["pact_difference"] < 1e-4
+
+
+def test_audit_finds_a_wrong_cache(
+    targets: Path, command: list[Any], aligned: Path, base: Path, tmp_path: Path, run: Run
+) -> None:
+    """A cache that says it is of one model, with another's values."""
+    scored = run(*["score", "--model", base, *command[3:]], "-o", tmp_path / "other.json")
+    assert scored.exit_code == 0, scored.output
+    from pact_offline.cache.reader import Store
+    from pact_offline.cache.writer import StoreWriter
+    from pact_offline.conversations import contexts_of, load_tokenizer, read_rows, tokenize
+
+    right, wrong = sorted(
+        (Store(path) for path in (tmp_path / "cache").iterdir()),
+        key=lambda store: "aligned" not in store.place,
+    )
+    for shard in right.shards:
+        open_storage(right.place).remove(f"shards/{shard.id}", first="shard.json")
+    tokenizer = load_tokenizer(str(aligned))
+    with StoreWriter(right.place, right.identity, 10**6, {}) as writer:
+        for example in tokenize(read_rows(command[4]), tokenizer, 512):
+            for context in contexts_of(example, right.identity.header_ids):
+                writer.add(context, wrong.read(wrong.locate([context.key])))
+    assert run(*command, "-o", targets).exit_code == 0
+    assert run("cache", "verify", targets).exit_code == 0  # every byte is as it was written
+    found = run("cache", "audit", targets, *command[1:7])
+    assert found.exit_code == 1
+    assert "past the tolerance" in found.stdout
+
+
+def test_gc_removes_what_no_targets_use_after_asking(
+    targets: Path, command: list[Any], rows_file: Path, run: Run
+) -> None:
+    cache = targets.parent / "cache"
+    assert "nothing to remove" in run("cache", "gc", cache).stdout
+    other = write_rows(rows_file.with_name("other.jsonl"), [{"prompt": "x", "response": "Sales"}])
+    second = targets.with_name("second.json")
+    replaced = [other if part == rows_file else part for part in command]
+    assert run(*replaced, "-o", second).exit_code == 0
+    second.unlink()
+    assert "nothing to remove" in run("cache", "gc", cache).stdout  # it may only have moved
+    asked = run("cache", "gc", cache, "--forget-missing")
+    assert "1 unused shards" in asked.stdout
+    assert asked.exit_code == 1  # no answer is no
+    assert len(shard_ids(open_storage(store_of(targets)))) == 2
+    assert "removed" in run("cache", "gc", cache, "--forget-missing", "--yes").stdout
+    assert len(shard_ids(open_storage(store_of(targets)))) == 1
+    assert run("cache", "verify", targets).exit_code == 0
+
+
+def test_gc_leaves_a_live_writers_folder_alone(targets: Path, run: Run) -> None:
+    old, new = (store_of(targets) / "open" / name for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    day_before = time.time() - 2 * 24 * 3600
+    os.utime(old, (day_before, day_before))
+    assert "1 leftovers" in run("cache", "gc", store_of(targets), "--yes").stdout
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_what_is_not_there_is_one_line(tmp_path: Path, fails: Any) -> None:
+    assert "no such directory" in fails("cache", "ls", tmp_path / "nowhere")
+    assert "no such" in fails("cache", "verify", tmp_path / "nowhere.json")
+    assert "no such file" in fails(
+        "cache", "show", tmp_path / "x.json", 0, "--safety-tokens", tmp_path / "t.json"
+    )
+
+
+def test_eight_bits_keep_what_counts() -> None:
+    """Fine where a token is likely, coarse where it is not; minus infinity stays."""
+    from pact_offline.cache.encoding import decode, encode
+
+    values = np.log(np.array([[0.9, 0.5, 0.01, 1e-6], [1e-9, 0.2, 0.3, 0.999]], np.float32))
+    values[1, 0] = -np.inf
+    found = decode(encode(values, "uint8"))
+    assert np.isneginf(found[1, 0])
+    finite = np.isfinite(values)
+    gap = np.abs(np.exp(found[finite]) - np.exp(values[finite]))
+    assert gap.max() < 0.005
+    assert np.abs(found[finite] - values[finite]).max() < 0.1
+    for row in (np.zeros((1, 3)), np.full((1, 3), -np.inf), np.full((1, 3), -1e5)):
+        again = decode(encode(row.astype(np.float32), "uint8"))
+        np.testing.assert_allclose(again, np.maximum(row, -np.inf), rtol=0.4)
