@@ -582,6 +582,57 @@ def bench_equality(
     click.echo(json.dumps([asdict(one) for one in found]) if as_json else table(found))
 
 
+@bench.command("cache")
+@click.option("--steps", type=int, default=10_000_000, help="Response steps of the store made.")
+@click.option("--targets", type=FILE, help="Targets stored as float32, to compare encodings on.")
+@click.option("--policy", type=FILE, help="Targets of another model for the same rows.")
+@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
+@_json_option
+def bench_cache(
+    steps: int,
+    targets: Path | None,
+    policy: Path | None,
+    safety_tokens: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the cache: reading a large store, and, with --targets, size and loss by encoding.
+
+    Example: pact-offline bench cache --targets exact.json --policy base.json
+    --safety-tokens tokens.json
+    """
+    from dataclasses import asdict
+
+    from pact_offline.bench.cache import (
+        measure_encodings,
+        measure_reading,
+        reading_table,
+        size_table,
+    )
+
+    if len({targets is None, policy is None, safety_tokens is None}) == 2:
+        raise click.UsageError("expected --targets, --policy and --safety-tokens, or none of them")
+    reading = [measure_reading("uint8", steps), measure_reading("float16", steps)]
+    sizes = []
+    if targets is not None and policy is not None and safety_tokens is not None:
+        import torch
+
+        from pact_offline.cache.reader import TargetCache
+        from pact_offline.safety_tokens import SafetyTokens
+
+        weights = torch.from_numpy(SafetyTokens.load(safety_tokens).weights)
+        sizes = measure_encodings(TargetCache.open(targets), TargetCache.open(policy), weights)
+    if as_json:
+        found = {
+            "reading": [asdict(one) for one in reading],
+            "sizes": [asdict(one) for one in sizes],
+        }
+        click.echo(json.dumps(found))
+    else:
+        click.echo(reading_table(reading))
+        if sizes:
+            click.echo(f"\n{size_table(sizes)}")
+
+
 @cli.group()
 def demo() -> None:
     """Make the bundled demo pair: SmolLM2-135M-Instruct, and the same model taught to refuse."""

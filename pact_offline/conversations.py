@@ -263,6 +263,19 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
     return [int(token) for token in ids]
 
 
+def render_all(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool
+) -> list[list[int]]:
+    """`render` of many conversations, tokenized at once."""
+    texts = [
+        tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=generation_prompt, tokenize=False
+        )
+        for messages in conversations
+    ]
+    return [[*ids] for ids in tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
+
+
 def header_ids(tokenizer: Any) -> list[int]:
     """What the chat template's generation prompt adds: the assistant header.
 
@@ -290,11 +303,15 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> list[Token
         InputError: a row has no response token left.
     """
     require_chat_template(tokenizer)
+    answers = [{"role": "assistant", "content": row.response or ""} for row in rows]
+    prompts = render_all(tokenizer, [row.prompt for row in rows], generation_prompt=True)
+    wholes = render_all(
+        tokenizer,
+        [(*row.prompt, answer) for row, answer in zip(rows, answers, strict=True)],
+        generation_prompt=False,
+    )
     examples = []
-    for row in rows:
-        prompt = render(tokenizer, row.prompt, generation_prompt=True)
-        answer = {"role": "assistant", "content": row.response or ""}
-        whole = render(tokenizer, (*row.prompt, answer), generation_prompt=False)
+    for row, prompt, whole in zip(rows, prompts, wholes, strict=True):
         if whole[: len(prompt)] != prompt:
             raise InputError(
                 f"{row.origin}: expected the conversation's tokens to begin with its prompt's, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,12 @@ def write_json(path: Path, value: Any) -> None:
             json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n",
             encoding="utf-8",
         )
+
+
+def user_cache() -> Path:
+    """Where what saves time, and never decides a value, is kept for this user."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "pact-offline"
 
 
 def sha256_file(path: Path) -> str:

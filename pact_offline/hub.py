@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pact_offline.errors import MissingFileError, ModelError
-from pact_offline.files import sha256_file, write_json
+from pact_offline.files import sha256_file, user_cache, write_json
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-_CHECKSUMS = Path("~/.cache/pact-offline/checksums.json")
 
 
 def looks_like_path(model: str) -> bool:
@@ -77,14 +76,14 @@ def _weight_checksums(path: Path) -> dict[str, str]:
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise ModelError(f"{path}: expected weights as *.safetensors, found none")
-    return {file.name: _remembered_checksum(file) for file in [path / "config.json", *weights]}
+    return {file.name: remembered_checksum(file) for file in [path / "config.json", *weights]}
 
 
-def _remembered_checksum(file: Path) -> str:
+def remembered_checksum(file: Path) -> str:
     """SHA-256 of a file, remembered by path, size and modification time."""
     stat = file.stat()
     key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
-    memory = _CHECKSUMS.expanduser()
+    memory = user_cache() / "checksums.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
         if isinstance(known, dict) and isinstance(known.get(key), str):

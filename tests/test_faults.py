@@ -172,7 +172,7 @@ def test_a_full_disk_at_any_step_is_one_line(
     store = named(tmp_path)
     fill(store, range(20), shard_steps=20)
     place = {
-        "zarr": "pact_offline.cache.shard.zarr.create_array",
+        "zarr": "zarr.create_array",
         "arrow": "pact_offline.cache.shard.pa.OSFile",
         "sidecar": "pact_offline.cache.shard.sha256_file",
         "rename": "pathlib.Path.rename",

@@ -1,10 +1,11 @@
-"""What README.md shows is what is there."""
+"""What README.md and docs/ show is what is there."""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -73,3 +74,29 @@ def test_an_objective_of_ones_own_trains(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "the objective probability_gap" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("stored", ["uint8", "float16", "float32"])
+def test_the_small_reader_reads_what_the_library_reads(
+    stored: str, aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path,
+    run: Callable[..., Any],
+) -> None:  # fmt: skip
+    targets = tmp_path / "targets.json"
+    scored = run(
+        "score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file,
+        "--cache", tmp_path / "cache", "-o", targets, "--backend", "transformers",
+        "--stored-dtype", stored, "--shard-steps", 20,
+    )  # fmt: skip
+    assert scored.exit_code == 0, scored.output
+    page = (ROOT / "docs" / "cache-format.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    from pact_offline import TargetCache
+
+    rows = list(names["read_targets"](targets))
+    cache = TargetCache.open(targets)
+    assert len(rows) == len(cache) == 12
+    for index, (full, response_only) in enumerate(rows):
+        np.testing.assert_allclose(full, cache[index].full, rtol=1e-6)
+        np.testing.assert_allclose(response_only, cache[index].response_only, rtol=1e-6)

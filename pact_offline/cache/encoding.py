@@ -14,26 +14,28 @@ StoredDtype = Literal["float32", "float16", "uint8"]
 
 _LEVELS = 254
 _MINUS_INFINITY = 255
-_SQUARES = (np.arange(256, dtype=np.float32) / _LEVELS) ** 2
-_SQUARES[_MINUS_INFINITY] = np.inf
+_SHARES = (np.arange(256, dtype=np.float32) / _LEVELS) ** 2
+_SHARES[_MINUS_INFINITY] = np.inf
+_BOUNDS = (np.arange(256, dtype=np.float32) / 16) ** 2
 
 
 def array_dtypes(stored_dtype: StoredDtype) -> dict[str, np.dtype]:
     """The arrays of an encoding and their dtypes, little-endian.
 
-    `log_confidence` is [steps, safety ids]; `scale`, beside uint8 only, is [steps].
+    `log_confidence` is [steps, safety ids]; `bounds`, beside uint8 only, is [steps, 2].
     """
     arrays = {"log_confidence": np.dtype(stored_dtype).newbyteorder("<")}
     if stored_dtype == "uint8":
-        arrays["scale"] = np.dtype("<f2")
+        arrays["bounds"] = np.dtype("uint8")
     return arrays
 
 
 def encode(log_confidences: np.ndarray, stored_dtype: StoredDtype) -> dict[str, np.ndarray]:
     """Log-confidences as they are stored.
 
-    uint8: code c stands for -scale * (c / 254)^2, where scale is the step's largest finite
-    magnitude, and 255 for minus infinity. The square puts the fine levels where confidence is.
+    uint8: a step's magnitudes m (minus the log-confidences) lie between two bounds, (b / 16)^2
+    each, and code c stands for m = near + (c / 254)^2 * (far - near); code 255 is minus infinity.
+    The squares put the fine levels where confidence is. Magnitudes end at 254: e^-254 is nothing.
 
     Args:
         log_confidences: float [steps, safety ids], at most 0 up to rounding.
@@ -42,30 +44,35 @@ def encode(log_confidences: np.ndarray, stored_dtype: StoredDtype) -> dict[str, 
     Returns:
         the arrays of `array_dtypes`.
     """
-    dtypes = array_dtypes(stored_dtype)
     if stored_dtype != "uint8":
-        return {"log_confidence": log_confidences.astype(dtypes["log_confidence"])}
-    magnitude = np.maximum(-log_confidences.astype(np.float32), 0)
+        dtype = array_dtypes(stored_dtype)["log_confidence"]
+        return {"log_confidence": log_confidences.astype(dtype)}
+    magnitude = np.clip(-log_confidences.astype(np.float32), 0, None)
     is_finite = np.isfinite(magnitude)
-    finite = np.where(is_finite, np.minimum(magnitude, np.finfo(np.float16).max), 0)
-    largest = finite.max(axis=1, initial=0)
-    scale = largest.astype(np.float16)
-    too_small = scale < largest
-    scale[too_small] = np.nextafter(scale[too_small], np.float16(np.inf))
-    shares = finite / np.maximum(scale.astype(np.float32), 1e-12)[:, None]
-    codes = np.rint(np.sqrt(np.minimum(shares, 1)) * _LEVELS)
+    magnitude = np.minimum(magnitude, _BOUNDS[-1])
+    least = magnitude.min(axis=1, where=is_finite, initial=_BOUNDS[-1])
+    most = magnitude.max(axis=1, where=is_finite, initial=0)
+    bounds = np.stack(
+        [
+            np.searchsorted(_BOUNDS, least, side="right") - 1,
+            np.minimum(np.searchsorted(_BOUNDS, most, side="left"), 255),
+        ],
+        axis=1,
+    ).astype(np.uint8)
+    near, far = (_BOUNDS[bounds[:, i], None] for i in (0, 1))
+    shares = (magnitude - near) / np.maximum(far - near, 1e-6)
+    codes = np.rint(np.sqrt(np.clip(shares, 0, 1)) * _LEVELS)
     codes[~is_finite] = _MINUS_INFINITY
-    return {
-        "log_confidence": codes.astype(np.uint8),
-        "scale": scale.astype(dtypes["scale"]),
-    }
+    return {"log_confidence": codes.astype(np.uint8), "bounds": bounds}
 
 
 def decode(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Log-confidences, float32 [steps, safety ids]."""
     stored = arrays["log_confidence"]
-    if "scale" not in arrays:
+    if "bounds" not in arrays:
         return stored.astype(np.float32)
-    values = _SQUARES.take(stored)
-    values *= -np.maximum(arrays["scale"].astype(np.float32), 1e-12)[:, None]
-    return values
+    near, far = (_BOUNDS.take(arrays["bounds"][:, i])[:, None] for i in (0, 1))
+    values = _SHARES.take(stored)
+    values *= np.maximum(far - near, 1e-6)
+    values += near
+    return np.negative(values, out=values)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pact_offline.cache.encoding import StoredDtype
-from pact_offline.cache.storage import Storage, join
+from pact_offline.cache.storage import Storage, join, open_storage
 from pact_offline.errors import StoreError
 
 FORMAT_VERSION = 2
@@ -117,6 +117,13 @@ def read_identity(storage: Storage) -> Identity:
 
 
 def store_path(cache: str | Path, model_name: str, identity: Identity) -> str:
-    """CACHE/<name>-<12 hex>; the name is for people, the digits decide."""
+    """CACHE/<name>-<12 hex>: the name is for people, the digits decide.
+
+    A store that is there already under these digits is taken, whatever its name.
+    """
+    suffix = f"-{identity.digest[:12]}"
+    for entry in open_storage(cache).names():
+        if entry.endswith(suffix):
+            return join(cache, entry)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name).strip(".-") or "model"
-    return join(cache, f"{name[:48]}-{identity.digest[:12]}")
+    return join(cache, f"{name[:48]}{suffix}")

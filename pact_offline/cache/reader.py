@@ -93,10 +93,10 @@ class Store:
         """
         ids, records = len(self.identity.safety_ids), {}
         for name, dtype in array_dtypes(self.identity.stored_dtype).items():
-            shape = (-1, ids) if name == "log_confidence" else (-1,)
-            width = dtype.itemsize * (ids if len(shape) == 2 else 1)
+            columns = ids if name == "log_confidence" else 2
+            width = columns * dtype.itemsize
             parts = [self._records(name, width, int(position)) for position in positions]
-            records[name] = np.frombuffer(b"".join(parts), dtype=dtype).reshape(shape)
+            records[name] = np.frombuffer(b"".join(parts), dtype=dtype).reshape(-1, columns)
         return decode(records)
 
     def verify(self) -> None:

@@ -3,7 +3,7 @@
 shards/<shard id>/shard.json             the sidecar: counts, provenance, SHA-256 of every file
 shards/<shard id>/contexts.arrow         key, kind, steps; one row a context, in the arrays' order
 shards/<shard id>/log_confidence.zarr/   Zarr v3 array [steps, safety ids], one plain chunk
-shards/<shard id>/scale.zarr/            Zarr v3 array [steps]; beside eight-bit codes only
+shards/<shard id>/bounds.zarr/           Zarr v3 array [steps, 2]; beside eight-bit codes only
 
 A shard's id is the start of its sidecar's SHA-256, so whoever knows the id can check every byte.
 The files' names are fixed; none is read from a file.
@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import zarr
 
 from pact_offline.cache.encoding import StoredDtype, array_dtypes, encode
 from pact_offline.cache.identity import Identity
@@ -69,9 +68,8 @@ def shard_ids(storage: Storage) -> list[str]:
 
 def array_files(stored_dtype: StoredDtype) -> dict[str, tuple[str, str]]:
     """Each array's files: its Zarr metadata and its one chunk."""
-    dimensions = {"log_confidence": "c/0/0", "scale": "c/0"}
     return {
-        name: (f"{name}.zarr/zarr.json", f"{name}.zarr/{dimensions[name]}")
+        name: (f"{name}.zarr/zarr.json", f"{name}.zarr/c/0/0")
         for name in array_dtypes(stored_dtype)
     }
 
@@ -148,6 +146,8 @@ def write_shard(
     Returns:
         the shard's id.
     """
+    import zarr  # slow to import, and not needed to know what a store holds
+
     steps = np.array([len(item) for item in values], dtype=np.int32)
     for name, rows in encode(np.concatenate(values), identity.stored_dtype).items():
         array = zarr.create_array(
@@ -234,7 +234,7 @@ class Shard:
         chunks = {}
         for name, dtype in array_dtypes(self._identity.stored_dtype).items():
             metadata, chunk = array_files(self._identity.stored_dtype)[name]
-            shape = (steps, ids) if name == "log_confidence" else (steps,)
+            shape = (steps, ids if name == "log_confidence" else 2)
             folder = self._verified(metadata).parent
             _check_array(folder, shape, dtype, f"{self.place}/{name}.zarr")
             path = self._verified(chunk)
@@ -289,6 +289,8 @@ def _parse_sidecar(data: bytes, source: str) -> Sidecar:
 
 
 def _check_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, place: str) -> None:
+    import zarr
+
     try:
         array = zarr.open_array(folder, mode="r", zarr_format=3)
         codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pact_offline.progress import bar
 from pact_offline.provenance import provenance
 from pact_offline.safety_tokens import SafetyTokens
 from pact_offline.scoring.base import choose_backend, engine_name, make_scorer
+from pact_offline.scoring.recall import Recalled, recall, remember
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class Dataset:
     """A dataset's contexts, and the store they belong to.
 
     Attributes:
-        contexts: distinct contexts by key.
+        contexts: distinct contexts by key; none where the store knows them all.
         examples: both context keys of each row, in order, as in a `Binding`.
         sources: row files and their counts.
         tokenizer: fingerprint of the vocabulary.
@@ -56,6 +58,11 @@ class Dataset:
     store: str
     backend: str
     backend_reason: str
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Distinct context keys, in order."""
+        return list(dict.fromkeys(k for pair in self.examples for k in (pair[:32], pair[32:])))
 
 
 @dataclass(frozen=True)
@@ -79,39 +86,72 @@ def prepare(
     cache: str | Path,
     settings: ScoreSettings,
 ) -> Dataset:
-    """Tokenize the rows and name the store; loads no model."""
+    """Name a dataset's contexts and the store they belong to; loads no model.
+
+    Rows that were tokenized before are not tokenized again where the store knows all of them.
+    """
+    recalled = [recall(model, source, settings.max_tokens) for source in sources]
+    if all(recalled):
+        safety_tokens = SafetyTokens.load(tokens_path)
+        dataset = _assemble(
+            model, sources, [r for r in recalled if r], {}, safety_tokens, cache, settings
+        )
+        is_right = dataset.tokenizer == safety_tokens.tokenizer
+        if is_right and known_keys(dataset) == set(dataset.keys):
+            return dataset
     tokenizer = load_tokenizer(str(model.path))
     safety_tokens = SafetyTokens.load(tokens_path, tokenizer)
-    header = header_ids(tokenizer)
+    header, fingerprint = header_ids(tokenizer), tokenizer_fingerprint(tokenizer)
+    contexts: dict[str, Context] = {}
+    found = []
+    for source in sources:
+        examples = []
+        for example in tokenize(read_rows(source), tokenizer, settings.max_tokens):
+            pair = {context.key: context for context in contexts_of(example, header)}
+            contexts.update(pair)
+            examples.append("".join(pair))
+        found.append(Recalled(fingerprint, tuple(header), tuple(examples)))
+        remember(model, source, settings.max_tokens, found[-1])
+    return _assemble(model, sources, found, contexts, safety_tokens, cache, settings)
+
+
+def _assemble(
+    model: ModelFiles,
+    sources: Sequence[str | Path],
+    parts: Sequence[Recalled],
+    contexts: dict[str, Context],
+    safety_tokens: SafetyTokens,
+    cache: str | Path,
+    settings: ScoreSettings,
+) -> Dataset:
     backend, reason = choose_backend(settings.backend)
     identity = Identity(
         reference=model.identity,
         safety_ids=tuple(safety_tokens.ids),
-        header_ids=tuple(header),
+        header_ids=parts[0].header_ids,
         engine=engine_name(backend),
         compute_dtype=settings.dtype,
         stored_dtype=settings.stored_dtype,
     )
-    contexts: dict[str, Context] = {}
-    examples, counted = [], []
-    for source in sources:
-        rows = read_rows(source)
-        counted.append({"source": str(source), "rows": len(rows)})
-        for example in tokenize(rows, tokenizer, settings.max_tokens):
-            pair = contexts_of(example, header)
-            keys = (pair[0].key, pair[1].key)
-            contexts.update(zip(keys, pair, strict=True))
-            examples.append("".join(keys))
+    counts = zip(sources, parts, strict=True)
     return Dataset(
-        contexts,
-        tuple(examples),
-        tuple(counted),
-        tokenizer_fingerprint(tokenizer),
-        identity,
-        store_path(cache, model.name, identity),
-        backend,
-        reason,
+        contexts=contexts,
+        examples=tuple(keys for part in parts for keys in part.examples),
+        sources=tuple({"source": str(s), "rows": len(p.examples)} for s, p in counts),
+        tokenizer=parts[0].tokenizer,
+        identity=identity,
+        store=store_path(cache, model.name, identity),
+        backend=backend,
+        backend_reason=reason,
     )
+
+
+def known_keys(dataset: Dataset) -> set[str]:
+    """Those of a dataset's context keys that the store holds."""
+    if not open_storage(dataset.store).has(IDENTITY_FILE):
+        return set()
+    places = Store(dataset.store).locate(dataset.keys)
+    return {key for key, place in zip(dataset.keys, places, strict=True) if place >= 0}
 
 
 def fill(
@@ -125,21 +165,17 @@ def fill(
         settings: dtype, batch and memory.
         part: (i, n) scores the i-th of n parts, split by context key.
     """
-    known: set[str] = set()
-    if open_storage(dataset.store).has(IDENTITY_FILE):
-        keys = list(dataset.contexts)
-        places = Store(dataset.store).locate(keys)
-        known = {key for key, place in zip(keys, places, strict=True) if place >= 0}
+    known = known_keys(dataset)
     index, count = part
     missing = [
-        context
-        for key, context in dataset.contexts.items()
+        dataset.contexts[key]
+        for key in dataset.keys
         if key not in known and int(key, 16) % count == index - 1
     ]
     summary = ScoreSummary(
         rows=len(dataset.examples),
         contexts=2 * len(dataset.examples),
-        shared=2 * len(dataset.examples) - len(dataset.contexts),
+        shared=2 * len(dataset.examples) - len(dataset.keys),
         known=len(known),
         scored=len(missing),
         tokens=sum(len(context.ids) for context in missing),
@@ -184,7 +220,7 @@ def bind(dataset: Dataset, model: ModelFiles, settings: ScoreSettings, path: Pat
         MissingTargetError: some are not.
     """
     store = Store(dataset.store)
-    places = store.locate(list(dataset.contexts))
+    places = store.locate(dataset.keys)
     if missing := int((places < 0).sum()):
         raise MissingTargetError(
             f"{dataset.store}: expected {len(places)} contexts, found {len(places) - missing}; "
