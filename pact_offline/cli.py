@@ -5,32 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import types
-import typing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from pydantic import BaseModel
 
 from pact_offline import __version__
+from pact_offline.cli_bench import bench
+from pact_offline.cli_cache import cache
+from pact_offline.cli_options import FILE, json_option, settings_options
 from pact_offline.config import (
     AlignSettings,
-    AuditSettings,
     EvaluateSettings,
     FinetuneSettings,
     ScoreSettings,
     TokensSettings,
-    parse_settings,
-    read_yaml,
 )
 from pact_offline.errors import PactError
 
-S = TypeVar("S", bound=BaseModel)
-F = TypeVar("F", bound=Callable[..., Any])
-
-FILE = click.Path(path_type=Path)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
@@ -48,59 +40,6 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("pact-offline: interrupted; the same command goes on from here", err=True)
             ctx.exit(130)
-
-
-def _option_type(annotation: Any) -> Any:
-    if typing.get_origin(annotation) is typing.Literal:
-        return click.Choice(typing.get_args(annotation))
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return _option_type(next(a for a in typing.get_args(annotation) if a is not type(None)))
-    return {int: int, float: float, bool: bool}.get(annotation, str)
-
-
-def settings_options(cls: type[S]) -> Callable[[F], F]:
-    """Options for every field of a settings class, and `--config FILE` for all at once.
-
-    The command gets one argument, `settings`. Options win over the file, the file over defaults.
-    """
-
-    def decorate(command: F) -> F:
-        def run(*args: Any, config: Path | None, **kwargs: Any) -> Any:
-            given = {name: kwargs.pop(name) for name in cls.model_fields}
-            given = {name: value for name, value in given.items() if value is not None}
-            if isinstance(given.get("lora_modules"), str):
-                given["lora_modules"] = tuple(given["lora_modules"].split(","))
-            values = read_yaml(config) if config else {}
-            parse_settings(cls, values, str(config))
-            settings = parse_settings(cls, {**values, **given}, "options")
-            return command(*args, settings=settings, **kwargs)
-
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-        for name, info in reversed(cls.model_fields.items()):
-            default = info.default
-            if isinstance(default, tuple):
-                default = ",".join(default)
-            shown = "" if default is None else f"  [default: {default}]"
-            run = click.option(
-                f"--{name.replace('_', '-')}",
-                name,
-                type=_option_type(info.annotation),
-                default=None,
-                help=f"{info.description}{shown}",
-            )(run)
-        config_option = click.option(
-            "--config", type=FILE, help="YAML file with any of the settings below."
-        )
-        return typing.cast("F", config_option(run))
-
-    return decorate
-
-
-def _json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
-        command
-    )
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -126,7 +65,7 @@ def cli(verbose: bool) -> None:
 )
 @click.option("-o", "--output", type=FILE, required=True, help="safety_tokens.json to write.")
 @settings_options(TokensSettings)
-@_json_option
+@json_option
 def tokens(
     aligned: str,
     base: str | None,
@@ -187,7 +126,7 @@ def parse_part(
     help="Score the I-th of N parts only, and write no targets.json.",
 )
 @settings_options(ScoreSettings)
-@_json_option
+@json_option
 def score(
     model: str,
     rows: tuple[str, ...],
@@ -232,7 +171,7 @@ def score(
 @click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
 @click.option("-o", "--output", type=FILE, required=True, help="Directory of the adapter.")
 @settings_options(FinetuneSettings)
-@_json_option
+@json_option
 def finetune(
     model: str,
     rows: tuple[str, ...],
@@ -279,7 +218,7 @@ def finetune(
 )
 @click.option("-o", "--output", type=FILE, required=True, help="Directory of metrics.json.")
 @settings_options(EvaluateSettings)
-@_json_option
+@json_option
 def evaluate(
     name: str,
     model: str,
@@ -359,281 +298,6 @@ def report(
 
 
 @cli.group()
-def cache() -> None:
-    """Look at stores and bindings, check them, and clear away what nothing uses."""
-
-
-@cache.command("ls")
-@click.argument("directory")
-@_json_option
-def cache_ls(directory: str, as_json: bool) -> None:
-    """List the stores in a cache directory or URL: size, counts, model and who uses them.
-
-    Example: pact-offline cache ls cache
-    """
-    from pact_offline.cache.verify import list_stores
-
-    stores = list_stores(directory)
-    if as_json:
-        click.echo(json.dumps(stores))
-        return
-    for store in stores:
-        click.echo(
-            f"{store['name']}  {store['shards']} shards, {store['contexts']} contexts, "
-            f"{store['steps']} steps, {store['bytes'] / 2**20:.1f} MiB  ({store['model']}; "
-            f"{store['engine']}, {store['compute_dtype']}, stored {store['stored_dtype']})"
-        )
-        for usage in store["used_by"]:
-            gone = "  (gone)" if usage["missing"] else ""
-            click.echo(f"  used by {usage['targets']}, {usage['rows']} rows{gone}")
-
-
-@cache.command("show")
-@click.argument("targets", type=FILE)
-@click.argument("row", type=int)
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
-@click.option("--rows", type=str, multiple=True, help="Row files, to show the response's tokens.")
-@click.option("--model", help="The model whose tokenizer reads them.")
-@click.option("--columns", type=int, default=8, help="Safety tokens to show, the likeliest.")
-def cache_show(
-    targets: Path,
-    row: int,
-    safety_tokens: Path,
-    rows: tuple[str, ...],
-    model: str | None,
-    columns: int,
-) -> None:
-    """Show the confidences of one row (from 0), step by step.
-
-    Example: pact-offline cache show targets.json 3 --safety-tokens tokens.json
-    --rows train.jsonl --model A
-    """
-    from pact_offline.cache.reader import TargetCache
-    from pact_offline.cache.show import show_row
-    from pact_offline.safety_tokens import SafetyTokens
-
-    if bool(rows) != bool(model):
-        raise click.UsageError("expected both --rows and --model, or neither")
-    opened = TargetCache.open(targets)
-    tokens = SafetyTokens.load(safety_tokens)
-    opened.check_safety_ids(tokens.ids, str(safety_tokens))
-    response: list[str] = []
-    if model:
-        from pact_offline.conversations import load_tokenizer, read_all_rows, tokenize
-
-        read = read_all_rows(rows)
-        tokenizer = load_tokenizer(model)
-        examples = tokenize(read, tokenizer, opened.binding.max_tokens)
-        opened.check_examples(examples, [one.origin for one in read])
-        if 0 <= row < len(examples):
-            example = examples[row]
-            response = [tokenizer.decode([i]) for i in example.ids[example.response_start :]]
-    click.echo(show_row(opened, row, [t.text for t in tokens.tokens], response, columns))
-
-
-@cache.command("verify")
-@click.argument("path")
-@click.option("--repair", is_flag=True, help="Drop the shards of a store that are not whole.")
-def cache_verify(path: str, repair: bool) -> None:
-    """Check every byte of a store, of all stores in a directory, or of what a targets.json needs.
-
-    Exit code 1 where something is not whole.
-
-    Example: pact-offline cache verify targets.json
-    """
-    from pact_offline.cache.verify import drop_shards, store_places, verify_store, verify_targets
-
-    if "://" not in path and Path(path).is_file():
-        if repair:
-            raise click.UsageError("--repair: expected a store or a directory of stores")
-        found = verify_targets(Path(path))
-        click.echo(f"{path}: {found.shards} shards with {found.contexts} contexts are whole")
-        return
-    is_whole = True
-    for place in store_places(path):
-        found = verify_store(place)
-        click.echo(f"{place}: {found.shards} shards with {found.contexts} contexts are whole")
-        for reason in found.bad.values():
-            click.echo(reason)
-        if found.bad and repair:
-            drop_shards(place, list(found.bad))
-            click.echo(
-                f"{place}: {len(found.bad)} shards dropped; `pact-offline score` fills the gap"
-            )
-        is_whole = is_whole and (repair or not found.bad)
-    if not is_whole:
-        sys.exit(1)
-
-
-@cache.command("audit")
-@click.argument("targets", type=FILE)
-@click.option("--model", required=True, help="The model that was scored.")
-@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
-@settings_options(AuditSettings)
-@_json_option
-def cache_audit(
-    targets: Path,
-    model: str,
-    rows: tuple[str, ...],
-    safety_tokens: Path,
-    as_json: bool,
-    settings: AuditSettings,
-) -> None:
-    """Score a random sample again, another way, and compare with what is stored.
-
-    The difference is held against the noise of the cache's compute dtype. Exit code 1 past the
-    tolerance.
-
-    Example: pact-offline cache audit targets.json --model A --rows train.jsonl
-    --safety-tokens tokens.json
-    """
-    from pact_offline.hub import locate_model
-    from pact_offline.scoring.audit import audit
-
-    found = audit(locate_model(model), rows, targets, safety_tokens, settings)
-    if as_json:
-        click.echo(json.dumps(found.to_dict()))
-    else:
-        click.echo(f"{found.contexts} contexts, {found.steps} steps, scored by {found.scored_by}")
-        click.echo(f"{'log-confidences':28} {'mean':>10} {'p99':>10} {'max':>10}")
-        for name, spread in (("stored - scored", found.difference), ("noise", found.noise)):
-            click.echo(f"{name:28} " + " ".join(f"{value:10.2e}" for value in spread))
-        click.echo(f"pact, relative change         {found.pact_difference:10.2e}")
-        click.echo(f"confidence, change            {found.confidence_difference:10.2e}")
-        verdict = "within" if found.is_within else "past"
-        click.echo(
-            f"{found.ratio:.2f} times the noise: {verdict} the tolerance of {found.tolerance:g}"
-        )
-    if not found.is_within:
-        sys.exit(1)
-
-
-@cache.command("gc")
-@click.argument("directory")
-@click.option("--forget-missing", is_flag=True, help="Forget targets.json files that are gone.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def cache_gc(directory: str, forget_missing: bool, yes: bool) -> None:
-    """Remove shards that no targets.json uses, after saying what and asking.
-
-    A store remembers each targets.json that was bound to it. Leftovers of writers that were killed
-    more than a day ago go too.
-
-    Example: pact-offline cache gc cache
-    """
-    from pact_offline.cache.storage import open_storage
-    from pact_offline.cache.usage import find_garbage, remove_garbage
-    from pact_offline.cache.verify import store_places
-
-    found = {}
-    for place in store_places(directory):
-        storage = open_storage(place)
-        garbage = find_garbage(storage, forget_missing=forget_missing)
-        if garbage.shards or garbage.records or garbage.leftovers:
-            found[place] = (storage, garbage)
-            click.echo(
-                f"{place}: {len(garbage.shards)} unused shards, {len(garbage.leftovers)} leftovers "
-                f"({garbage.size / 2**20:.1f} MiB), {len(garbage.records)} bindings that are gone"
-            )
-    if not found:
-        click.echo(f"{directory}: nothing to remove")
-        return
-    if not yes and not click.confirm("Remove them?", err=True):
-        click.echo("nothing removed")
-        return
-    for storage, garbage in found.values():
-        remove_garbage(storage, garbage)
-    click.echo("removed")
-
-
-@cli.group()
-def bench() -> None:
-    """Measure, side by side and on your own model and rows."""
-
-
-@bench.command("equality")
-@click.option("--model", required=True, help="Reference, and model to fine-tune.")
-@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
-@click.option(
-    "--targets", type=FILE, multiple=True, required=True, help="targets.json; may be repeated."
-)
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
-@settings_options(FinetuneSettings)
-@_json_option
-def bench_equality(
-    model: str,
-    rows: tuple[str, ...],
-    targets: tuple[Path, ...],
-    safety_tokens: Path,
-    as_json: bool,
-    settings: FinetuneSettings,
-) -> None:
-    """Train from each cache and with the reference in memory, and compare losses and weights.
-
-    Example: pact-offline bench equality --model A --rows train.jsonl --targets targets.json
-    --safety-tokens tokens.json --dtype float32 --lora-dropout 0
-    """
-    from dataclasses import asdict
-
-    from pact_offline.bench.equality import equality, table
-    from pact_offline.hub import locate_model
-
-    found = equality(locate_model(model), rows, targets, safety_tokens, settings)
-    click.echo(json.dumps([asdict(one) for one in found]) if as_json else table(found))
-
-
-@bench.command("cache")
-@click.option("--steps", type=int, default=10_000_000, help="Response steps of the store made.")
-@click.option("--targets", type=FILE, help="Targets stored as float32, to compare encodings on.")
-@click.option("--policy", type=FILE, help="Targets of another model for the same rows.")
-@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
-@_json_option
-def bench_cache(
-    steps: int,
-    targets: Path | None,
-    policy: Path | None,
-    safety_tokens: Path | None,
-    as_json: bool,
-) -> None:
-    """Measure the cache: reading a large store, and, with --targets, size and loss by encoding.
-
-    Example: pact-offline bench cache --targets exact.json --policy base.json
-    --safety-tokens tokens.json
-    """
-    from dataclasses import asdict
-
-    from pact_offline.bench.cache import (
-        measure_encodings,
-        measure_reading,
-        reading_table,
-        size_table,
-    )
-
-    if len({targets is None, policy is None, safety_tokens is None}) == 2:
-        raise click.UsageError("expected --targets, --policy and --safety-tokens, or none of them")
-    reading = [measure_reading("uint8", steps), measure_reading("float16", steps)]
-    sizes = []
-    if targets is not None and policy is not None and safety_tokens is not None:
-        import torch
-
-        from pact_offline.cache.reader import TargetCache
-        from pact_offline.safety_tokens import SafetyTokens
-
-        weights = torch.from_numpy(SafetyTokens.load(safety_tokens).weights)
-        sizes = measure_encodings(TargetCache.open(targets), TargetCache.open(policy), weights)
-    if as_json:
-        found = {
-            "reading": [asdict(one) for one in reading],
-            "sizes": [asdict(one) for one in sizes],
-        }
-        click.echo(json.dumps(found))
-    else:
-        click.echo(reading_table(reading))
-        if sizes:
-            click.echo(f"\n{size_table(sizes)}")
-
-
-@cli.group()
 def demo() -> None:
     """Make the bundled demo pair: SmolLM2-135M-Instruct, and the same model taught to refuse."""
 
@@ -680,6 +344,10 @@ def demo_align(
     prompts = {"harmful": harmful_check, "benign": benign_check, "task": task_check}
     shares = align(base, refusals, benign, prompts, output, settings)
     click.echo(", ".join(f"{name} refused {share:.1%}" for name, share in shares.items()))
+
+
+cli.add_command(cache)
+cli.add_command(bench)
 
 
 def main() -> None:

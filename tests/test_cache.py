@@ -14,11 +14,15 @@ from stores import IDENTITY, context, fill, list_shards, named, read, values, wh
 
 from pact_offline.cache.identity import Identity
 from pact_offline.cache.reader import Store, TargetCache
-from pact_offline.cache.verify import verify_targets
+from pact_offline.cache.shard import shard_id_of
+from pact_offline.cache.verify import verify_store, verify_targets
 from pact_offline.cache.writer import StoreWriter
+from pact_offline.config import ScoreSettings
 from pact_offline.conversations import contexts_of, read_rows, tokenize
 from pact_offline.errors import ScoringError, StoreError, TargetsMismatchError
+from pact_offline.files import sha256_file
 from pact_offline.hub import locate_model
+from pact_offline.scoring.dataset import prepare
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -182,6 +186,59 @@ def test_what_was_tokenized_before_is_not_trusted_for_other_rows_or_tokenizers(
     assert summary(run(*command))["scored"] > 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--batch-tokens", 64],
+        ["--shard-steps", 7],
+        ["--gpu-memory-utilization", 0.9],
+        ["--tensor-parallel-size", 2],
+        ["--max-tokens", 400],
+        ["--part", "2/5"],
+        "renamed rows",
+        "moved model",
+    ],
+)
+def test_what_decides_no_value_scores_nothing_again(
+    change: Any, scored: Path, aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    model, rows, options = aligned, rows_file, ["-o", scored]
+    if change == "renamed rows":
+        rows = rows_file.rename(tmp_path / "other name.jsonl")
+    elif change == "moved model":
+        model = shutil.copytree(aligned, tmp_path / "moved")
+    else:
+        options = change if change[0] == "--part" else [*options, *change]
+    command = score_command(model, rows, tokens_file, tmp_path)
+    assert summary(run(*command, *options, "--json"))["scored"] == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_response_that_occurs_often_is_one_context(
+    aligned: Path, tokens_file: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Parcel {i}", "response": "Shipping"} for i in range(1000)]
+    path = write_rows(tmp_path / "many.jsonl", rows)
+    model, settings = locate_model(str(aligned)), ScoreSettings.model_validate({})
+    dataset = prepare(model, [path], tokens_file, tmp_path / "cache", settings)
+    assert len(dataset.keys) == 1001
+    assert sum(context.kind == "response_only" for context in dataset.contexts.values()) == 1
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_loader_workers_read_what_this_process_reads(scored: Path, start: str) -> None:
+    from torch.utils.data import DataLoader
+
+    targets = TargetCache.open(scored)
+    expected = [targets[index].full for index in range(12)]  # files are open before the workers are
+    loader = DataLoader(
+        targets, batch_size=None, num_workers=3, multiprocessing_context=start, shuffle=False
+    )
+    for index, found in enumerate(loader):
+        np.testing.assert_array_equal(np.asarray(found.full), expected[index])
+
+
 def test_only_new_contexts_are_scored(
     scored: Path, aligned: Path, tokens_file: Path, rows_file: Path, run: Callable[..., Result]
 ) -> None:
@@ -239,6 +296,83 @@ def test_a_symbolic_link_in_a_shard_is_refused(scored: Path) -> None:
     arrow.symlink_to(scored.parent / "outside.arrow")
     with pytest.raises(StoreError, match="symbolic link"):
         TargetCache.open(scored, verify_all=True)
+
+
+def forge(store: Path, change: Callable[[Path, dict[str, Any]], None]) -> None:
+    """Change the store's only shard, and make it consistent again, as someone hostile would."""
+    (old,) = list_shards(store)
+    folder = store / "shards" / old
+    sidecar = json.loads((folder / "shard.json").read_text())
+    change(folder, sidecar)
+    sidecar["files"] = {
+        name: sha256_file(folder / name) if (folder / name).is_file() else digest
+        for name, digest in sidecar["files"].items()
+    }
+    data = json.dumps(sidecar).encode()
+    (folder / "shard.json").write_bytes(data)
+    folder.rename(store / "shards" / shard_id_of(data))
+
+
+def huge_array(folder: Path, sidecar: dict[str, Any]) -> None:
+    path = folder / "log_confidence.zarr" / "zarr.json"
+    value = json.loads(path.read_text())
+    value["shape"] = value["chunk_grid"]["configuration"]["chunk_shape"] = [10**12, 3]
+    path.write_text(json.dumps(value))
+
+
+def huge_counts(folder: Path, sidecar: dict[str, Any]) -> None:
+    huge_array(folder, sidecar)
+    sidecar["steps"] = 10**12
+
+
+def compressed_array(folder: Path, sidecar: dict[str, Any]) -> None:
+    path = folder / "log_confidence.zarr" / "zarr.json"
+    value = json.loads(path.read_text())
+    value["codecs"].append({"name": "gzip", "configuration": {"level": 1}})
+    path.write_text(json.dumps(value))
+
+
+def steps_beyond_the_array(folder: Path, sidecar: dict[str, Any]) -> None:
+    import pyarrow as pa
+
+    from pact_offline.cache.shard import SCHEMA
+
+    table = pa.table([[b"k" * 16], [0], [10**9]], schema=SCHEMA)
+    place = str(folder / "contexts.arrow")
+    with pa.OSFile(place, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_table(table)
+    sidecar["contexts"] = 1
+
+
+def path_outside(folder: Path, sidecar: dict[str, Any]) -> None:
+    sidecar["files"]["../../../../etc/passwd"] = "0" * 64
+
+
+def nested_json(folder: Path, sidecar: dict[str, Any]) -> None:
+    (folder / "log_confidence.zarr" / "zarr.json").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        huge_array,
+        huge_counts,
+        compressed_array,
+        steps_beyond_the_array,
+        path_outside,
+        nested_json,
+    ],
+)
+def test_a_hostile_store_is_refused_in_words(
+    change: Callable[[Path, dict[str, Any]], None], tmp_path: Path
+) -> None:
+    store = named(tmp_path)
+    fill(store, range(5))
+    forge(store, change)
+    with pytest.raises(StoreError, match="expected") as caught:
+        Store(store).verify()
+    assert "\n" not in str(caught.value)
+    assert verify_store(str(store)).bad
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,19 @@ class Contexts(NamedTuple):
 def find_keys(wanted: pa.Array, keys: pa.Array) -> np.ndarray:
     """Where each wanted key stands first among `keys`, int64; -1 where it does not."""
     found = pc.index_in(wanted, value_set=keys)
-    return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int64)
+    places = _numbers(found).astype(np.int64)
+    if found.null_count:
+        bits = np.unpackbits(np.frombuffer(found.buffers()[0], np.uint8), bitorder="little")
+        places[bits[found.offset : found.offset + len(found)] == 0] = -1
+    return places
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """An Arrow array of numbers; its own ways to numpy take a second to import pandas."""
+    dtype = np.dtype(str(array.type))
+    if not len(array):
+        return np.zeros(0, dtype)
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
 def pack_keys(hex_keys: Sequence[str]) -> pa.FixedSizeBinaryArray:
@@ -215,10 +227,14 @@ class Shard:
                 table.validate()
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{place}: expected an Arrow table, found: {error}") from None
-        if table.schema != SCHEMA or len(table) != sidecar.contexts:
+        if (
+            table.schema != SCHEMA
+            or len(table) != sidecar.contexts
+            or any(column.null_count for column in table.columns)
+        ):
             raise StoreError(f"{place}: expected {sidecar.contexts} contexts, found otherwise")
-        steps = table["steps"].to_numpy().astype(np.int64)
-        kinds = table["kind"].to_numpy()
+        steps = _numbers(table["steps"].combine_chunks()).astype(np.int64)
+        kinds = _numbers(table["kind"].combine_chunks())
         fits = (steps > 0).all() and steps.sum() == sidecar.steps
         if not fits or not np.isin(kinds, range(len(CONTEXT_KINDS))).all():
             raise StoreError(f"{place}: expected {sidecar.steps} steps, found otherwise")

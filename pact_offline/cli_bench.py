@@ -1,0 +1,98 @@
+"""`pact-offline bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pact_offline.cli_options import FILE, json_option, settings_options
+from pact_offline.config import FinetuneSettings
+
+
+@click.group()
+def bench() -> None:
+    """Measure, side by side and on your own model and rows."""
+
+
+@bench.command("equality")
+@click.option("--model", required=True, help="Reference, and model to fine-tune.")
+@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@click.option(
+    "--targets", type=FILE, multiple=True, required=True, help="targets.json; may be repeated."
+)
+@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@settings_options(FinetuneSettings)
+@json_option
+def bench_equality(
+    model: str,
+    rows: tuple[str, ...],
+    targets: tuple[Path, ...],
+    safety_tokens: Path,
+    as_json: bool,
+    settings: FinetuneSettings,
+) -> None:
+    """Train from each cache and with the reference in memory, and compare losses and weights.
+
+    Example: pact-offline bench equality --model A --rows train.jsonl --targets targets.json
+    --safety-tokens tokens.json --dtype float32 --lora-dropout 0
+    """
+    from dataclasses import asdict
+
+    from pact_offline.bench.equality import equality, table
+    from pact_offline.hub import locate_model
+
+    found = equality(locate_model(model), rows, targets, safety_tokens, settings)
+    click.echo(json.dumps([asdict(one) for one in found]) if as_json else table(found))
+
+
+@bench.command("cache")
+@click.option("--steps", type=int, default=10_000_000, help="Response steps of the store made.")
+@click.option("--targets", type=FILE, help="Targets stored as float32, to compare encodings on.")
+@click.option("--policy", type=FILE, help="Targets of another model for the same rows.")
+@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
+@json_option
+def bench_cache(
+    steps: int,
+    targets: Path | None,
+    policy: Path | None,
+    safety_tokens: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the cache: reading a large store, and, with --targets, size and loss by encoding.
+
+    Example: pact-offline bench cache --targets exact.json --policy base.json
+    --safety-tokens tokens.json
+    """
+    from dataclasses import asdict
+
+    from pact_offline.bench.cache import (
+        measure_encodings,
+        measure_reading,
+        reading_table,
+        size_table,
+    )
+
+    if len({targets is None, policy is None, safety_tokens is None}) == 2:
+        raise click.UsageError("expected --targets, --policy and --safety-tokens, or none of them")
+    reading = [measure_reading("uint8", steps), measure_reading("float16", steps)]
+    sizes = []
+    if targets is not None and policy is not None and safety_tokens is not None:
+        import torch
+
+        from pact_offline.cache.reader import TargetCache
+        from pact_offline.safety_tokens import SafetyTokens
+
+        weights = torch.from_numpy(SafetyTokens.load(safety_tokens).weights)
+        sizes = measure_encodings(TargetCache.open(targets), TargetCache.open(policy), weights)
+    if as_json:
+        found = {
+            "reading": [asdict(one) for one in reading],
+            "sizes": [asdict(one) for one in sizes],
+        }
+        click.echo(json.dumps(found))
+    else:
+        click.echo(reading_table(reading))
+        if sizes:
+            click.echo(f"\n{size_table(sizes)}")

@@ -1,0 +1,200 @@
+"""`pact-offline cache`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from pact_offline.cli_options import FILE, json_option, settings_options
+from pact_offline.config import AuditSettings
+
+
+@click.group()
+def cache() -> None:
+    """Look at stores and bindings, check them, and clear away what nothing uses."""
+
+
+@cache.command("ls")
+@click.argument("directory")
+@json_option
+def cache_ls(directory: str, as_json: bool) -> None:
+    """List the stores in a cache directory or URL: size, counts, model and who uses them.
+
+    Example: pact-offline cache ls cache
+    """
+    from pact_offline.cache.verify import list_stores
+
+    stores = list_stores(directory)
+    if as_json:
+        click.echo(json.dumps(stores))
+        return
+    for store in stores:
+        click.echo(
+            f"{store['name']}  {store['shards']} shards, {store['contexts']} contexts, "
+            f"{store['steps']} steps, {store['bytes'] / 2**20:.1f} MiB  ({store['model']}; "
+            f"{store['engine']}, {store['compute_dtype']}, stored {store['stored_dtype']})"
+        )
+        for usage in store["used_by"]:
+            gone = "  (gone)" if usage["missing"] else ""
+            click.echo(f"  used by {usage['targets']}, {usage['rows']} rows{gone}")
+
+
+@cache.command("show")
+@click.argument("targets", type=FILE)
+@click.argument("row", type=int)
+@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@click.option("--rows", type=str, multiple=True, help="Row files, to show the response's tokens.")
+@click.option("--model", help="The model whose tokenizer reads them.")
+@click.option("--columns", type=int, default=8, help="Safety tokens to show, the likeliest.")
+def cache_show(
+    targets: Path,
+    row: int,
+    safety_tokens: Path,
+    rows: tuple[str, ...],
+    model: str | None,
+    columns: int,
+) -> None:
+    """Show the confidences of one row (from 0), step by step.
+
+    Example: pact-offline cache show targets.json 3 --safety-tokens tokens.json
+    --rows train.jsonl --model A
+    """
+    from pact_offline.cache.reader import TargetCache
+    from pact_offline.cache.show import show_row
+    from pact_offline.safety_tokens import SafetyTokens
+
+    if bool(rows) != bool(model):
+        raise click.UsageError("expected both --rows and --model, or neither")
+    opened = TargetCache.open(targets)
+    tokens = SafetyTokens.load(safety_tokens)
+    opened.check_safety_ids(tokens.ids, str(safety_tokens))
+    response: list[str] = []
+    if model:
+        from pact_offline.conversations import load_tokenizer, read_all_rows, tokenize
+
+        read = read_all_rows(rows)
+        tokenizer = load_tokenizer(model)
+        examples = tokenize(read, tokenizer, opened.binding.max_tokens)
+        opened.check_examples(examples, [one.origin for one in read])
+        if 0 <= row < len(examples):
+            example = examples[row]
+            response = [tokenizer.decode([i]) for i in example.ids[example.response_start :]]
+    click.echo(show_row(opened, row, [t.text for t in tokens.tokens], response, columns))
+
+
+@cache.command("verify")
+@click.argument("path")
+@click.option("--repair", is_flag=True, help="Drop the shards of a store that are not whole.")
+def cache_verify(path: str, repair: bool) -> None:
+    """Check every byte of a store, of all stores in a directory, or of what a targets.json needs.
+
+    Exit code 1 where something is not whole.
+
+    Example: pact-offline cache verify targets.json
+    """
+    from pact_offline.cache.verify import drop_shards, store_places, verify_store, verify_targets
+
+    if "://" not in path and Path(path).is_file():
+        if repair:
+            raise click.UsageError("--repair: expected a store or a directory of stores")
+        found = verify_targets(Path(path))
+        click.echo(f"{path}: {found.shards} shards with {found.contexts} contexts are whole")
+        return
+    is_whole = True
+    for place in store_places(path):
+        found = verify_store(place)
+        click.echo(f"{place}: {found.shards} shards with {found.contexts} contexts are whole")
+        for reason in found.bad.values():
+            click.echo(reason)
+        if found.bad and repair:
+            drop_shards(place, list(found.bad))
+            click.echo(
+                f"{place}: {len(found.bad)} shards dropped; `pact-offline score` fills the gap"
+            )
+        is_whole = is_whole and (repair or not found.bad)
+    if not is_whole:
+        sys.exit(1)
+
+
+@cache.command("audit")
+@click.argument("targets", type=FILE)
+@click.option("--model", required=True, help="The model that was scored.")
+@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@settings_options(AuditSettings)
+@json_option
+def cache_audit(
+    targets: Path,
+    model: str,
+    rows: tuple[str, ...],
+    safety_tokens: Path,
+    as_json: bool,
+    settings: AuditSettings,
+) -> None:
+    """Score a random sample again, another way, and compare with what is stored.
+
+    The difference is held against the noise of the cache's compute dtype. Exit code 1 past the
+    tolerance.
+
+    Example: pact-offline cache audit targets.json --model A --rows train.jsonl
+    --safety-tokens tokens.json
+    """
+    from pact_offline.hub import locate_model
+    from pact_offline.scoring.audit import audit
+
+    found = audit(locate_model(model), rows, targets, safety_tokens, settings)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        click.echo(f"{found.contexts} contexts, {found.steps} steps, scored by {found.scored_by}")
+        click.echo(f"{'log-confidences':28} {'mean':>10} {'p99':>10} {'max':>10}")
+        for name, spread in (("stored - scored", found.difference), ("noise", found.noise)):
+            click.echo(f"{name:28} " + " ".join(f"{value:10.2e}" for value in spread))
+        click.echo(f"pact, relative change         {found.pact_difference:10.2e}")
+        click.echo(f"confidence, change            {found.confidence_difference:10.2e}")
+        verdict = "within" if found.is_within else "past"
+        click.echo(
+            f"{found.ratio:.2f} times the noise: {verdict} the tolerance of {found.tolerance:g}"
+        )
+    if not found.is_within:
+        sys.exit(1)
+
+
+@cache.command("gc")
+@click.argument("directory")
+@click.option("--forget-missing", is_flag=True, help="Forget targets.json files that are gone.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def cache_gc(directory: str, forget_missing: bool, yes: bool) -> None:
+    """Remove shards that no targets.json uses, after saying what and asking.
+
+    A store remembers each targets.json that was bound to it. Leftovers of writers that were killed
+    more than a day ago go too.
+
+    Example: pact-offline cache gc cache
+    """
+    from pact_offline.cache.storage import open_storage
+    from pact_offline.cache.usage import find_garbage, remove_garbage
+    from pact_offline.cache.verify import store_places
+
+    found = {}
+    for place in store_places(directory):
+        storage = open_storage(place)
+        garbage = find_garbage(storage, forget_missing=forget_missing)
+        if garbage.shards or garbage.records or garbage.leftovers:
+            found[place] = (storage, garbage)
+            click.echo(
+                f"{place}: {len(garbage.shards)} unused shards, {len(garbage.leftovers)} leftovers "
+                f"({garbage.size / 2**20:.1f} MiB), {len(garbage.records)} bindings that are gone"
+            )
+    if not found:
+        click.echo(f"{directory}: nothing to remove")
+        return
+    if not yes and not click.confirm("Remove them?", err=True):
+        click.echo("nothing removed")
+        return
+    for storage, garbage in found.values():
+        remove_garbage(storage, garbage)
+    click.echo("removed")
