@@ -96,3 +96,52 @@ def bench_cache(
         click.echo(reading_table(reading))
         if sizes:
             click.echo(f"\n{size_table(sizes)}")
+
+
+@bench.command("train")
+@click.option("--model", required=True, help="Reference, and model to fine-tune.")
+@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@click.option("--targets", type=FILE, required=True, help="targets.json of these rows.")
+@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@click.option("--steps", type=click.IntRange(min=1), default=20, help="Measured steps of a run.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, help="Runs of each way.")
+@click.option(
+    "--published-steps",
+    type=click.IntRange(min=0),
+    default=2,
+    help="Measured steps of the published way, which is slow; 0 leaves it out.",
+)
+@settings_options(FinetuneSettings)
+@json_option
+def bench_train(
+    model: str,
+    rows: tuple[str, ...],
+    targets: Path,
+    safety_tokens: Path,
+    steps: int,
+    repeats: int,
+    published_steps: int,
+    as_json: bool,
+    settings: FinetuneSettings,
+) -> None:
+    """Time training from the cache, plainly, with a live reference, and the published way.
+
+    Example: pact-offline bench train --model A --rows train.jsonl --targets targets.json
+    --safety-tokens tokens.json
+    """
+    from dataclasses import asdict
+
+    from pact_offline.bench.train import measure_training, training_table
+    from pact_offline.hub import locate_model
+
+    found = measure_training(
+        locate_model(model),
+        rows,
+        targets,
+        safety_tokens,
+        settings,
+        steps=steps,
+        repeats=repeats,
+        published_steps=published_steps,
+    )
+    click.echo(json.dumps(asdict(found)) if as_json else training_table(found))

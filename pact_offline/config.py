@@ -177,6 +177,15 @@ class FinetuneSettings(ObjectiveSettings):
     )
     max_tokens: int = Field(512, ge=2, description="A row is cut at this many tokens.")
     seed: int = Field(42, ge=0, description="Seed of weights, order and dropout.")
+    save_steps: int = Field(
+        0,
+        ge=0,
+        description="Write a checkpoint every so many optimizer steps; after a kill, the same "
+        "command goes on from the last. 0: none.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
     reference: Literal["cache", "live"] = Field(
         "cache",
         description="Where targets come from: the cache, or the reference model kept in memory and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,11 @@ from pact_offline.hub import first_line, require_model
 
 def default_device() -> torch.device:
     """The first accelerator, else the CPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    index = os.environ.get("LOCAL_RANK")  # of several processes, each has its own
+    return accelerator if index is None else torch.device(accelerator.type, int(index))
 
 
 def default_attention(device: torch.device | None = None) -> str:

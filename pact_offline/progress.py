@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-def bar(what: str, total: int, unit: str) -> tqdm[Any]:
+def bar(what: str, total: int, unit: str, *, shown: bool = True) -> tqdm[Any]:
     """A bar for a person; in a log file, a line every ten seconds."""
     person = sys.stderr.isatty()
     return tqdm(
@@ -19,4 +19,5 @@ def bar(what: str, total: int, unit: str) -> tqdm[Any]:
         mininterval=0.2 if person else 10,
         dynamic_ncols=person,
         leave=True,
+        disable=not shown,
     )

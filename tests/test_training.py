@@ -1,5 +1,12 @@
 import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +23,9 @@ from pact_offline.config import FinetuneSettings
 from pact_offline.conversations import load_tokenizer, read_rows, tokenize
 from pact_offline.models import load_model
 from pact_offline.objectives import OBJECTIVES
+from pact_offline.training.checkpoints import Checkpoints
 from pact_offline.training.collator import ResponseCollator
-from pact_offline.training.finetune import as_dataset, finetune
+from pact_offline.training.finetune import Journal, as_dataset, finetune
 from pact_offline.training.trainer import PactTrainer
 
 
@@ -291,6 +299,119 @@ def test_training_refuses_what_was_not_scored_before_it_loads_a_model(
     assert expected in fails(*command, *extra, "-o", tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
     assert not list(tmp_path.glob(".adapter*"))
+
+
+def kill_at(stop: int, args: Any, state: Any, *rest: Any, **extra: Any) -> None:
+    if state.global_step == stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def adapters_are_equal(one: Path, other: Path) -> None:
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("row_order", ["by_length", "random"])
+def test_a_run_killed_at_random_steps_ends_with_the_same_adapter(
+    row_order: str, command: list[Any], tmp_path: Path, run: Callable[..., Result],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """Dropout and order included: kill -9 in the first, second and third epoch."""
+    command = [
+        *command, "--lora-dropout", "0.1", "--batch-size", 2, "--row-order", row_order,
+        "--save-steps", 1,
+    ]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)  # a forked process has no others, and a sum depends on their number
+    assert run(*command, "-o", whole).exit_code == 0
+    draw = random.Random(len(row_order))
+    for epoch in range(3):
+        stop = epoch * 6 + draw.randrange(1, 6)
+        child = os.fork()  # a process of its own without the seconds that imports take
+        if not child:
+            Journal.on_step_end = partial(kill_at, stop)  # type: ignore[method-assign]
+            run(*command, "-o", killed)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert not killed.exists()
+    result = run(*command, "-o", killed, "--json")
+    assert result.exit_code == 0, result.output
+    assert "going on from here" in result.stderr
+    adapters_are_equal(whole, killed)
+    for name in ("loss", "kl", "learning_rate"):
+        histories = [
+            [json.loads(line)[name] for line in (path / "training.jsonl").read_text().splitlines()]
+            for path in (whole, killed)
+        ]
+        assert histories[0] == histories[1]
+        assert len(histories[0]) == 18
+    assert not list(tmp_path.glob(".killed*"))
+
+
+def test_checkpoints_of_other_settings_are_not_taken_up(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    output = tmp_path / "adapter"
+    left = Checkpoints(output, "of another run")
+    left.take_up()
+    (left.folder / "checkpoint-3").mkdir()
+    result = run(*command, "-o", output, "--save-steps", 2)
+    assert result.exit_code == 0, result.output
+    assert "starting over" in result.stderr
+    assert not left.folder.exists()
+
+
+@pytest.mark.parametrize("objective", ["none", "pact"])
+def test_two_processes_give_the_losses_of_one(
+    objective: str, command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """gloo on the CPU; the same rows a step."""
+    if objective == "none":
+        command = [*command[:5], *command[9:]]
+    common = [*command, "--objective", objective, "--row-order", "random", "--epochs", 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*common, "--batch-size", 4, "-o", one).exit_code == 0
+    words = [*common, "--batch-size", 2, "-o", two]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "--master-port", str(port), "-m", "pact_offline", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    histories = [
+        [json.loads(line) for line in (path / "training.jsonl").read_text().splitlines()]
+        for path in (one, two)
+    ]
+    assert len(histories[0]) == len(histories[1]) == 6
+    for ours, theirs in zip(*histories, strict=True):
+        for name in ("loss", "cross_entropy", "grad_norm", *(["kl"] if "kl" in ours else [])):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
+        assert ours["tokens"] == theirs["tokens"]
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (one, two))
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    for name, options in (("plain", []), ("recomputed", ["--gradient-checkpointing", True])):
+        assert run(*command, *options, "-o", tmp_path / name).exit_code == 0
+    one, two = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "recomputed")
+    )
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=1e-6)
 
 
 def test_plain_finetuning_needs_no_targets(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
+import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +36,11 @@ from pact_offline.objectives import weights_in_use
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
 from pact_offline.safety_tokens import SafetyTokens
+from pact_offline.training.checkpoints import Checkpoints, EpochOrder, fingerprint
 from pact_offline.training.collator import TargetSource
 from pact_offline.training.live import LiveReference
 from pact_offline.training.model_card import model_card
-from pact_offline.training.trainer import PactTrainer
+from pact_offline.training.trainer import PactTrainer, peak_memory_mib
 
 log = logging.getLogger(__name__)
 RUN_FILE = "pact_offline.json"
@@ -77,27 +79,39 @@ def finetune(
         cache.check_safety_ids(tokens.ids, str(tokens_path))
         cache.check_examples(examples, [row.origin for row in rows])
     header = header_ids(tokenizer) if settings.reference == "live" else []
-    with output_aside(output) as aside:
+    is_main = os.environ.get("RANK", "0") == "0"  # of several processes, one writes
+    with output_aside(output) if is_main else scratch_folder() as aside:
         targets: TargetSource | None = cache
         if tokens is not None and settings.reference == "live":
             reference = load_model(str(model.path), settings.dtype, attention=settings.attention)
             targets = LiveReference(reference, examples, header, tokens.ids)
         weights = torch.from_numpy(tokens.weights) if tokens is not None else None
         policy = prepare_policy(str(model.path), settings)
-        trainer, seconds = train(policy, tokenizer, examples, settings, aside, targets, weights)
+        checkpoints = None
+        if settings.save_steps:
+            source = cache.sha256 if cache else None
+            run = fingerprint(settings, model.identity, source, examples)
+            checkpoints = Checkpoints(output, run)
+        trainer, metrics = train(
+            policy, tokenizer, examples, settings, aside, targets, weights, checkpoints
+        )
         facts = {
             "model": model.name,
             "model_identity": model.identity,
             "targets_sha256": cache.sha256 if cache else None,
             "settings": settings.model_dump(mode="json"),
             "rows": len(examples),
-            "metrics": _final_metrics(trainer, seconds),
+            "metrics": metrics,
             "provenance": provenance(),
         }
+        if not is_main:
+            return facts
         trainer.model.save_pretrained(aside, safe_serialization=True)
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
         write_json(aside / RUN_FILE, facts)
+    if checkpoints:
+        checkpoints.remove()
     return facts
 
 
@@ -139,30 +153,49 @@ def train(
     folder: Path,
     targets: TargetSource | None = None,
     weights: torch.Tensor | None = None,
-) -> tuple[PactTrainer, float]:
+    checkpoints: Checkpoints | None = None,
+) -> tuple[PactTrainer, dict[str, float]]:
     """Train a policy in place; `training.jsonl` goes to `folder`.
 
     Returns:
-        the trainer, and the seconds that training took.
+        the trainer, and the metrics of the end of training.
     """
     set_seed(settings.seed)
-    scratch = folder / "trainer"
+    scratch = checkpoints.folder if checkpoints else folder / "trainer"
+    scratch.mkdir(exist_ok=True)
+    arguments = training_arguments(settings, scratch)
+    resumed = None
+    if checkpoints:
+        with arguments.main_process_first(local=False):
+            resumed = checkpoints.take_up()
+    journal = scratch / "training.jsonl"
     trainer = PactTrainer(
         policy,
-        training_arguments(settings, scratch),
+        arguments,
         train_dataset=as_dataset(examples),
         pad_id=pad_id_of(tokenizer),
         objective=settings,
         epoch_decay=EPOCH_DECAY if settings.schedule == "epoch_decay" else None,
         targets=targets,
         weights=weights,
-        callbacks=[Journal(folder / "training.jsonl")],
+        callbacks=[Journal(journal), *([EpochOrder(resumed)] if checkpoints else [])],
     )
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
-    trainer.train()
-    shutil.rmtree(scratch, ignore_errors=True)
-    return trainer, time.monotonic() - started
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    seconds = time.monotonic() - started
+    before = int(resumed.name.rpartition("-")[2]) if resumed else 0
+    if trainer.is_world_process_zero():
+        shutil.copy(journal, folder / "training.jsonl")
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    return trainer, _final_metrics(trainer, trainer.state.global_step - before, seconds)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a folder of which nothing is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @contextmanager
@@ -176,7 +209,11 @@ def output_aside(output: Path) -> Iterator[Path]:
         raise InputError(
             f"{output}: expected an empty or earlier output directory, found other files"
         )
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    machine = platform.node() or "here"
+    aside = output.with_name(f".{output.name}.{machine}.{os.getpid()}.partial")
+    for left in output.parent.glob(f".{output.name}.{machine}.*.partial"):
+        if not _is_running(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         yield aside
@@ -187,6 +224,17 @@ def output_aside(output: Path) -> Iterator[Path]:
         raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        if os.name != "nt":  # where signal 0 is Ctrl-C
+            os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -246,7 +294,11 @@ def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArgu
         data_seed=settings.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a diverging run must be seen
-        save_strategy="no",
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=max(1, settings.save_steps),
+        save_total_limit=2,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         report_to=[],
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),
@@ -272,14 +324,27 @@ def pad_id_of(tokenizer: Any) -> int:
 
 
 class Journal(TrainerCallback):  # type: ignore[misc]
-    """A progress bar on stderr, and one JSON line a step in `training.jsonl`."""
+    """A progress bar on stderr, and one JSON line a step in `training.jsonl`.
+
+    Of several processes, the first writes.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._started = path, time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        self._started = time.monotonic()
-        self._bar = bar("training", state.max_steps, "steps")
+        self._is_first = state.is_world_process_zero
+        if self._is_first:
+            self._started = time.monotonic() - self._keep(state.global_step)
+        self._bar = bar("training", state.max_steps, "steps", shown=self._is_first)
+        self._bar.update(state.global_step)
+
+    def _keep(self, step: int) -> float:
+        """Drop lines after the step that a run goes on from; give the seconds spent by then."""
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        kept = [line for line in map(json.loads, lines[:step]) if line["step"] <= step]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        return float(kept[-1]["seconds"]) if kept else 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         self._bar.update(1)
@@ -295,6 +360,8 @@ class Journal(TrainerCallback):  # type: ignore[misc]
                 f"step {state.global_step}: expected a finite loss and gradient, found "
                 f"loss {logs['loss']}; lower --learning-rate or --kl-weight"
             )
+        if not self._is_first:
+            return
         seconds = round(time.monotonic() - self._started, 3)
         line = {"step": state.global_step, "seconds": seconds, **logs}
         with self._path.open("a", encoding="utf-8") as file:
@@ -312,24 +379,17 @@ def _is_finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
 
 
-def _final_metrics(trainer: PactTrainer, seconds: float) -> dict[str, float]:
+def _final_metrics(trainer: PactTrainer, steps: int, seconds: float) -> dict[str, float]:
     history = [entry for entry in trainer.state.log_history if "cross_entropy" in entry]
     last = history[-max(1, len(history) // 10) :]
     names = [name for name in ("cross_entropy", "kl", "confidence_gap") if name in last[0]]
     metrics = {f"final_{name}": sum(entry[name] for entry in last) / len(last) for name in names}
-    steps = trainer.state.global_step
-    rows = steps * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    rows = steps * per_step * trainer.args.world_size
     return {
         **metrics,
-        "optimizer_steps": steps,
+        "optimizer_steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "rows_per_second": round(rows / seconds, 3),
         "peak_memory_mib": round(peak_memory_mib(), 1),
     }
-
-
-def peak_memory_mib() -> float:
-    """Peak memory of this process so far: on the accelerator, else resident; MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

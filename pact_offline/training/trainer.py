@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import time
 from typing import Any
 
 import torch
@@ -11,6 +13,13 @@ from transformers import Trainer, TrainingArguments
 from pact_offline.config import ObjectiveSettings
 from pact_offline.objectives import OBJECTIVES, kl_weight_at, step_weights, weights_in_use
 from pact_offline.training.collator import IGNORED, ResponseCollator, TargetSource
+
+
+def peak_memory_mib() -> float:
+    """Peak memory of this process so far: on the accelerator, else resident; MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class PactTrainer(Trainer):  # type: ignore[misc]
@@ -67,6 +76,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             self._safety_ids = torch.tensor(targets.safety_ids, device=device)
             self._weights = weights_in_use(weights, objective).to(device)
         self._sums: dict[str, Tensor | float] = {}
+        self._logged = time.monotonic()
 
     def compute_loss(
         self,
@@ -136,16 +146,25 @@ class PactTrainer(Trainer):  # type: ignore[misc]
     def _count(self, name: str, value: Tensor | float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
 
+    def _summed_over_processes(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        values = torch.stack([torch.as_tensor(self._sums[n], device="cpu").double() for n in names])
+        total = self.accelerator.reduce(values.to(self.args.device), "sum")
+        return dict(zip(names, total.tolist(), strict=True))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the loss is made of since the last log, as means over response steps."""
-        sums = {name: float(value) for name, value in self._sums.items()}
-        if "loss" in logs and sums.get("steps"):
-            steps = sums["steps"]
+        if "loss" in logs and self._sums:
+            sums = self._summed_over_processes()
+            steps, now = sums["steps"], time.monotonic()
             logs["cross_entropy"] = sums["cross_entropy"] / steps
             if self._objective is not None:
                 logs["kl"] = sums["kl"] / steps
                 logs["kl_weight"] = sums["kl_weight"] / steps
+                logs["kl_ratio"] = sums["kl"] / sums["cross_entropy"]
                 logs["confidence_gap"] = sums["gap"] / steps
             logs["tokens"] = sums["tokens"]
-            self._sums = {}
+            logs["tokens_per_second"] = round(sums["tokens"] / (now - self._logged), 1)
+            logs["peak_memory_mib"] = round(peak_memory_mib(), 1)
+            self._sums, self._logged = {}, now
         super().log(logs, start_time)
