@@ -16,11 +16,22 @@ _HOMES = {
     "ResponseCollator": "pact_offline.training.collator",
     "SafetyTokens": "pact_offline.safety_tokens",
     "TargetCache": "pact_offline.cache.reader",
+    "batch_loss": "pact_offline.training.loss",
     "confidence": "pact_offline.objectives",
     "pact": "pact_offline.objectives",
+    "training_rows": "pact_offline.training.rows",
 }
 
-__all__ = ["PactTrainer", "ResponseCollator", "SafetyTokens", "TargetCache", "confidence", "pact"]
+__all__ = [
+    "PactTrainer",
+    "ResponseCollator",
+    "SafetyTokens",
+    "TargetCache",
+    "batch_loss",
+    "confidence",
+    "pact",
+    "training_rows",
+]
 
 
 def __getattr__(name: str) -> Any:

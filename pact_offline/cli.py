@@ -16,6 +16,7 @@ from pact_offline.cli_cache import cache
 from pact_offline.cli_options import FILE, json_option, settings_options
 from pact_offline.config import (
     AlignSettings,
+    Dtype,
     EvaluateSettings,
     FinetuneSettings,
     ScoreSettings,
@@ -75,7 +76,9 @@ def tokens(
     as_json: bool,
     settings: TokensSettings,
 ) -> None:
-    """Find safety tokens: the ids whose confidence tells an aligned model from its base.
+    """Find the safety tokens of a pair of models.
+
+    The ids whose confidence tells an aligned model from its base; or a hand-made list of them.
 
     Example: pact-offline tokens --aligned A --base B --refusals refusals.jsonl -o tokens.json
     """
@@ -137,7 +140,9 @@ def score(
     as_json: bool,
     settings: ScoreSettings,
 ) -> None:
-    """Fill the cache for a dataset: run the reference model over contexts not yet known.
+    """Fill the cache for a dataset.
+
+    The reference model runs over contexts that are not known yet.
 
     Example: pact-offline score --model A --rows train.jsonl --safety-tokens tokens.json
     --cache cache -o targets.json
@@ -181,7 +186,9 @@ def finetune(
     as_json: bool,
     settings: FinetuneSettings,
 ) -> None:
-    """Fine-tune from cached targets; no reference model is loaded (but see --reference).
+    """Fine-tune from cached targets.
+
+    No reference model is loaded (but see --reference).
 
     Example: pact-offline finetune --model A --rows train.jsonl --targets targets.json
     --safety-tokens tokens.json --objective confidence --kl-weight 3 -o adapter
@@ -202,6 +209,28 @@ def finetune(
     else:
         shown = (f"{name} {value:.4g}" for name, value in facts["metrics"].items())
         click.echo(f"{output}: {', '.join(shown)}")
+
+
+@cli.command()
+@click.option("--model", required=True, help="Model that was fine-tuned: hub id or path.")
+@click.option("--adapter", type=FILE, required=True, help="From `pact-offline finetune`.")
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of the merged model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="bfloat16",
+    help="Dtype of the merged weights.",
+)
+def merge(model: str, adapter: Path, output: Path, dtype: Dtype) -> None:
+    """Write an adapter and its model as one model.
+
+    Example: pact-offline merge --model A --adapter adapter -o merged
+    """
+    from pact_offline.hub import locate_model
+    from pact_offline.training.merge import merge as run
+
+    run(locate_model(model), adapter, output, dtype)
+    click.echo(f"{output}: a model of its own")
 
 
 @cli.command()
@@ -233,7 +262,9 @@ def evaluate(
     as_json: bool,
     settings: EvaluateSettings,
 ) -> None:
-    """Measure safety (refusals), utility (task accuracy) and drift (confidences) of a model.
+    """Measure a model's safety, utility and drift.
+
+    Refusals of four kinds of prompts, task accuracy, and confidences against the reference's.
 
     Example: pact-offline evaluate --name sft --model A --adapter adapter --harmful harmful.jsonl
     --borderline borderline.jsonl --benign benign.jsonl --task test.jsonl
@@ -276,7 +307,9 @@ def report(
     benchmarks: Path | None,
     config_file: Path | None,
 ) -> None:
-    """Make one HTML page of many metrics.json, the reference's first.
+    """Make one page of many metrics.json.
+
+    The reference's comes first.
 
     Example: pact-offline report evaluation/*/metrics.json -o report.html
     """
@@ -299,7 +332,7 @@ def report(
 
 @cli.group()
 def demo() -> None:
-    """Make the bundled demo pair: SmolLM2-135M-Instruct, and the same model taught to refuse."""
+    """Make the pair of models of the bundled demo."""
 
 
 @demo.command("extract")

@@ -13,7 +13,7 @@ from pact_offline.config import FinetuneSettings
 
 @click.group()
 def bench() -> None:
-    """Measure, side by side and on your own model and rows."""
+    """Measure on your own model and rows."""
 
 
 @bench.command("equality")
@@ -33,7 +33,9 @@ def bench_equality(
     as_json: bool,
     settings: FinetuneSettings,
 ) -> None:
-    """Train from each cache and with the reference in memory, and compare losses and weights.
+    """Compare training from caches and a live reference.
+
+    The largest difference of a step's loss, and of a trained weight at the end.
 
     Example: pact-offline bench equality --model A --rows train.jsonl --targets targets.json
     --safety-tokens tokens.json --dtype float32 --lora-dropout 0
@@ -60,7 +62,9 @@ def bench_cache(
     safety_tokens: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the cache: reading a large store, and, with --targets, size and loss by encoding.
+    """Time a large store; compare encodings.
+
+    Encodings are compared on --targets: their size, and the change of the loss.
 
     Example: pact-offline bench cache --targets exact.json --policy base.json
     --safety-tokens tokens.json
@@ -124,7 +128,9 @@ def bench_train(
     as_json: bool,
     settings: FinetuneSettings,
 ) -> None:
-    """Time training from the cache, plainly, with a live reference, and the published way.
+    """Time training from the cache against other ways.
+
+    The others: plain fine-tuning, a live reference, and the published way.
 
     Example: pact-offline bench train --model A --rows train.jsonl --targets targets.json
     --safety-tokens tokens.json

@@ -14,14 +14,14 @@ from pact_offline.config import AuditSettings
 
 @click.group()
 def cache() -> None:
-    """Look at stores and bindings, check them, and clear away what nothing uses."""
+    """List, show, check and clean stores of targets."""
 
 
 @cache.command("ls")
 @click.argument("directory")
 @json_option
 def cache_ls(directory: str, as_json: bool) -> None:
-    """List the stores in a cache directory or URL: size, counts, model and who uses them.
+    """List stores: size, model, and who uses them.
 
     Example: pact-offline cache ls cache
     """
@@ -57,7 +57,7 @@ def cache_show(
     model: str | None,
     columns: int,
 ) -> None:
-    """Show the confidences of one row (from 0), step by step.
+    """Show one row (from 0), step by step.
 
     Example: pact-offline cache show targets.json 3 --safety-tokens tokens.json
     --rows train.jsonl --model A
@@ -89,7 +89,9 @@ def cache_show(
 @click.argument("path")
 @click.option("--repair", is_flag=True, help="Drop the shards of a store that are not whole.")
 def cache_verify(path: str, repair: bool) -> None:
-    """Check every byte of a store, of all stores in a directory, or of what a targets.json needs.
+    """Check every byte.
+
+    Of a store, of all stores in a directory, or of what a targets.json needs.
 
     Exit code 1 where something is not whole.
 
@@ -134,10 +136,10 @@ def cache_audit(
     as_json: bool,
     settings: AuditSettings,
 ) -> None:
-    """Score a random sample again, another way, and compare with what is stored.
+    """Score a sample again, another way.
 
-    The difference is held against the noise of the cache's compute dtype. Exit code 1 past the
-    tolerance.
+    The difference to what is stored is held against the noise of the cache's compute dtype. Exit
+    code 1 past the tolerance.
 
     Example: pact-offline cache audit targets.json --model A --rows train.jsonl
     --safety-tokens tokens.json
@@ -168,7 +170,7 @@ def cache_audit(
 @click.option("--forget-missing", is_flag=True, help="Forget targets.json files that are gone.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def cache_gc(directory: str, forget_missing: bool, yes: bool) -> None:
-    """Remove shards that no targets.json uses, after saying what and asking.
+    """Remove what no targets.json uses, after asking.
 
     A store remembers each targets.json that was bound to it. Leftovers of writers that were killed
     more than a day ago go too.

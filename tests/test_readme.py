@@ -1,6 +1,7 @@
 """What README.md and docs/ show is what is there."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,36 +26,36 @@ def test_the_shown_config_is_the_file() -> None:
     assert block("yaml") == (ROOT / "stages" / "llama-3.1-8b.yaml").read_text(encoding="utf-8")
 
 
-def test_the_training_loop_runs(
-    aligned: Path,
-    rows_file: Path,
-    tokens_file: Path,
-    tmp_path: Path,
-    run: Callable[..., Any],
+@pytest.fixture
+def readers_folder(
+    aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    scored = run(
-        "score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file,
-        "--cache", tmp_path / "cache", "-o", tmp_path / "targets.json",
-        "--backend", "transformers",
-    )  # fmt: skip
-    assert scored.exit_code == 0, scored.output
+) -> Path:  # fmt: skip
+    """A folder with what the README's loops read, under the names they use."""
+    shutil.copytree(aligned, tmp_path / "A")
+    rows_file.rename(tmp_path / "train.jsonl")
     tokens_file.rename(tmp_path / "tokens.json")
     monkeypatch.chdir(tmp_path)
-    code = block("python", "policy_logits")
-    from pact_offline import TargetCache
+    scored = run(
+        "score", "--model", "A", "--rows", "train.jsonl", "--safety-tokens", "tokens.json",
+        "--cache", "cache", "-o", "targets.json", "--backend", "transformers",
+    )  # fmt: skip
+    assert scored.exit_code == 0, scored.output
+    return tmp_path
 
-    steps = len(TargetCache.open("targets.json")[0].full)
-    logits = torch.randn(steps, 400, requires_grad=True)
-    names: dict[str, Any] = {
-        "policy_logits": logits,
-        "cross_entropy": torch.tensor(1.0),
-        "kl_weight": 1.0,
-    }
+
+def test_the_loops_of_pytorch_and_trl_train(readers_folder: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(block("python", "DataLoader"), names)
+    before = {n: p.detach().clone() for n, p in names["model"].named_parameters()}
+    assert torch.isfinite(names["parts"].loss)
+    assert names["parts"].kl > 0
+    code = block("python", "SFTTrainer").replace(
+        '"trained",', '"trained", use_cpu=True, bf16=False,'
+    )
     exec(code, names)
-    names["loss"].backward()
-    assert logits.grad is not None
-    assert names["loss"].shape == ()
+    after = dict(names["model"].named_parameters())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_an_objective_of_ones_own_trains(

@@ -25,7 +25,8 @@ from pact_offline.models import load_model
 from pact_offline.objectives import OBJECTIVES
 from pact_offline.training.checkpoints import Checkpoints
 from pact_offline.training.collator import ResponseCollator
-from pact_offline.training.finetune import Journal, as_dataset, finetune
+from pact_offline.training.finetune import Journal, finetune
+from pact_offline.training.rows import as_dataset
 from pact_offline.training.trainer import PactTrainer
 
 
@@ -204,6 +205,33 @@ def test_finetune_writes_an_adapter_that_peft_loads(
     assert facts["targets_sha256"] == TargetCache.open(targets).sha256
     assert facts["targets_sha256"] in (output / "README.md").read_text()
     PeftModel.from_pretrained(load_model(str(aligned), "float32"), output)
+
+
+def test_merge_writes_a_model_that_answers_as_the_adapter_does(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result], aligned: Path, base: Path,
+    fails: Callable[..., str],
+) -> None:  # fmt: skip
+    from peft import PeftModel
+
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert run(*command, "-o", adapter, "--learning-rate", "0.01").exit_code == 0
+    words = ["merge", "--adapter", adapter, "-o", merged, "--dtype", "float32"]
+    assert "found one of" in fails(*words, "--model", base)
+    assert "expected an adapter" in fails(
+        "merge", "--adapter", aligned, "--model", aligned, "-o", merged
+    )
+    assert not merged.exists()
+    result = run(*words, "--model", aligned)
+    assert result.exit_code == 0, result.output
+    ids = torch.arange(5, 25)[None]
+    policy = PeftModel.from_pretrained(load_model(str(aligned), "float32"), adapter)
+    with torch.no_grad():
+        ours, theirs = load_model(str(merged), "float32")(ids).logits, policy(ids).logits
+        untouched = load_model(str(aligned), "float32")(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert (ours - untouched).abs().max() > 0.01
+    load_tokenizer(str(merged))
+    assert "library_name: transformers" in (merged / "README.md").read_text()
 
 
 def test_the_same_seed_gives_the_same_adapter(

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -40,6 +39,7 @@ from pact_offline.training.checkpoints import Checkpoints, EpochOrder, fingerpri
 from pact_offline.training.collator import TargetSource
 from pact_offline.training.live import LiveReference
 from pact_offline.training.model_card import model_card
+from pact_offline.training.rows import as_dataset
 from pact_offline.training.trainer import PactTrainer, peak_memory_mib
 
 log = logging.getLogger(__name__)
@@ -303,18 +303,6 @@ def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArgu
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),
         lr_scheduler_type=schedule,
-    )
-
-
-def as_dataset(examples: Sequence[TokenizedExample]) -> datasets.Dataset:
-    """Examples as the collator reads them, with each row's length and index."""
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": [example.ids for example in examples],
-            "response_start": [example.response_start for example in examples],
-            "length": [len(example.ids) for example in examples],
-            "index": list(range(len(examples))),
-        }
     )
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from pact_offline.config import ObjectiveSettings
-from pact_offline.objectives import OBJECTIVES, kl_weight_at, step_weights, weights_in_use
-from pact_offline.training.collator import IGNORED, ResponseCollator, TargetSource
+from pact_offline.errors import SettingError
+from pact_offline.objectives import OBJECTIVES, kl_weight_at, weights_in_use
+from pact_offline.training.collator import ResponseCollator, TargetSource
+from pact_offline.training.loss import batch_loss
 
 
 def peak_memory_mib() -> float:
@@ -60,6 +62,10 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         self._settings = objective
         self._epoch_decay = epoch_decay
         self._objective = OBJECTIVES.get(objective.objective)
+        if self._objective is not None and (targets is None or weights is None):
+            raise SettingError(
+                f"objective {objective.objective}: expected targets and weights, found none"
+            )
         collator = ResponseCollator(
             pad_id,
             targets if self._objective else None,
@@ -72,6 +78,8 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         )
         self.model_accepts_loss_kwargs = True  # the loss is divided by all steps of the batch
         device = self.args.device
+        self._safety_ids: Tensor | None = None
+        self._weights: Tensor | None = None
         if targets is not None and weights is not None:
             self._safety_ids = torch.tensor(targets.safety_ids, device=device)
             self._weights = weights_in_use(weights, objective).to(device)
@@ -86,47 +94,20 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch, as its share of the whole batch's mean."""
-        labels = inputs["labels"][:, 1:]
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            position_ids=inputs["position_ids"],
-            logits_to_keep=inputs["logits_to_keep"],
-            use_cache=False,
+        kl_weight = self._kl_weight()
+        parts = batch_loss(
+            model, inputs, self._safety_ids, self._weights, self._settings, kl_weight
         )
-        is_step = labels != IGNORED
-        logits = outputs.logits[is_step].float()
-        normaliser = torch.logsumexp(logits, dim=-1)
-        picked = logits.gather(-1, labels[is_step].unsqueeze(-1)).squeeze(-1)
-        cross_entropy = (normaliser - picked).sum()
-        loss = cross_entropy
-        kl = torch.zeros((), device=loss.device)
-        if self._objective is not None:
-            policy = logits[:, self._safety_ids] - normaliser.unsqueeze(-1)
-            full = inputs["target_full"]
-            steps = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[is_step]
-            per_step = self._objective.per_step(
-                policy,
-                full,
-                inputs.get("target_response_only"),
-                self._weights,
-                steps,
-                self._settings,
-            )
-            kl = (per_step * step_weights(steps, self._settings)).sum()
-            kl_weight = self._kl_weight()
-            loss = cross_entropy + kl_weight * kl
-            self._count("kl_weight", kl_weight * len(logits))
-            self._count("gap", (policy.detach().exp() - full.exp()).abs().sum(-1).sum())
-        count = len(logits)
-        self._count("cross_entropy", cross_entropy.detach())
-        self._count("kl", kl.detach())
-        self._count("steps", count)
-        self._count("tokens", int(inputs["attention_mask"].sum()) + len(labels))
-        loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+        self._count("cross_entropy", parts.cross_entropy)
+        self._count("kl", parts.kl)
+        self._count("kl_weight", kl_weight * parts.steps)
+        self._count("gap", parts.confidence_gap)
+        self._count("steps", parts.steps)
+        self._count("tokens", int(inputs["attention_mask"].sum()) + len(inputs["labels"]))
+        loss = parts.loss / (parts.steps if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The published schedule where `epoch_decay` is set, else the one in `args`."""

@@ -1,0 +1,80 @@
+"""The loss of one batch, for any training loop."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pact_offline.config import ObjectiveSettings
+from pact_offline.errors import SettingError
+from pact_offline.objectives import OBJECTIVES, step_weights
+from pact_offline.training.collator import IGNORED
+
+
+class BatchLoss(NamedTuple):
+    """Sums over a batch's response steps, and their count; divide by it for means.
+
+    Attributes:
+        loss: cross_entropy + kl_weight * kl, fp32 []; the only one with a gradient.
+        cross_entropy, kl: fp32 [].
+        confidence_gap: sum over safety tokens of the probabilities' absolute differences, fp32 [].
+        steps: response steps.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
+    confidence_gap: Tensor
+    steps: int
+
+
+def batch_loss(
+    model: Any,
+    batch: dict[str, Tensor],
+    safety_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    settings: ObjectiveSettings | None = None,
+    kl_weight: float | None = None,
+) -> BatchLoss:
+    """Run the policy on a batch; the LM head runs on response columns only.
+
+    Args:
+        model: policy, whose forward takes `logits_to_keep`.
+        batch: from `ResponseCollator`, on the model's device.
+        safety_ids: int64 [ids]; None: plain fine-tuning.
+        weights: float [ids], safety-token weights.
+        settings: the objective and its shape; None: `pact`'s, or plain without `safety_ids`.
+        kl_weight: in place of the settings'.
+    """
+    labels = batch["labels"][:, 1:]
+    outputs = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"],
+        logits_to_keep=batch["logits_to_keep"],
+        use_cache=False,
+    )
+    is_step = labels != IGNORED
+    logits = outputs.logits[is_step].float()
+    normaliser = torch.logsumexp(logits, dim=-1)
+    picked = logits.gather(-1, labels[is_step].unsqueeze(-1)).squeeze(-1)
+    cross_entropy = (normaliser - picked).sum()
+    zero = torch.zeros((), device=cross_entropy.device)
+    if settings is None:
+        settings = ObjectiveSettings(objective="none" if safety_ids is None else "pact")
+    if settings.objective == "none":
+        return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, len(logits))
+    if safety_ids is None or weights is None:
+        raise SettingError(f"objective {settings.objective}: expected safety ids and weights")
+    objective = OBJECTIVES[settings.objective]
+    policy, full = logits[:, safety_ids] - normaliser.unsqueeze(-1), batch["target_full"]
+    steps = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[is_step]
+    only = batch.get("target_response_only")
+    per_step = objective.per_step(policy, full, only, weights, steps, settings)
+    kl = (per_step * step_weights(steps, settings)).sum()
+    weight = settings.kl_weight if kl_weight is None else kl_weight
+    gap = (policy.detach().exp() - full.exp()).abs().sum()
+    loss = cross_entropy + weight * kl
+    return BatchLoss(loss, cross_entropy.detach(), kl.detach(), gap, len(logits))
