@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -385,4 +387,16 @@ cli.add_command(bench)
 
 def main() -> None:
     """Entry point of the console script."""
-    cli(prog_name="pact-offline")
+    try:
+        cli(prog_name="pact-offline")
+    except SystemExit as done:
+        if "vllm" not in sys.modules:
+            raise
+        # vLLM's native threads now and then abort a process that is done, while Python takes
+        # itself apart. Its processes are stopped here, and nothing else is left to do.
+        for child in multiprocessing.active_children():
+            child.terminate()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(done.code if isinstance(done.code, int) else int(done.code is not None))

@@ -168,12 +168,17 @@ def cache_audit(
 @cache.command("gc")
 @click.argument("directory")
 @click.option("--forget-missing", is_flag=True, help="Forget targets.json files that are gone.")
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=24,
+    help="Hours; what is younger may be a running job's, and stays.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def cache_gc(directory: str, forget_missing: bool, yes: bool) -> None:
+def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool) -> None:
     """Remove what no targets.json uses, after asking.
 
-    A store remembers each targets.json that was bound to it. Leftovers of writers that were killed
-    more than a day ago go too.
+    A store remembers each targets.json that was bound to it. Leftovers of killed writers go too.
 
     Example: pact-offline cache gc cache
     """
@@ -184,7 +189,7 @@ def cache_gc(directory: str, forget_missing: bool, yes: bool) -> None:
     found = {}
     for place in store_places(directory):
         storage = open_storage(place)
-        garbage = find_garbage(storage, forget_missing=forget_missing)
+        garbage = find_garbage(storage, forget_missing=forget_missing, older_than=3600 * older_than)
         if garbage.shards or garbage.records or garbage.leftovers:
             found[place] = (storage, garbage)
             click.echo(

@@ -215,6 +215,8 @@ def test_ctrl_c_ends_scoring_with_one_line_and_the_next_run_goes_on(
         [sys.executable, "-m", "pact_offline", *map(str, command)],
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background ignores Ctrl-C, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not list(tmp_path.glob("cache/*/shards/*/shard.json")):
         assert process.poll() is None

@@ -92,6 +92,10 @@ class TestEveryStorage:
         storage.remove_file("x/one")
         assert not storage.has("x/one")
 
+    def test_the_age_of_a_folder_is_that_of_its_newest_file(self, storage: Storage) -> None:
+        storage.write("x/one", b"hello")
+        assert 0 <= storage.age("x") + 2 < 60
+
     def test_a_longer_file_than_allowed_is_not_read(self, storage: Storage) -> None:
         storage.write("one", b"hello")
         with pytest.raises(StoreError, match="expected at most 4 bytes"):
@@ -173,7 +177,7 @@ class TestEveryStorage:
         assert str(targets) in listed
         write_rows(rows_file, [{"prompt": "Another row", "response": "Sales"}])
         targets.unlink()
-        removed = run("cache", "gc", place, "--forget-missing", "--yes")
+        removed = run("cache", "gc", place, "--forget-missing", "--older-than", 0, "--yes")
         assert "1 unused shards" in removed.output
         assert run("cache", "ls", place, "--json").output.count('"shards": 0') == 1
 

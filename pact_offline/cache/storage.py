@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,10 @@ class Storage(Protocol):
 
     def size(self, name: str) -> int:
         """Bytes of a file, or of all files in a folder."""
+        ...
+
+    def age(self, name: str) -> float:
+        """Seconds since a file in a folder, or an empty folder itself, was last written."""
         ...
 
     def read(self, name: str, limit: int) -> bytes:
@@ -100,6 +105,12 @@ class LocalStorage:
         with _failures(path):
             files = [path] if path.is_file() else path.rglob("*")
             return sum(file.stat().st_size for file in files if file.is_file())
+
+    def age(self, name: str) -> float:
+        path = self.path / name
+        with _failures(path):
+            times = [file.stat().st_mtime for file in (path, *path.rglob("*"))]
+        return time.time() - max(times)
 
     def read(self, name: str, limit: int) -> bytes:
         path = self._inside(name)
@@ -191,6 +202,11 @@ class RemoteStorage:
     def size(self, name: str) -> int:
         with _failures(f"{self.url}/{name}"):
             return int(self._fs.du(self._at(name)))
+
+    def age(self, name: str) -> float:
+        with _failures(f"{self.url}/{name}"):
+            times = [self._fs.modified(file) for file in self._fs.find(self._at(name))]
+        return time.time() - max((moment.timestamp() for moment in times), default=0.0)
 
     def read(self, name: str, limit: int) -> bytes:
         with _failures(f"{self.url}/{name}"):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from pact_offline.cache.reader import Binding
 from pact_offline.cache.shard import SHARDS, SIDECAR, check_shard_id, shard_ids
-from pact_offline.cache.storage import LocalStorage, Storage, open_storage
+from pact_offline.cache.storage import Storage, open_storage
 from pact_offline.errors import StoreError
 
 _FOLDER = "bindings"
 _MAX_BYTES = 64 << 20
-_STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -90,30 +88,27 @@ class Garbage(NamedTuple):
     size: int
 
 
-def find_garbage(storage: Storage, *, forget_missing: bool) -> Garbage:
+def find_garbage(storage: Storage, *, forget_missing: bool, older_than: float) -> Garbage:
     """What `remove_garbage` would remove.
 
     Args:
         storage: of one store.
         forget_missing: also forget bindings whose targets.json is gone from this machine.
+        older_than: seconds; what is younger stays: a writer may be at it, or a binding to come.
     """
     known = usages(storage)
     forgotten = [name for name, usage in known.items() if forget_missing and usage.is_missing()]
-    needed = {shard for name, usage in known.items() if name not in forgotten
-              for shard in usage.shards}  # fmt: skip
-    shards = [shard for shard in shard_ids(storage) if shard not in needed]
-    whole = set(shard_ids(storage))
-    leftovers = [f"{SHARDS}/{name}" for name in storage.names(SHARDS) if name not in whole]
-    if isinstance(storage, LocalStorage):
-        leftovers += [f"open/{name}" for name in storage.names("open")]
-        leftovers = [name for name in leftovers if _is_stale(storage.path / name)]
-    folders = [f"{SHARDS}/{shard}" for shard in shards] + leftovers
-    return Garbage(shards, forgotten, leftovers, sum(map(storage.size, folders)))
-
-
-def _is_stale(path: Path) -> bool:
-    """Whether no live writer can still be at it."""
-    return time.time() - path.stat().st_mtime > _STALE_SECONDS
+    kept = [usage for name, usage in known.items() if name not in forgotten]
+    needed = {shard for usage in kept for shard in usage.shards}
+    whole = shard_ids(storage)
+    unused = [shard for shard in whole if shard not in needed]
+    unfinished = set(storage.names(SHARDS)) - set(whole)
+    leftovers = [f"{SHARDS}/{name}" for name in sorted(unfinished)]
+    leftovers += [f"open/{name}" for name in storage.names("open")]
+    shards = [shard for shard in unused if storage.age(f"{SHARDS}/{shard}") >= older_than]
+    leftovers = [name for name in leftovers if storage.age(name) >= older_than]
+    size = sum(storage.size(name) for name in [*(f"{SHARDS}/{s}" for s in shards), *leftovers])
+    return Garbage(shards, forgotten, leftovers, size)
 
 
 def remove_garbage(storage: Storage, garbage: Garbage) -> None:

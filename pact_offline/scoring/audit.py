@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +127,8 @@ def _score(
     options = ScoreSettings.model_validate({"dtype": dtype, "backend": settings.backend})
     scorer = make_scorer(settings.backend, model, ids, max(len(c.ids) for c in contexts), options)
     found: dict[int, np.ndarray] = {}
-    with bar(f"scoring in {dtype}", sum(len(c.ids) for c in contexts), "tokens") as progress:
+    total = sum(len(c.ids) for c in contexts)
+    with closing(scorer), bar(f"scoring in {dtype}", total, "tokens") as progress:
         for scored in scorer.score(contexts):
             found[scored.position] = scored.log_confidences
             progress.update(len(contexts[scored.position].ids))

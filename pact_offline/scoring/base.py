@@ -36,6 +36,10 @@ class Scorer(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what the engine holds: memory, and processes of its own."""
+        ...
+
 
 def choose_backend(backend: str) -> tuple[str, str]:
     """The backend that `auto` stands for here, and why; loads no engine.

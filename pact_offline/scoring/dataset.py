@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -203,6 +204,7 @@ def fill(
         part=f"{index}/{count}",
     )
     with (
+        closing(scorer),
         StoreWriter(dataset.store, dataset.identity, settings.shard_steps, facts) as writer,
         bar("scoring", summary.tokens, "tokens") as progress,
     ):

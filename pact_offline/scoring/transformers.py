@@ -21,6 +21,9 @@ class TransformersScorer:
         self._ids = list(safety_ids)
         self._batch_tokens = settings.batch_tokens
 
+    def close(self) -> None:
+        del self._model
+
     def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
         for batch in _batches(contexts, self._batch_tokens):
             pairs = [(contexts[i].ids, contexts[i].response_start) for i in batch]

@@ -84,6 +84,9 @@ class VllmScorer:
             for index, output in zip(batch, outputs, strict=True):
                 yield Scored(index, self._values(contexts[index], output))
 
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
     def _encode(self, contexts: Sequence[Context]) -> list[Any]:
         from vllm import PoolingParams
 
