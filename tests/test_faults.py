@@ -201,9 +201,11 @@ def test_a_read_only_place_is_one_line(tmp_path: Path, process: Callable[..., An
     assert whole(store) == (4, 20)
 
 
-def test_ctrl_c_ends_scoring_with_one_line_and_the_next_run_goes_on(
-    tmp_path: Path, aligned: Path, tokens_file: Path, run: Callable[..., Result]
-) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_scoring_ends_with_one_line_and_the_next_run_goes_on(
+    sent: signal.Signals, code: int, tmp_path: Path, aligned: Path, tokens_file: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
     rows = [{"prompt": f"Parcel {i}", "response": f"Shipping {i}"} for i in range(4000)]
     command = [
         "score", "--model", aligned, "--rows", write_rows(tmp_path / "rows.jsonl", rows),
@@ -221,12 +223,13 @@ def test_ctrl_c_ends_scoring_with_one_line_and_the_next_run_goes_on(
     while not list(tmp_path.glob("cache/*/shards/*/shard.json")):
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     error = process.communicate()[1]
-    assert process.returncode == 130, error
-    assert error.splitlines()[-1] == (
-        "pact-offline: interrupted; the same command goes on from here"
-    )
+    assert process.returncode == code, error
+    if sent == signal.SIGINT:
+        assert error.splitlines()[-1] == (
+            "pact-offline: interrupted; the same command goes on from here"
+        )
     assert "Traceback" not in error
     assert not (tmp_path / "targets.json").exists()
     (store,) = (tmp_path / "cache").iterdir()
