@@ -97,7 +97,7 @@ def cache_verify(path: str, repair: bool) -> None:
 
     Example: pact-offline cache verify targets.json
     """
-    from pact_offline.cache.verify import drop_shards, store_places, verify_store, verify_targets
+    from pact_offline.cache.verify import drop_shards, require_stores, verify_store, verify_targets
 
     if "://" not in path and Path(path).is_file():
         if repair:
@@ -106,7 +106,7 @@ def cache_verify(path: str, repair: bool) -> None:
         click.echo(f"{path}: {found.shards} shards with {found.contexts} contexts are whole")
         return
     is_whole = True
-    for place in store_places(path):
+    for place in require_stores(path):
         found = verify_store(place)
         click.echo(f"{place}: {found.shards} shards with {found.contexts} contexts are whole")
         for reason in found.bad.values():

@@ -13,6 +13,7 @@ Rows are read from JSON-lines files, Parquet files, or a hub dataset (``hub:NAME
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -116,6 +117,13 @@ def contexts_of(example: TokenizedExample, header: Sequence[int]) -> tuple[Conte
 def _text(value: Any, key: str, origin: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{origin}: {key}: expected text, found {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{origin}: {key}: expected Unicode text, found half a surrogate pair at character "
+            f"{error.start}"
+        ) from None
     return value
 
 
@@ -184,6 +192,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"{path}:{number}", json.loads(line)
+        except RecursionError:
+            raise InputError(f"{path}:{number}: expected a row, found deeply nested JSON") from None
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path}:{number}: expected a JSON object, found: {error.msg} at column "
@@ -257,22 +267,42 @@ def require_chat_template(tokenizer: Any) -> None:
 
 def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
     """Token ids of a conversation in the tokenizer's chat template."""
-    ids = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=generation_prompt, tokenize=True, return_dict=False
-    )
-    return [int(token) for token in ids]
+    return render_all(tokenizer, [messages], generation_prompt=generation_prompt)[0]
+
+
+def _at_template_date(form: str) -> str:
+    """The day in place of today's, for templates that write the date: a context is no day's."""
+    return datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC).strftime(form)
 
 
 def render_all(
-    tokenizer: Any, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    generation_prompt: bool,
+    names: Sequence[str] = (),
 ) -> list[list[int]]:
-    """`render` of many conversations, tokenized at once."""
-    texts = [
-        tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=generation_prompt, tokenize=False
-        )
-        for messages in conversations
-    ]
+    """`render` of many conversations, tokenized at once.
+
+    Raises:
+        InputError: the template refuses a conversation; says which, by `names`.
+    """
+    texts = []
+    for position, messages in enumerate(conversations):
+        try:
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                strftime_now=_at_template_date,
+            )
+        except Exception as error:  # a template may raise anything
+            place = names[position] if names else tokenizer.name_or_path
+            raise InputError(
+                f"{place}: expected a conversation that the chat template takes, found: "
+                f"{first_line(error)}"
+            ) from None
+        texts.append(text)
     return [[*ids] for ids in tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
 
 
@@ -304,11 +334,15 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> list[Token
     """
     require_chat_template(tokenizer)
     answers = [{"role": "assistant", "content": row.response or ""} for row in rows]
-    prompts = render_all(tokenizer, [row.prompt for row in rows], generation_prompt=True)
+    names = [row.origin for row in rows]
+    prompts = render_all(
+        tokenizer, [row.prompt for row in rows], generation_prompt=True, names=names
+    )
     wholes = render_all(
         tokenizer,
         [(*row.prompt, answer) for row, answer in zip(rows, answers, strict=True)],
         generation_prompt=False,
+        names=names,
     )
     examples = []
     for row, prompt, whole in zip(rows, prompts, wholes, strict=True):

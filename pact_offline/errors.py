@@ -34,6 +34,10 @@ class StoreError(PactError, ValueError):
     """A store, shard or targets.json is damaged or in another format."""
 
 
+class DamagedError(StoreError):
+    """A shard's bytes are not those that were written; unlike a fault of the place it lies in."""
+
+
 class MissingTargetError(PactError, LookupError):
     """A context has no stored target."""
 

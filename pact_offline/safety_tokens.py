@@ -116,6 +116,8 @@ class SafetyTokens:
             value = json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
+        except RecursionError:
+            raise InputError(f"{path}: expected JSON, found it too deeply nested") from None
         try:
             if value["format_version"] != FORMAT_VERSION:
                 raise InputError(
@@ -169,6 +171,8 @@ class SafetyTokens:
             entries = json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
+        except RecursionError:
+            raise InputError(f"{path}: expected JSON, found it too deeply nested") from None
         if not isinstance(entries, list) or not entries:
             raise InputError(f"{path}: expected a list of words or ids, found {entries!r:.40}")
         tokenizer = load_tokenizer(model)

@@ -348,6 +348,19 @@ def path_outside(folder: Path, sidecar: dict[str, Any]) -> None:
     sidecar["files"]["../../../../etc/passwd"] = "0" * 64
 
 
+def compressed_contexts(folder: Path, sidecar: dict[str, Any]) -> None:
+    import pyarrow as pa
+
+    from pact_offline.cache.shard import SCHEMA
+
+    many = 1_000_000
+    table = pa.table([[b"k" * 16] * many, [0] * many, [1] * many], schema=SCHEMA)
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    place = str(folder / "contexts.arrow")
+    with pa.OSFile(place, "wb") as file, pa.ipc.new_file(file, SCHEMA, options=options) as writer:
+        writer.write_table(table)
+
+
 def nested_json(folder: Path, sidecar: dict[str, Any]) -> None:
     (folder / "log_confidence.zarr" / "zarr.json").write_text("[" * 100_000)
 
@@ -358,6 +371,7 @@ def nested_json(folder: Path, sidecar: dict[str, Any]) -> None:
         huge_array,
         huge_counts,
         compressed_array,
+        compressed_contexts,
         steps_beyond_the_array,
         path_outside,
         nested_json,

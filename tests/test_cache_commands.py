@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,67 @@ def test_gc_removes_what_no_targets_use_after_asking(
     assert "removed" in run(*gc, "--yes").stdout
     assert len(shard_ids(open_storage(store_of(targets)))) == 1
     assert run("cache", "verify", targets).exit_code == 0
+
+
+def test_gc_keeps_what_was_bound_while_it_asked(
+    targets: Path, command: list[Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = targets.parent / "cache"
+    again = targets.with_name("again.json")
+    targets.unlink()
+
+    def meanwhile(*args: Any, **kwargs: Any) -> bool:
+        assert run(*command, "-o", again).exit_code == 0
+        return True
+
+    monkeypatch.setattr("pact_offline.cli_cache.click.confirm", meanwhile)
+    asked = run("cache", "gc", cache, "--forget-missing", "--older-than", 0)
+    assert "1 unused shards" in asked.stdout
+    assert run("cache", "verify", again).exit_code == 0
+
+
+def test_gc_does_not_follow_links_out_of_a_store(targets: Path, fails: Any) -> None:
+    outside = targets.parent / "documents"
+    (outside / "thesis").mkdir(parents=True)
+    os.utime(outside / "thesis", (0, 0))
+    store = store_of(targets)
+    shutil.rmtree(store / "open")
+    (store / "open").symlink_to(outside)
+    assert "expected no symbolic link" in fails("cache", "gc", store, "--yes")
+    assert (outside / "thesis").is_dir()
+
+
+def test_a_fault_of_the_place_is_no_damage(
+    targets: Path, fails: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be read now may be whole: nothing is dropped."""
+
+    def busy(path: Path) -> str:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pact_offline.cache.shard.sha256_file", busy)
+        line = fails("cache", "verify", store_of(targets), "--repair")
+    assert "cannot be read: Too many open files" in line
+    assert len(shard_ids(open_storage(store_of(targets)))) == 1
+
+
+def test_a_binding_that_moved_to_another_store_leaves_the_first(
+    targets: Path, command: list[Any], run: Run
+) -> None:
+    assert run(*command, "-o", targets, "--stored-dtype", "float32").exit_code == 0
+    listed = json.loads(run("cache", "ls", targets.parent / "cache", "--json").stdout)
+    used = {store["stored_dtype"]: len(store["used_by"]) for store in listed}
+    assert used == {"uint8": 0, "float32": 1}
+
+
+def test_verify_from_inside_and_of_nothing(
+    targets: Path, run: Run, fails: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "found none" in fails("cache", "verify", tmp_path / "empty")
+    monkeypatch.chdir(store_of(targets))
+    assert run("cache", "verify", ".").exit_code == 0
 
 
 def test_gc_leaves_a_live_writers_folder_alone(targets: Path, run: Run) -> None:

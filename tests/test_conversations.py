@@ -152,3 +152,32 @@ def test_a_tokenizer_without_a_chat_template_is_refused(
     )  # fmt: skip
     assert "expected a tokenizer with a chat template, found none" in line
     assert not (tmp_path / "targets.json").exists()
+
+
+def test_a_date_in_the_template_is_no_days(aligned: Path, tmp_path: Path) -> None:
+    """Else a context would be another one tomorrow, and never be known again."""
+    tokenizer = load_tokenizer(str(aligned))
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    ids = render(tokenizer, [{"role": "user", "content": "Hello"}], generation_prompt=True)
+    assert tokenizer.decode(ids).startswith("26 Jul 2024")
+
+
+def test_a_conversation_that_the_template_refuses_is_named(aligned: Path, rows_file: Path) -> None:
+    tokenizer = load_tokenizer(str(aligned))
+    tokenizer.chat_template = "{{ raise_exception('no such role here') }}"
+    with pytest.raises(InputError, match=r"rows.jsonl:1: expected a conversation .* no such role"):
+        tokenize(read_rows(rows_file), tokenizer, 512)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"prompt": "a", "response": "\\ud800"}', ":1: response: expected Unicode text"),
+        ('{"prompt": ' + "[" * 100_000, ":1: expected a row, found deeply nested JSON"),
+    ],
+)
+def test_odd_text_is_refused_in_words(line: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError, match=expected):
+        read_rows(path)

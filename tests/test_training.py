@@ -23,7 +23,7 @@ from pact_offline.config import FinetuneSettings
 from pact_offline.conversations import load_tokenizer, read_rows, tokenize
 from pact_offline.models import load_model
 from pact_offline.objectives import OBJECTIVES
-from pact_offline.training.checkpoints import Checkpoints
+from pact_offline.training.checkpoints import Checkpoints, fingerprint
 from pact_offline.training.collator import ResponseCollator
 from pact_offline.training.finetune import Journal, finetune
 from pact_offline.training.rows import as_dataset
@@ -378,6 +378,23 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_adapter(
         assert histories[0] == histories[1]
         assert len(histories[0]) == 18
     assert not list(tmp_path.glob(".killed*"))
+
+
+def test_what_decides_a_run_decides_its_checkpoints(
+    monkeypatch: pytest.MonkeyPatch, aligned: Path, rows_file: Path
+) -> None:
+    examples = tokenize(read_rows(rows_file), load_tokenizer(str(aligned)), 512)
+    settings = FinetuneSettings()
+
+    def print_of(**changes: Any) -> str:
+        return fingerprint(settings.model_copy(update=changes), {"a": "b"}, "c", examples)
+
+    first = print_of()
+    assert print_of(save_steps=7) == first
+    assert print_of(learning_rate=1.0) != first
+    assert fingerprint(settings, {"a": "b"}, "c", examples[1:]) != first
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert print_of() != first
 
 
 def test_checkpoints_of_other_settings_are_not_taken_up(

@@ -164,7 +164,7 @@ class Binding:
         """Write the binding; a local store's path is kept relative to it."""
         store = self.store
         if "://" not in store:
-            store = Path(os.path.relpath(Path(store).resolve(), path.resolve().parent)).as_posix()
+            store = Path(os.path.relpath(Path(store).resolve(), path.parent.resolve())).as_posix()
         write_json(path, {**self.__dict__, "store": store, "identity": self.identity.to_dict()})
 
     @classmethod

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from pact_offline.cache.encoding import StoredDtype, array_dtypes, encode
 from pact_offline.cache.identity import Identity
 from pact_offline.cache.storage import Storage
 from pact_offline.conversations import CONTEXT_KINDS
-from pact_offline.errors import StoreError
+from pact_offline.errors import DamagedError, StoreError
 from pact_offline.files import sha256_file
 
 SHARDS = "shards"
@@ -48,7 +49,7 @@ _ROW_BYTES = 64
 def check_shard_id(value: Any, source: str) -> str:
     """Refuse anything that is not 32 hex digits, so that no name becomes a path."""
     if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise StoreError(f"{source}: expected a shard id of 32 hex digits, found {value!r:.60}")
+        raise DamagedError(f"{source}: expected a shard id of 32 hex digits, found {value!r:.60}")
     return value
 
 
@@ -191,22 +192,24 @@ class Shard:
         """Read the sidecar.
 
         Raises:
-            StoreError: there is none, it is damaged, or it is of another store.
+            DamagedError: there is none, it is damaged, or it is of another store.
         """
         self._storage, self._identity = storage, identity
         self.id, self._folder = shard_id, f"{SHARDS}/{shard_id}"
         self.place = f"{storage.url}/{self._folder}"
         data = storage.read(f"{self._folder}/{SIDECAR}", _MAX_SIDECAR)
         if shard_id_of(data) != shard_id:
-            raise StoreError(
+            raise DamagedError(
                 f"{self.place}/{SIDECAR}: expected the bytes that were written, found others; "
                 f"{_MENDED_BY}"
             )
         self.sidecar = _parse_sidecar(data, f"{self.place}/{SIDECAR}")
         if self.sidecar.identity != identity.digest:
-            raise StoreError(f"{self.place}: expected a shard of this store, found one of another")
+            raise DamagedError(
+                f"{self.place}: expected a shard of this store, found one of another"
+            )
         if set(self.sidecar.files) != set(data_files(identity.stored_dtype)):
-            raise StoreError(
+            raise DamagedError(
                 f"{self.place}/{SIDECAR}: files: expected "
                 f"{', '.join(data_files(identity.stored_dtype))}, found others"
             )
@@ -215,36 +218,43 @@ class Shard:
         """The keys and steps of its contexts, after their bytes have been checked.
 
         Raises:
-            StoreError: other bytes than were written, or rows that do not fit the arrays.
+            DamagedError: other bytes than were written, or rows that do not fit the arrays.
         """
         sidecar, path = self.sidecar, self._verified(CONTEXTS)
         place = f"{self.place}/{CONTEXTS}"
         if path.stat().st_size > _ROW_BYTES * (sidecar.contexts + 1024):
-            raise StoreError(f"{place}: expected {sidecar.contexts} contexts, found a larger file")
+            raise DamagedError(
+                f"{place}: expected {sidecar.contexts} contexts, found a larger file"
+            )
         try:
             with pa.OSFile(str(path)) as file:
+                _refuse_compressed(file, place)
                 table = pa.ipc.open_file(file).read_all()
                 table.validate()
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{place}: expected an Arrow table, found: {error}") from None
+        except DamagedError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{place}: cannot be read: {error}") from None
+        except (pa.ArrowException, struct.error, ValueError) as error:
+            raise DamagedError(f"{place}: expected an Arrow table, found: {error}") from None
         if (
             table.schema != SCHEMA
             or len(table) != sidecar.contexts
             or any(column.null_count for column in table.columns)
         ):
-            raise StoreError(f"{place}: expected {sidecar.contexts} contexts, found otherwise")
+            raise DamagedError(f"{place}: expected {sidecar.contexts} contexts, found otherwise")
         steps = _numbers(table["steps"].combine_chunks()).astype(np.int64)
         kinds = _numbers(table["kind"].combine_chunks())
         fits = (steps > 0).all() and steps.sum() == sidecar.steps
         if not fits or not np.isin(kinds, range(len(CONTEXT_KINDS))).all():
-            raise StoreError(f"{place}: expected {sidecar.steps} steps, found otherwise")
+            raise DamagedError(f"{place}: expected {sidecar.steps} steps, found otherwise")
         return Contexts(table["key"].combine_chunks(), steps)
 
     def arrays(self) -> dict[str, Path]:
         """The chunk file of each array, after its bytes and metadata have been checked.
 
         Raises:
-            StoreError: other bytes than were written, or an array of another shape or form.
+            DamagedError: other bytes than were written, or an array of another shape or form.
         """
         steps, ids = self.sidecar.steps, len(self._identity.safety_ids)
         chunks = {}
@@ -255,7 +265,9 @@ class Shard:
             _check_array(folder, shape, dtype, f"{self.place}/{name}.zarr")
             path = self._verified(chunk)
             if path.stat().st_size != dtype.itemsize * int(np.prod(shape)):
-                raise StoreError(f"{self.place}/{chunk}: expected {shape} {dtype}, found otherwise")
+                raise DamagedError(
+                    f"{self.place}/{chunk}: expected {shape} {dtype}, found otherwise"
+                )
             chunks[name] = path
         return chunks
 
@@ -269,7 +281,9 @@ class Shard:
         chunks = self.arrays()
         expected = {name.split("/")[0] for name in self.sidecar.files} | {SIDECAR}
         if odd := sorted(set(self._storage.names(self._folder)) - expected):
-            raise StoreError(f"{self.place}: expected only the files of a shard, found {odd[0]!r}")
+            raise DamagedError(
+                f"{self.place}: expected only the files of a shard, found {odd[0]!r}"
+            )
         return chunks
 
     def _verified(self, name: str) -> Path:
@@ -277,10 +291,12 @@ class Shard:
         expected = self.sidecar.files[name]
         try:
             actual = sha256_file(path)
+        except FileNotFoundError:
+            raise DamagedError(f"{self.place}/{name}: expected a file, found none") from None
         except OSError as error:
             raise StoreError(f"{self.place}/{name}: cannot be read: {error.strerror}") from None
         if actual != expected:
-            raise StoreError(
+            raise DamagedError(
                 f"{self.place}/{name}: expected the bytes that were written (sha256 "
                 f"{expected:.12}…), found others ({actual:.12}…); {_MENDED_BY}"
             )
@@ -291,7 +307,7 @@ def _parse_sidecar(data: bytes, source: str) -> Sidecar:
     try:
         sidecar = Sidecar(**json.loads(data))
     except (ValueError, TypeError, RecursionError) as error:
-        raise StoreError(f"{source}: expected a shard's sidecar, found: {error}") from None
+        raise DamagedError(f"{source}: expected a shard's sidecar, found: {error}") from None
     counts = (sidecar.contexts, sidecar.steps)
     right = (
         isinstance(sidecar.files, dict)
@@ -300,8 +316,35 @@ def _parse_sidecar(data: bytes, source: str) -> Sidecar:
         and isinstance(sidecar.provenance, dict)
     )
     if not right:
-        raise StoreError(f"{source}: expected counts and files of a shard, found otherwise")
+        raise DamagedError(f"{source}: expected counts and files of a shard, found otherwise")
     return sidecar
+
+
+def _refuse_compressed(file: pa.NativeFile, place: str) -> None:
+    """Refuse compressed record batches: a few bytes could unpack to any number of rows.
+
+    Arrow tells only after unpacking, so the field is looked up in the message: a flatbuffer table
+    whose third field is the batch, whose fourth field is its compression.
+    """
+    file.seek(8)  # past the magic bytes a stream of messages follows
+    for message in pa.ipc.MessageReader.open_stream(file):
+        if message.type != "record batch":
+            continue
+        data = message.metadata.to_pybytes()
+        batch = _field(data, struct.unpack_from("<I", data)[0], 2)
+        batch += struct.unpack_from("<I", data, batch)[0]
+        if _field(data, batch, 3):
+            raise DamagedError(f"{place}: expected plain columns, found compressed ones")
+    file.seek(0)
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """Where a field of a flatbuffer table is; 0 where it is left out."""
+    layout = table - struct.unpack_from("<i", data, table)[0]
+    if 4 + 2 * number >= struct.unpack_from("<H", data, layout)[0]:
+        return 0
+    offset = struct.unpack_from("<H", data, layout + 4 + 2 * number)[0]
+    return table + offset if offset else 0
 
 
 def _check_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, place: str) -> None:
@@ -310,11 +353,13 @@ def _check_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, place: s
     try:
         array = zarr.open_array(folder, mode="r", zarr_format=3)
         codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]
+    except OSError as error:
+        raise StoreError(f"{place}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # zarr raises many kinds on metadata that is none
-        raise StoreError(f"{place}: expected a Zarr array, found: {error}") from None
+        raise DamagedError(f"{place}: expected a Zarr array, found: {error}") from None
     found = (array.shape, array.dtype, array.chunks, codecs)
     if found != (shape, dtype, shape, ["bytes"]):
-        raise StoreError(
+        raise DamagedError(
             f"{place}: expected {dtype} {list(shape)} in one plain chunk, found {array.dtype} "
             f"{list(array.shape)} in chunks of {list(array.chunks)} by {', '.join(codecs)}"
         )

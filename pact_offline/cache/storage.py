@@ -5,7 +5,6 @@ Names are relative, with forward slashes, and are made by this package, never re
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -15,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from pact_offline.errors import StoreError
-from pact_offline.files import written_aside
+from pact_offline.errors import DamagedError, StoreError
+from pact_offline.files import to_disk, written_aside
 
 
 class Storage(Protocol):
@@ -68,6 +67,10 @@ class Storage(Protocol):
         """A local folder with some files of a folder: the place itself, or a copy."""
         ...
 
+    def release(self, folder: str) -> None:
+        """Drop the copy that `local` made, if it made one."""
+        ...
+
 
 def open_storage(place: str | Path) -> Storage:
     """The storage at a path or an fsspec URL (`s3://...`, `memory://...`, `file://...`)."""
@@ -93,21 +96,21 @@ class LocalStorage:
         self.path, self.url = path, str(path)
 
     def names(self, folder: str = "") -> list[str]:
-        place = self.path / folder
+        place = self._inside(folder)
         with _failures(place):
             return sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        return self._inside(name).is_file()
 
     def size(self, name: str) -> int:
-        path = self.path / name
+        path = self._inside(name)
         with _failures(path):
             files = [path] if path.is_file() else path.rglob("*")
             return sum(file.stat().st_size for file in files if file.is_file())
 
     def age(self, name: str) -> float:
-        path = self.path / name
+        path = self._inside(name)
         with _failures(path):
             times = [file.stat().st_mtime for file in (path, *path.rglob("*"))]
         return time.time() - max(times)
@@ -120,48 +123,53 @@ class LocalStorage:
             return path.read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        with _failures(self.path / name), written_aside(self.path / name) as aside:
+        path = self._inside(name)
+        with _failures(path), written_aside(path) as aside:
             aside.write_bytes(data)
 
     def aside(self) -> Path:
-        folder = self.path / "open" / uuid.uuid4().hex
+        folder = self._inside("open") / uuid.uuid4().hex
         with _failures(self.path):
             folder.mkdir(parents=True)
         return folder
 
     def commit(self, folder: Path, name: str, last: str) -> None:
-        target = self.path / name
+        target = self._inside(name)
         with _failures(target):
             for path in (*folder.rglob("*"), folder):
-                _to_disk(path)
+                to_disk(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(target)
-            _to_disk(target.parent)
+            to_disk(target.parent)
 
     def remove(self, name: str, first: str) -> None:
-        path = self.path / name
+        path = self._inside(str(PurePosixPath(name).parent)) / PurePosixPath(name).name
         with _failures(path):
             if path.is_symlink():
-                path.unlink()
+                path.unlink()  # the link itself, not what it points to
                 return
             (path / first).unlink(missing_ok=True)
             shutil.rmtree(path)
 
     def remove_file(self, name: str) -> None:
-        with _failures(self.path / name):
-            (self.path / name).unlink(missing_ok=True)
+        path = self._inside(name)
+        with _failures(path):
+            path.unlink(missing_ok=True)
 
     def local(self, folder: str, names: tuple[str, ...]) -> Path:
         for name in names:
             self._inside(f"{folder}/{name}")
         return self.path / folder
 
+    def release(self, folder: str) -> None:
+        pass
+
     def _inside(self, name: str) -> Path:
         path = self.path
         for part in PurePosixPath(name).parts:
             path /= part
             if path.is_symlink():
-                raise StoreError(f"{path}: expected no symbolic link, found one")
+                raise DamagedError(f"{path}: expected no symbolic link, found one")
         return path
 
 
@@ -251,22 +259,15 @@ class RemoteStorage:
                     self._fs.get_file(self._at(f"{folder}/{name}"), str(path))
         return Path(copy.name)
 
+    def release(self, folder: str) -> None:
+        if copy := self._copies.pop(folder, None):
+            copy.cleanup()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         RemoteStorage.__init__(self, state["url"])
-
-
-def _to_disk(path: Path) -> None:
-    """Make a file or folder outlive a power cut, where the system can."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -275,6 +276,8 @@ def _failures(place: object) -> Iterator[None]:
         yield
     except StoreError:
         raise
+    except FileNotFoundError:
+        raise DamagedError(f"{place}: cannot be used: No such file or directory") from None
     except Exception as error:  # what a filesystem raises is its own choice
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         line = str(text).strip().splitlines()[0]

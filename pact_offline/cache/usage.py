@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from pact_offline.cache.identity import IDENTITY_FILE
 from pact_offline.cache.reader import Binding
 from pact_offline.cache.shard import SHARDS, SIDECAR, check_shard_id, shard_ids
-from pact_offline.cache.storage import Storage, open_storage
+from pact_offline.cache.storage import Storage, join, open_storage
 from pact_offline.errors import StoreError
 
 _FOLDER = "bindings"
@@ -47,14 +48,29 @@ def record_usage(place: str, binding: Binding, targets: Path) -> None:
     """Remember that a targets.json needs some shards; replaces what it needed before."""
     storage = open_storage(place)
     usage = Usage(
-        str(targets.resolve()), platform.node(), len(binding.examples), tuple(binding.shards)
+        str(targets.parent.resolve() / targets.name),
+        platform.node(),
+        len(binding.examples),
+        tuple(binding.shards),
     )
     data = (json.dumps(asdict(usage), indent=1) + "\n").encode()
     if not storage.has(_name_of(data)):
         storage.write(_name_of(data), data)
-    for name, other in usages(storage).items():
-        if (other.targets, other.machine) == (usage.targets, usage.machine) and other != usage:
-            storage.remove_file(name)
+    for store in _neighbours(place):
+        for name, other in usages(store).items():
+            is_same = (other.targets, other.machine) == (usage.targets, usage.machine)
+            if is_same and (other != usage or store.url != storage.url):
+                store.remove_file(name)
+
+
+def _neighbours(place: str) -> list[Storage]:
+    """Every store of the cache that a store is in, itself among them."""
+    parent, _, own = place.rstrip("/").rpartition("/")
+    if "://" not in place:
+        parent, own = str(Path(place).parent), Path(place).name
+    cache = open_storage(parent)
+    names = [n for n in cache.names() if n == own or cache.has(f"{n}/{IDENTITY_FILE}")]
+    return [open_storage(place if name == own else join(parent, name)) for name in names]
 
 
 def usages(storage: Storage) -> dict[str, Usage]:
@@ -111,11 +127,19 @@ def find_garbage(storage: Storage, *, forget_missing: bool, older_than: float) -
     return Garbage(shards, forgotten, leftovers, size)
 
 
-def remove_garbage(storage: Storage, garbage: Garbage) -> None:
-    """Remove shards, records and leftovers."""
-    for shard in garbage.shards:
-        storage.remove(f"{SHARDS}/{shard}", first=SIDECAR)
-    for name in garbage.leftovers:
-        storage.remove(name, first=SIDECAR)
+def remove_garbage(storage: Storage, garbage: Garbage) -> list[str]:
+    """Remove records, shards and leftovers.
+
+    Returns:
+        the shards that were removed: all but those that were bound in the meantime.
+    """
     for name in garbage.records:
         storage.remove_file(name)
+    removed = []
+    for shard in garbage.shards:
+        if not any(shard in usage.shards for usage in usages(storage).values()):
+            storage.remove(f"{SHARDS}/{shard}", first=SIDECAR)
+            removed.append(shard)
+    for name in garbage.leftovers:
+        storage.remove(name, first=SIDECAR)
+    return removed

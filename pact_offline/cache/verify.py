@@ -10,7 +10,7 @@ from pact_offline.cache.reader import Binding, TargetCache
 from pact_offline.cache.shard import SHARDS, SIDECAR, Shard, shard_ids
 from pact_offline.cache.storage import join, open_storage
 from pact_offline.cache.usage import usages
-from pact_offline.errors import MissingFileError, StoreError
+from pact_offline.errors import DamagedError, MissingFileError, StoreError
 
 
 def store_places(cache: str) -> list[str]:
@@ -25,6 +25,14 @@ def store_places(cache: str) -> list[str]:
     if "://" not in cache and not Path(cache).is_dir():
         raise MissingFileError(f"{cache}: no such directory")
     return [join(cache, n) for n in storage.names() if storage.has(f"{n}/{IDENTITY_FILE}")]
+
+
+def require_stores(cache: str) -> list[str]:
+    """`store_places`, and at least one."""
+    places = store_places(cache)
+    if not places:
+        raise MissingFileError(f"{cache}: expected a store or a directory of stores, found none")
+    return places
 
 
 def list_stores(cache: str) -> list[dict[str, Any]]:
@@ -67,7 +75,7 @@ def verify_store(place: str) -> Verified:
     """Check every byte of a store.
 
     Raises:
-        StoreError: the store itself cannot be read (its identity or its records of use).
+        StoreError: its identity, its records of use, or the place itself cannot be read.
     """
     storage = open_storage(place)
     identity = read_identity(storage)
@@ -82,15 +90,18 @@ def verify_store(place: str) -> Verified:
         try:
             shard = Shard(storage, name, identity)
             shard.verify()
-        except StoreError as error:
+        except DamagedError as error:
             bad[name] = str(error)
         else:
             good, contexts = good + 1, contexts + shard.sidecar.contexts
+        finally:
+            storage.release(f"{SHARDS}/{name}")
     return Verified(good, contexts, bad)
 
 
 def _is_named_by(place: str, identity: Identity) -> bool:
-    return place.rstrip("/").endswith(identity.digest[:12])
+    name = place if "://" in place else str(Path(place).resolve())
+    return name.rstrip("/").endswith(identity.digest[:12])
 
 
 def drop_shards(place: str, shards: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pact_offline.cache.encoding import decode, encode
 from pact_offline.cache.reader import TargetCache
 from pact_offline.config import AuditSettings, ScoreSettings
 from pact_offline.conversations import Context, contexts_of, load_tokenizer, read_all_rows, tokenize
@@ -20,7 +21,7 @@ from pact_offline.progress import bar
 from pact_offline.safety_tokens import SafetyTokens
 from pact_offline.scoring.base import make_scorer
 
-_ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "uint8": 1 / 254}
+_SMALLEST = 2e-5  # what another batch changes in fp32
 
 
 class Spread(NamedTuple):
@@ -40,8 +41,8 @@ class Audit:
         steps: their response steps.
         scored_by: backend and compute dtype of the new scores.
         difference: of stored and new log-confidences.
-        noise: of new log-confidences in the cache's compute dtype and in `scored_by`'s; what the
-            difference may be for no other reason than the dtype.
+        noise: the larger of what the cache's compute dtype and its stored dtype change in the new
+            log-confidences; what the difference may be for no other reason.
         pact_difference: change of the mean `pact` of those contexts, relative.
         confidence_difference: KL that the stored values are off by: mean `confidence`.
         ratio: largest of mean and p99 of `difference` over those of `noise`.
@@ -101,9 +102,9 @@ def audit(
     }
     truth = scored[settings.dtype]
     difference = _spread(stored, truth)
-    floor = _ROUNDING[identity.stored_dtype] * max(float(np.abs(t).max()) for t in truth)
-    noise = _spread(scored[identity.compute_dtype], truth)
-    noise = Spread(*(max(value, floor) for value in noise))
+    rounded = [decode(encode(values, identity.stored_dtype)) for values in truth]
+    pairs_of = (_spread(scored[identity.compute_dtype], truth), _spread(rounded, truth))
+    noise = Spread(*(max(*values, _SMALLEST) for values in zip(*pairs_of, strict=True)))
     return Audit(
         contexts=len(contexts),
         steps=sum(context.steps for context in contexts),
@@ -138,7 +139,7 @@ def _score(
 def _spread(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Spread:
     ours, theirs = np.concatenate(one), np.concatenate(other)
     gap = np.abs(ours.astype(np.float64) - theirs)
-    gap = gap[np.isfinite(ours) | np.isfinite(theirs)]
+    gap = gap[~(np.isneginf(ours) & np.isneginf(theirs))]
     return Spread(float(gap.mean()), float(np.percentile(gap, 99)), float(gap.max()))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pact_offline.cache.identity import IDENTITY_FILE, Identity, store_path
 from pact_offline.cache.reader import Binding, Store
+from pact_offline.cache.shard import SHARDS, SIDECAR
 from pact_offline.cache.storage import open_storage
 from pact_offline.cache.usage import record_usage
 from pact_offline.cache.writer import StoreWriter
@@ -168,11 +169,12 @@ def fill(
     """
     known = known_keys(dataset)
     index, count = part
-    missing = [
-        dataset.contexts[key]
-        for key in dataset.keys
-        if key not in known and int(key, 16) % count == index - 1
-    ]
+    wanted = [k for k in dataset.keys if k not in known and int(k, 16) % count == index - 1]
+    if wanted and not dataset.contexts:
+        raise MissingTargetError(
+            f"{dataset.store}: a shard was removed meanwhile; run `pact-offline score` again"
+        )
+    missing = [dataset.contexts[key] for key in wanted]
     summary = ScoreSummary(
         rows=len(dataset.examples),
         contexts=2 * len(dataset.examples),
@@ -240,6 +242,11 @@ def bind(dataset: Dataset, model: ModelFiles, settings: ScoreSettings, path: Pat
             model=model.name, backend=dataset.backend, backend_reason=dataset.backend_reason
         ),
     )
+    record_usage(dataset.store, binding, path)  # first, so that no gc takes what is bound
+    storage = open_storage(dataset.store)
+    if not all(storage.has(f"{SHARDS}/{shard}/{SIDECAR}") for shard in binding.shards):
+        raise MissingTargetError(
+            f"{dataset.store}: a shard was removed meanwhile; run `pact-offline score` again"
+        )
     binding.save(path)
-    record_usage(dataset.store, binding, path)
     return binding

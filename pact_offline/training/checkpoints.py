@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +31,11 @@ def fingerprint(
     targets: str | None,
     examples: Sequence[TokenizedExample],
 ) -> str:
-    """What decides a run's result: settings, model, targets and rows; 64 hex digits."""
+    """What decides a run's result: settings, model, store and rows; 64 hex digits."""
     digest = hashlib.sha256()
     values = settings.model_dump(mode="json", exclude={"save_steps"})
-    digest.update(json.dumps([values, model, targets], sort_keys=True).encode())
+    processes = os.environ.get("WORLD_SIZE", "1")  # it decides what a step is
+    digest.update(json.dumps([values, model, targets, processes], sort_keys=True).encode())
     for example in examples:
         digest.update(f"{example.response_start} {len(example.ids)} ".encode())
         digest.update(example.ids.astype("<i4").tobytes())

@@ -67,10 +67,11 @@ def finetune(
     tokenizer = load_tokenizer(str(model.path))
     rows = read_all_rows(sources)
     examples = tokenize(rows, tokenizer, settings.max_tokens)
-    if len(examples) < settings.batch_size:
+    per_step = settings.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    if len(examples) < per_step:
         raise InputError(
-            f"{', '.join(map(str, sources))}: expected at least --batch-size "
-            f"({settings.batch_size}) rows, found {len(examples)}"
+            f"{', '.join(map(str, sources))}: expected at least {per_step} rows (--batch-size, of "
+            f"every process), found {len(examples)}"
         )
     tokens = _load_safety_tokens(tokens_path, tokenizer, settings)
     cache = _open_cache(targets_path, settings)
@@ -89,7 +90,7 @@ def finetune(
         policy = prepare_policy(str(model.path), settings)
         checkpoints = None
         if settings.save_steps:
-            source = cache.sha256 if cache else None
+            source = cache.binding.identity.digest if cache else None
             run = fingerprint(settings, model.identity, source, examples)
             checkpoints = Checkpoints(output, run)
         trainer, metrics = train(
@@ -277,7 +278,7 @@ def _layers_before(first: int) -> str | None:
 def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArguments:
     """The Trainer's arguments that the settings stand for."""
     schedule = "constant" if settings.schedule == "epoch_decay" else settings.schedule
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
@@ -304,6 +305,10 @@ def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArgu
         use_cpu=not torch.accelerator.is_available(),
         lr_scheduler_type=schedule,
     )
+    # One device a process: the Trainer would split a batch by rows, also what is not one row each.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def pad_id_of(tokenizer: Any) -> int:

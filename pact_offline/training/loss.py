@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pact_offline.config import ObjectiveSettings
 from pact_offline.errors import SettingError
-from pact_offline.objectives import OBJECTIVES, step_weights
+from pact_offline.objectives import OBJECTIVES, step_weights, weights_in_use
 from pact_offline.training.collator import IGNORED
 
 
@@ -46,7 +46,7 @@ def batch_loss(
         safety_ids: int64 [ids]; None: plain fine-tuning.
         weights: float [ids], safety-token weights.
         settings: the objective and its shape; None: `pact`'s, or plain without `safety_ids`.
-        kl_weight: in place of the settings'.
+        kl_weight: in place of the settings'; a `kl_schedule` is the caller's, by `kl_weight_at`.
     """
     labels = batch["labels"][:, 1:]
     outputs = model(
@@ -68,7 +68,7 @@ def batch_loss(
         return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, len(logits))
     if safety_ids is None or weights is None:
         raise SettingError(f"objective {settings.objective}: expected safety ids and weights")
-    objective = OBJECTIVES[settings.objective]
+    objective, weights = OBJECTIVES[settings.objective], weights_in_use(weights, settings)
     policy, full = logits[:, safety_ids] - normaliser.unsqueeze(-1), batch["target_full"]
     steps = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[is_step]
     only = batch.get("target_response_only")

@@ -53,7 +53,7 @@ def _read_facts(adapter: Path) -> dict[str, Any]:
     path = adapter / RUN_FILE
     try:
         facts = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: expected JSON, found: {error}") from None
