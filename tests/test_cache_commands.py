@@ -264,8 +264,23 @@ def test_verify_from_inside_and_of_nothing(
     assert run("cache", "verify", ".").exit_code == 0
 
 
+def test_what_others_are_writing_does_not_disturb(
+    targets: Path, command: list[Any], run: Run
+) -> None:
+    store = store_of(targets)
+    (store / "bindings" / ".half.json.1234.tmp").write_text("{")
+    (store / "shards" / ".DS_Store").write_text("x")
+    other = store.with_name("damaged-000000000000")
+    (other / "bindings").mkdir(parents=True)
+    (other / "identity.json").write_text("{}")
+    (other / "bindings" / f"{'0' * 32}.json").write_text("{}")
+    assert run(*command, "-o", targets).exit_code == 0
+    assert run("cache", "verify", store).exit_code == 0
+    assert "nothing to remove" in run("cache", "gc", store, "--older-than", 0, "--yes").stdout
+
+
 def test_gc_leaves_a_live_writers_folder_alone(targets: Path, run: Run) -> None:
-    old, new = (store_of(targets) / "open" / name for name in ("old", "new"))
+    old, new = (store_of(targets) / "open" / (name * 32) for name in ("a", "b"))
     for folder in (old, new):
         folder.mkdir(parents=True)
     day_before = time.time() - 2 * 24 * 3600

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -46,9 +46,14 @@ SCHEMA = pa.schema([("key", pa.binary(16)), ("kind", pa.int8()), ("steps", pa.in
 _ROW_BYTES = 64
 
 
+def is_shard_id(value: Any) -> TypeGuard[str]:
+    """Whether it is 32 hex digits, as every shard's id is."""
+    return isinstance(value, str) and bool(_ID.fullmatch(value))
+
+
 def check_shard_id(value: Any, source: str) -> str:
-    """Refuse anything that is not 32 hex digits, so that no name becomes a path."""
-    if not isinstance(value, str) or not _ID.fullmatch(value):
+    """Refuse anything that is not a shard's id, so that no name becomes a path."""
+    if not is_shard_id(value):
         raise DamagedError(f"{source}: expected a shard id of 32 hex digits, found {value!r:.60}")
     return value
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from pact_offline.cache.identity import IDENTITY_FILE
 from pact_offline.cache.reader import Binding
-from pact_offline.cache.shard import SHARDS, SIDECAR, check_shard_id, shard_ids
+from pact_offline.cache.shard import SHARDS, SIDECAR, check_shard_id, is_shard_id, shard_ids
 from pact_offline.cache.storage import Storage, join, open_storage
-from pact_offline.errors import StoreError
+from pact_offline.errors import DamagedError, StoreError
 
 _FOLDER = "bindings"
+_RECORD = re.compile(r"[0-9a-f]{32}\.json")
 _MAX_BYTES = 64 << 20
 
 
@@ -57,10 +60,11 @@ def record_usage(place: str, binding: Binding, targets: Path) -> None:
     if not storage.has(_name_of(data)):
         storage.write(_name_of(data), data)
     for store in _neighbours(place):
-        for name, other in usages(store).items():
-            is_same = (other.targets, other.machine) == (usage.targets, usage.machine)
-            if is_same and (other != usage or store.url != storage.url):
-                store.remove_file(name)
+        with suppress(StoreError):  # another's damage is no reason not to bind
+            for name, other in usages(store).items():
+                is_same = (other.targets, other.machine) == (usage.targets, usage.machine)
+                if is_same and (other != usage or store.url != storage.url):
+                    store.remove_file(name)
 
 
 def _neighbours(place: str) -> list[Storage]:
@@ -82,9 +86,19 @@ def usages(storage: Storage) -> dict[str, Usage]:
     found = {}
     for entry in storage.names(_FOLDER):
         name = f"{_FOLDER}/{entry}"
-        data = storage.read(name, _MAX_BYTES)
+        if not _RECORD.fullmatch(entry):
+            continue  # one that another process is writing
+        try:
+            data = storage.read(name, _MAX_BYTES)
+        except DamagedError:
+            if storage.has(name):
+                raise
+            continue  # another process has just replaced it
         if _name_of(data) != name:
-            raise StoreError(f"{storage.url}/{name}: expected the bytes that were written")
+            raise StoreError(
+                f"{storage.url}/{name}: expected the bytes that were written, found others; remove "
+                "it, and run `pact-offline score` again for its targets.json"
+            )
         try:
             value = json.loads(data)
             for shard in value["shards"]:
@@ -118,9 +132,9 @@ def find_garbage(storage: Storage, *, forget_missing: bool, older_than: float) -
     needed = {shard for usage in kept for shard in usage.shards}
     whole = shard_ids(storage)
     unused = [shard for shard in whole if shard not in needed]
-    unfinished = set(storage.names(SHARDS)) - set(whole)
-    leftovers = [f"{SHARDS}/{name}" for name in sorted(unfinished)]
+    leftovers = [f"{SHARDS}/{name}" for name in storage.names(SHARDS) if name not in whole]
     leftovers += [f"open/{name}" for name in storage.names("open")]
+    leftovers = [name for name in leftovers if is_shard_id(name.rpartition("/")[2])]
     shards = [shard for shard in unused if storage.age(f"{SHARDS}/{shard}") >= older_than]
     leftovers = [name for name in leftovers if storage.age(name) >= older_than]
     size = sum(storage.size(name) for name in [*(f"{SHARDS}/{s}" for s in shards), *leftovers])
