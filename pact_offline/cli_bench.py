@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pact_offline.cli_options import FILE, json_option, settings_options
-from pact_offline.config import FinetuneSettings
+from pact_offline.config import FinetuneSettings, ScoreSettings
 
 
 @click.group()
@@ -151,3 +151,31 @@ def bench_train(
         published_steps=published_steps,
     )
     click.echo(json.dumps(asdict(found)) if as_json else training_table(found))
+
+
+@bench.command("score")
+@click.option("--model", required=True, help="Reference model: hub id or path.")
+@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@settings_options(ScoreSettings)
+@json_option
+def bench_score(
+    model: str,
+    rows: tuple[str, ...],
+    safety_tokens: Path,
+    as_json: bool,
+    settings: ScoreSettings,
+) -> None:
+    """Time scoring by each backend and by a script.
+
+    Both backends of this project, vLLM's own `prompt_logprobs`, and a row-by-row script.
+
+    Example: pact-offline bench score --model A --rows train.jsonl --safety-tokens tokens.json
+    """
+    from dataclasses import asdict
+
+    from pact_offline.bench.score import measure_scoring, scoring_table
+    from pact_offline.hub import locate_model
+
+    found = measure_scoring(locate_model(model), rows, safety_tokens, settings)
+    click.echo(json.dumps(asdict(found)) if as_json else scoring_table(found))

@@ -129,7 +129,8 @@ def measure_training(
                 runs[way].append(other.submit(_run, *arguments).result())
             progress.update(1)
     rate = matrix_gflops(settings.dtype)
-    per_token = _gflop_per_token(model, settings)
+    # Forward, and gradients of activations; of the weights too where all of them are trained.
+    per_token = (4 if settings.method == "lora" else 6) * weights_in_products(model) / 1e9
     plain = runs["plain"]
     speeds = []
     for way, timed in runs.items():
@@ -154,7 +155,7 @@ def measure_training(
                 tokens * per_token / rate,
             )
         )
-    return TrainingBench(_device(), settings.dtype, rate, steps, repeats, speeds)
+    return TrainingBench(device_name(), settings.dtype, rate, steps, repeats, speeds)
 
 
 def _run(
@@ -279,20 +280,19 @@ def matrix_gflops(dtype: str, size: int = 2048, seconds: float = 2.0) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def _gflop_per_token(model: ModelFiles, settings: FinetuneSettings) -> float:
-    """Products with the linear layers' weights, without the LM head, of one token of a step."""
+def weights_in_products(model: ModelFiles) -> int:
+    """Weights of the linear layers, without the LM head: one product each of a token's pass."""
     loaded = load_model(str(model.path), "bfloat16")
     head = loaded.get_output_embeddings()
-    weights = sum(
+    return sum(
         module.weight.numel()
         for module in loaded.modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
-    # Forward, and gradients of activations; of the weights too where all of them are trained.
-    return (4 if settings.method == "lora" else 6) * weights / 1e9
 
 
-def _device() -> str:
+def device_name() -> str:
+    """What this process computes on."""
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return f"CPU, {torch.get_num_threads()} threads"

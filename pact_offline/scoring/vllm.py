@@ -22,6 +22,13 @@ _REQUESTS_AT_ONCE = 512
 _SEQUENCES_AT_ONCE = 128
 
 
+def prepare_environment() -> None:
+    """What has to be set before vLLM is imported: quiet, all cores, no usage reports."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
 class VllmScorer:
     """Runs vLLM's pooling engine with a model class that returns log-confidences.
 
@@ -36,9 +43,7 @@ class VllmScorer:
         Raises:
             ModelError: vLLM does not know the architecture, or did not start.
         """
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        prepare_environment()
         import vllm
 
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])

@@ -1,0 +1,93 @@
+"""`pact-offline bench`: every table is made, on tiny models; the numbers are no claim."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+Run = Callable[..., Result]
+
+
+class InThisProcess:
+    """Stands in for processes whose imports take longer than all else here."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __enter__(self) -> "InThisProcess":
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bench in ("train", "score"):
+        monkeypatch.setattr(f"pact_offline.bench.{bench}.ProcessPoolExecutor", InThisProcess)
+
+
+@pytest.fixture
+def common(aligned: Path, rows_file: Path, tokens_file: Path) -> list[Any]:
+    return ["--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file]
+
+
+@pytest.fixture
+def score(common: list[Any], tmp_path: Path, run: Run) -> Callable[..., Path]:
+    def made(name: str, *options: Any) -> Path:
+        result = run(
+            "score", *common, "--cache", tmp_path / "cache", "--backend", "transformers",
+            "--dtype", "float32", "-o", tmp_path / name, *options,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return tmp_path / name
+
+    return made
+
+
+def test_bench_train_compares_the_ways(
+    common: list[Any], score: Callable[..., Path], run: Run
+) -> None:
+    result = run(
+        "bench", "train", *common, "--targets", score("t.json"), "--batch-size", 4, "--steps", 3,
+        "--repeats", 1, "--published-steps", 1, "--dtype", "float32", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [one["way"] for one in found["speeds"]] == ["plain", "cache", "live", "published"]
+    assert all(one["rows_per_second"] > 0 for one in found["speeds"])
+    assert found["speeds"][0]["speed_ratio"] == 1
+
+
+def test_bench_cache_compares_encodings(
+    common: list[Any], score: Callable[..., Path], run: Run, fails: Callable[..., str]
+) -> None:
+    exact, coarse = score("exact.json", "--stored-dtype", "float32"), score("coarse.json")
+    bench = ["bench", "cache", "--steps", 3200, *common[4:]]
+    result = run(*bench, "--targets", exact, "--policy", coarse, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    sizes = {(one["encoding"], one["compression"]): one for one in found["sizes"]}
+    plain = {name: one["bytes_per_step"] for (name, how), one in sizes.items() if how == "plain"}
+    assert plain["uint8"] < plain["float16"] < plain["float32"]
+    assert sizes["float32", "plain"]["pact_change"] == 0
+    assert [one["steps"] for one in found["reading"]] == [3200, 3200]
+    assert "stored as float32" in fails(*bench, "--targets", coarse, "--policy", coarse)
+
+
+def test_bench_score_compares_backends(
+    common: list[Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pact_offline.bench.score.find_spec", lambda name: None)  # no engine starts
+    result = run("bench", "score", *common, "--dtype", "float32", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [one["way"] for one in found["speeds"]] == ["transformers", "script"]
+    assert (found["rows"], found["contexts"]) == (12, 15)
