@@ -64,7 +64,7 @@ def few_rows(folder: Path) -> dict[str, Any]:
 def test_the_whole_workflow_on_tiny_models(aligned: Path, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a place with spaces"
     folder.mkdir()
-    config = {
+    config: dict[str, Any] = {
         **few_rows(folder),
         "models": {"aligned": str(aligned), "base": str(base)},
         "score": {"backend": "transformers"},
@@ -89,14 +89,16 @@ def test_the_whole_workflow_on_tiny_models(aligned: Path, base: Path, tmp_path: 
     again = snakemake(path)
     assert "Nothing to be done" in again.stderr
 
-    # Another batch or number of parts decides no value: nothing is trained or scored anew.
-    path.write_text(yaml.safe_dump({**config, "score": {**config["score"], "batch_tokens": 64}}))
+    # Another batch decides no value, and another seed of one run no other run.
+    config["score"]["batch_tokens"] = 64
+    config["runs"]["sft"]["seed"] = 7
+    path.write_text(yaml.safe_dump(config))
     planned = snakemake(path, "--dry-run")
-    assert "rule finetune" not in planned.stdout + planned.stderr
-    path.write_text(yaml.safe_dump({**config, "runs": {"sft": {"objective": "none", "seed": 7}}}))
-    planned = snakemake(path, "--dry-run")
-    assert "rule score_part" not in planned.stdout + planned.stderr
-    assert "rule finetune" in planned.stdout + planned.stderr
+    plan = planned.stdout + planned.stderr
+    assert "rule score_part" not in plan
+    assert plan.count("rule finetune") == 1
+    assert "wildcards: run=sft" in plan
+    assert "wildcards: run=pact" not in plan
 
 
 @pytest.mark.workflow
