@@ -64,7 +64,7 @@ def few_rows(folder: Path) -> dict[str, Any]:
 def test_the_whole_workflow_on_tiny_models(aligned: Path, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a place with spaces"
     folder.mkdir()
-    config: dict[str, Any] = {
+    config = {
         **few_rows(folder),
         "models": {"aligned": str(aligned), "base": str(base)},
         "score": {"backend": "transformers"},
@@ -86,27 +86,13 @@ def test_the_whole_workflow_on_tiny_models(aligned: Path, base: Path, tmp_path: 
     assert facts["settings"]["learning_rate"] == 3e-5
     assert {run.name for run in (output / "adapters").iterdir()} == {"sft", "pact"}
 
-    again = snakemake(path)
-    assert "Nothing to be done" in again.stderr
-
-    # Another batch decides no value, and another seed of one run no other run.
-    config["score"]["batch_tokens"] = 64
-    config["runs"]["sft"]["seed"] = 7
-    path.write_text(yaml.safe_dump(config))
-    planned = snakemake(path, "--dry-run")
-    plan = planned.stdout + planned.stderr
-    assert "rule score_part" not in plan
-    assert plan.count("rule finetune") == 1
-    assert "wildcards: run=sft" in plan
-    assert "wildcards: run=pact" not in plan
-
 
 @pytest.mark.workflow
 @pytest.mark.vllm
 def test_the_whole_workflow_on_the_bundled_model_with_vllm(tmp_path: Path) -> None:
     refusals = [json.loads(x) for x in (ROOT / "data" / "refusals.jsonl").open(encoding="utf-8")]
     write_rows(tmp_path / "refusals.jsonl", refusals[:12])
-    config = {
+    config: dict[str, Any] = {
         **few_rows(tmp_path),
         "refusals": "refusals.jsonl",
         "align_data": {"refusals": ["refusals.jsonl"], "benign": ["benign.jsonl"]},
@@ -128,6 +114,20 @@ def test_the_whole_workflow_on_the_bundled_model_with_vllm(tmp_path: Path) -> No
     assert targets["provenance"]["backend"] == "vllm"
     metrics = Metrics.load(output / "evaluation" / "runs" / "confidence" / "metrics.json")
     assert metrics.drift is not None
+
+    again = snakemake(path)
+    assert "Nothing to be done" in again.stderr
+
+    # Another batch decides no value, and a new run no other run.
+    config["score"]["batch_tokens"] = 64
+    config["runs"]["more"] = {"objective": "pact"}
+    path.write_text(yaml.safe_dump(config))
+    planned = snakemake(path, "--dry-run")
+    plan = planned.stdout + planned.stderr
+    assert "rule score_part" not in plan
+    assert plan.count("rule finetune") == 1
+    assert "wildcards: run=more" in plan
+    assert "wildcards: run=confidence" not in plan
 
 
 def test_the_demo_model_fails_its_check_with_words() -> None:
