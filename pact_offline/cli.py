@@ -16,7 +16,13 @@ import click
 from pact_offline import __version__
 from pact_offline.cli_bench import bench
 from pact_offline.cli_cache import cache
-from pact_offline.cli_options import FILE, json_option, settings_options
+from pact_offline.cli_options import (
+    FILE,
+    json_option,
+    rows_option,
+    safety_tokens_option,
+    settings_options,
+)
 from pact_offline.config import (
     AlignSettings,
     Dtype,
@@ -120,8 +126,8 @@ def parse_part(
 
 @cli.command()
 @click.option("--model", required=True, help="Reference model: hub id or path.")
-@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@rows_option
+@safety_tokens_option
 @click.option(
     "--cache", required=True, help="Directory of stores, or an fsspec URL (s3://...); shareable."
 )
@@ -174,7 +180,7 @@ def score(
 
 @cli.command()
 @click.option("--model", required=True, help="Model to fine-tune: the scored reference itself.")
-@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@rows_option
 @click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
 @click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
 @click.option("-o", "--output", type=FILE, required=True, help="Directory of the adapter.")
@@ -244,7 +250,7 @@ def merge(model: str, adapter: Path, output: Path, dtype: Dtype) -> None:
 @click.option("--borderline", type=FILE, required=True, help="Benign prompts that look harmful.")
 @click.option("--benign", type=FILE, required=True, help="Plain benign prompts.")
 @click.option("--task", type=FILE, required=True, help="Test rows of the task.")
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@safety_tokens_option
 @click.option(
     "--reference", type=FILE, help="Evaluation of the reference; leave out for the reference."
 )

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import click
 
-from pact_offline.cli_options import FILE, json_option, settings_options
+from pact_offline.cli_options import (
+    FILE,
+    json_option,
+    rows_option,
+    safety_tokens_option,
+    settings_options,
+)
 from pact_offline.config import FinetuneSettings, ScoreSettings
 
 
@@ -18,11 +24,11 @@ def bench() -> None:
 
 @bench.command("equality")
 @click.option("--model", required=True, help="Reference, and model to fine-tune.")
-@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@rows_option
 @click.option(
     "--targets", type=FILE, multiple=True, required=True, help="targets.json; may be repeated."
 )
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@safety_tokens_option
 @settings_options(FinetuneSettings)
 @json_option
 def bench_equality(
@@ -104,9 +110,9 @@ def bench_cache(
 
 @bench.command("train")
 @click.option("--model", required=True, help="Reference, and model to fine-tune.")
-@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
+@rows_option
 @click.option("--targets", type=FILE, required=True, help="targets.json of these rows.")
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@safety_tokens_option
 @click.option("--steps", type=click.IntRange(min=1), default=20, help="Measured steps of a run.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, help="Runs of each way.")
 @click.option(
@@ -155,8 +161,8 @@ def bench_train(
 
 @bench.command("score")
 @click.option("--model", required=True, help="Reference model: hub id or path.")
-@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@rows_option
+@safety_tokens_option
 @settings_options(ScoreSettings)
 @json_option
 def bench_score(

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import click
 
-from pact_offline.cli_options import FILE, json_option, settings_options
+from pact_offline.cli_options import (
+    FILE,
+    json_option,
+    rows_option,
+    safety_tokens_option,
+    settings_options,
+)
 from pact_offline.config import AuditSettings
 
 
@@ -45,7 +51,7 @@ def cache_ls(directory: str, as_json: bool) -> None:
 @cache.command("show")
 @click.argument("targets", type=FILE)
 @click.argument("row", type=int)
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@safety_tokens_option
 @click.option("--rows", type=str, multiple=True, help="Row files, to show the response's tokens.")
 @click.option("--model", help="The model whose tokenizer reads them.")
 @click.option("--columns", type=int, default=8, help="Safety tokens to show, the likeliest.")
@@ -124,8 +130,8 @@ def cache_verify(path: str, repair: bool) -> None:
 @cache.command("audit")
 @click.argument("targets", type=FILE)
 @click.option("--model", required=True, help="The model that was scored.")
-@click.option("--rows", type=str, multiple=True, required=True, help="Row file; may be repeated.")
-@click.option("--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`.")
+@rows_option
+@safety_tokens_option
 @settings_options(AuditSettings)
 @json_option
 def cache_audit(

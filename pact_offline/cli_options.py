@@ -18,6 +18,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
 
+rows_option = click.option(
+    "--rows", type=str, multiple=True, required=True, help="Row file; may be repeated."
+)
+safety_tokens_option = click.option(
+    "--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`."
+)
+
 
 def _option_type(annotation: Any) -> Any:
     if typing.get_origin(annotation) is typing.Literal:

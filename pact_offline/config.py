@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from pact_offline.errors import InputError, MissingFileError, SettingError
+from pact_offline.errors import InputError, MissingFileError, PactError, SettingError
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -396,6 +396,16 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: expected UTF-8 text, found byte {error.start} invalid") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path, kind: type[PactError] = InputError) -> Any:
+    """The value in a JSON file; `kind`, in one line with the file's, where it is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise kind(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
+    except RecursionError:
+        raise kind(f"{path}: expected JSON, found it too deeply nested") from None
 
 
 def workflow_schema_text() -> str:

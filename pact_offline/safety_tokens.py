@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pact_offline.config import TokensSettings, read_text
+from pact_offline.config import TokensSettings, read_json
 from pact_offline.conversations import Row, render, require_chat_template, tokenizer_fingerprint
 from pact_offline.errors import InputError, ModelError, TargetsMismatchError
 from pact_offline.files import write_json
@@ -112,12 +111,7 @@ class SafetyTokens:
             TargetsMismatchError: made for another vocabulary.
         """
         path = Path(path)
-        try:
-            value = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
-        except RecursionError:
-            raise InputError(f"{path}: expected JSON, found it too deeply nested") from None
+        value = read_json(path)
         try:
             if value["format_version"] != FORMAT_VERSION:
                 raise InputError(
@@ -167,12 +161,7 @@ class SafetyTokens:
         """
         from pact_offline.conversations import load_tokenizer
 
-        try:
-            entries = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
-        except RecursionError:
-            raise InputError(f"{path}: expected JSON, found it too deeply nested") from None
+        entries = read_json(path)
         if not isinstance(entries, list) or not entries:
             raise InputError(f"{path}: expected a list of words or ids, found {entries!r:.40}")
         tokenizer = load_tokenizer(model)

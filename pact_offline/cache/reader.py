@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from pact_offline.cache.shard import (
     shard_ids,
 )
 from pact_offline.cache.storage import open_storage
-from pact_offline.config import read_text
+from pact_offline.config import read_json
 from pact_offline.conversations import (
     CONTEXT_KINDS,
     ContextKind,
@@ -170,12 +169,7 @@ class Binding:
     @classmethod
     def load(cls, path: Path) -> Binding:
         """Read and check targets.json; `StoreError` names the key that is wrong."""
-        try:
-            value = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise StoreError(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
-        except RecursionError:
-            raise StoreError(f"{path}: expected a targets.json, found deeply nested JSON") from None
+        value = read_json(path, StoreError)
         names = set(cls.__dataclass_fields__)
         if not isinstance(value, dict) or "format_version" not in value:
             raise StoreError(f"{path}: expected the keys of a targets.json, found otherwise")

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pact_offline.config import EvaluateSettings, read_text
+from pact_offline.config import EvaluateSettings, read_json, read_text
 from pact_offline.conversations import Row, load_tokenizer, read_rows, require_chat_template
 from pact_offline.errors import InputError, MissingFileError
 from pact_offline.evaluation.drift import compare, confidences_by_step
@@ -206,7 +206,7 @@ class _Reference:
 def _read_reference(folder: Path) -> _Reference:
     try:
         lines = [json.loads(line) for line in read_text(folder / "answers.jsonl").splitlines()]
-        values = json.loads(read_text(folder / "confidences.json"))
+        values = read_json(folder / "confidences.json")
         answers = [line["answer"] for line in lines if line["prompts"] == "harmful"]
         return _Reference(answers, np.array(values["mean_probability"], dtype=np.float64))
     except (ValueError, KeyError, TypeError) as error:
@@ -223,12 +223,12 @@ def _read_run(adapter: Path | None) -> dict[str, Any]:
     facts = adapter / "pact_offline.json"
     if not facts.is_file():
         return {}
-    value = json.loads(read_text(facts))
-    return {
-        **value["settings"],
-        "targets_sha256": value["targets_sha256"],
-        "metrics": value["metrics"],
-    }
+    value = read_json(facts)
+    try:
+        run = {name: value[name] for name in ("targets_sha256", "metrics")}
+        return {**value["settings"], **run}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{facts}: expected the facts of a run, found none of: {error}") from None
 
 
 def _samples(answers: Sequence[Answer]) -> list[Sample]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pact_offline.config import read_text
+from pact_offline.config import read_json
 from pact_offline.errors import InputError
 from pact_offline.files import write_json
 
@@ -119,9 +118,7 @@ class Metrics(_Frozen):
     def load(cls, path: Path) -> Metrics:
         """Read metrics.json; `MissingFileError` or `InputError` where it is none."""
         try:
-            return cls.model_validate(json.loads(read_text(path)))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
+            return cls.model_validate(read_json(path))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

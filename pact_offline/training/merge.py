@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pact_offline.config import Dtype, read_text
+from pact_offline.config import Dtype, read_json
 from pact_offline.conversations import load_tokenizer
 from pact_offline.errors import InputError, TargetsMismatchError
 from pact_offline.files import write_json
@@ -51,12 +50,7 @@ def _read_facts(adapter: Path) -> dict[str, Any]:
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(f"{adapter}: expected an adapter from `pact-offline finetune`, found none")
     path = adapter / RUN_FILE
-    try:
-        facts = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: expected JSON, found: {error}") from None
+    facts = read_json(path)
     for key in ("model", "model_identity", "settings", "metrics", "rows", "targets_sha256"):
         if not isinstance(facts, dict) or key not in facts:
             raise InputError(f"{path}: {key}: required key is missing")
