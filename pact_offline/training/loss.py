@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pact_offline.config import ObjectiveSettings
 from pact_offline.errors import SettingError
-from pact_offline.objectives import OBJECTIVES, step_weights, weights_in_use
+from pact_offline.objectives import OBJECTIVES, step_weights
 from pact_offline.training.collator import IGNORED
 
 
@@ -68,7 +68,9 @@ def batch_loss(
         return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, len(logits))
     if safety_ids is None or weights is None:
         raise SettingError(f"objective {settings.objective}: expected safety ids and weights")
-    objective, weights = OBJECTIVES[settings.objective], weights_in_use(weights, settings)
+    objective = OBJECTIVES[settings.objective]
+    if not settings.safety_weights:
+        weights = torch.ones_like(weights)
     policy, full = logits[:, safety_ids] - normaliser.unsqueeze(-1), batch["target_full"]
     steps = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[is_step]
     only = batch.get("target_response_only")
