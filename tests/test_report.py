@@ -233,6 +233,15 @@ def test_an_answered_harmful_prompt_is_marked_in_words_and_not_by_colour_alone(
     assert "! answered" in Page(render(tmp_path, [sft(samples=[sample])])).text
 
 
+def test_tokens_of_a_hand_made_list_have_no_probabilities(tmp_path: Path) -> None:
+    made = SafetyTokens(
+        (SafetyToken(5, " sorry", 1.0), SafetyToken(9, "I", 0.5)), "", {"mode": "list"}
+    )
+    text = Page(render(tmp_path, [reference()], safety_tokens=made)).text
+    assert "the list was made by hand" in text
+    assert "base model. The last two columns" not in text
+
+
 def test_safety_tokens_stand_by_weight_with_spaces_visible(tmp_path: Path) -> None:
     text = Page(render(tmp_path, [sft(drift=None)])).text
     order = [text.index(shown) for shown in ("␣sorry", "␣can", "Tokens of weight 0", "⏎")]

@@ -27,8 +27,10 @@ def interval(rate: Rate) -> str:
     return f"{100 * rate.low:.{digits}f}–{share(rate.high, digits)}"
 
 
-def small_share(value: float) -> str:
+def small_share(value: float | None) -> str:
     """A probability as per cent with two significant digits, `< 0.01 %` below that."""
+    if value is None:
+        return MISSING
     if 0 < value < 1e-4:
         return "< 0.01 %"
     digits = 0 if value >= 0.1 else 1 if value >= 0.01 else 2
