@@ -4,16 +4,12 @@ scattergather:
     score=CONFIG.score_parts,
 
 
-# What decides values; batch, memory and shard sizes do not, so changing them reruns nothing.
-SCORE_VALUES = options(
-    CONFIG.score,
-    without=["batch_tokens", "gpu_memory_utilization", "tensor_parallel_size", "shard_steps"],
-)
+# What decides values; the means to get them do not, so changing those reruns nothing.
+MEANS = {"batch_tokens", "compile", "gpu_memory_utilization", "tensor_parallel_size", "shard_steps"}
+SCORE_VALUES = options(CONFIG.score, without=MEANS)
 # They go by way of a resource: neither those nor their text in a command count as changes.
-SCORE_MEANS = (
-    f"--batch-tokens {CONFIG.score.batch_tokens} --shard-steps {CONFIG.score.shard_steps} "
-    f"--gpu-memory-utilization {CONFIG.score.gpu_memory_utilization} "
-    f"--tensor-parallel-size {CONFIG.score.tensor_parallel_size}"
+SCORE_MEANS = f"--shard-steps {CONFIG.score.shard_steps} " + options(
+    CONFIG.score, without=set(type(CONFIG.score).model_fields) - MEANS | {"shard_steps"}
 )
 
 
@@ -36,7 +32,7 @@ rule score_part:
         OUTPUT / "logs" / "score" / "{dataset}.{scatteritem}.log",
     benchmark:
         OUTPUT / "benchmarks" / "score" / "{dataset}.{scatteritem}.tsv"
-    threads: workflow.cores
+    threads: max(1, workflow.cores // CONFIG.score_parts)
     resources:
         mem_mb=8000,
         runtime=240,

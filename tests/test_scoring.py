@@ -1,5 +1,11 @@
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +15,9 @@ from tiny import make_model
 from pact_offline.cache.reader import TargetCache
 from pact_offline.config import ScoreSettings
 from pact_offline.conversations import Context
-from pact_offline.errors import SettingError
+from pact_offline.errors import ScoringError, SettingError
 from pact_offline.scoring import base as scoring
-from pact_offline.scoring.base import choose_backend, make_scorer
+from pact_offline.scoring.base import bind_device, choose_backend, make_scorer
 
 IDS = [3, 5, 77, 200, 299]
 LONGEST = 700
@@ -33,8 +39,8 @@ def contexts() -> list[Context]:
 
 def values(backend: str, model: Path, dtype: str) -> list[np.ndarray]:
     settings = ScoreSettings(dtype=dtype, batch_tokens=256)
-    scorer = make_scorer(backend, model, IDS, LONGEST, settings)
-    found = dict(scorer.score(contexts()))
+    with closing(make_scorer(backend, model, IDS, LONGEST, settings)) as scorer:
+        found = dict(scorer.score(contexts()))
     assert sorted(found) == list(range(len(contexts())))
     return [found[index] for index in sorted(found)]
 
@@ -57,14 +63,79 @@ def test_transformers_scorer_equals_a_plain_forward_pass(family: str, tmp_path: 
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("family", ["llama-tied", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen", "gemma"])
 def test_vllm_scorer_equals_transformers(family: str, tmp_path: Path) -> None:
     """fp32, through a soft cap on logits, prefill chunks and a context of the maximum length."""
-    path = make_model(tmp_path / family, family=family)
+    path = make_model(tmp_path / family, family=family, max_position_embeddings=LONGEST)
     for ours, theirs in zip(
         values("vllm", path, "float32"), values("transformers", path, "float32"), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.vllm
+def test_vllm_on_a_gpu_equals_transformers(tmp_path: Path) -> None:
+    """vLLM's own scoring of given ids, which a GPU gets, run here in Triton's interpreter."""
+    script = Path(__file__).with_name("official_vllm.py")
+    path = make_model(tmp_path / "gemma", family="gemma")
+    done = subprocess.run([sys.executable, script, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["how"] == "prompt_logprob_token_ids"
+    for ours, theirs in zip(found["values"], values("transformers", path, "float32"), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+class _Broken:
+    """A way of vLLM that loses what it should return."""
+
+    ids = len(IDS)
+
+    def __init__(self, lose: Callable[[list[Any]], list[Any]]) -> None:
+        self._lose = lose
+
+    def run(self, llm: Any, some: list[Context]) -> list[Any]:
+        return self._lose([np.zeros((context.steps, self.ids), np.float32) for context in some])
+
+
+@pytest.mark.parametrize(
+    ("lose", "message"),
+    [
+        (lambda found: found[1:], "expected 6 results, found 5"),
+        (lambda found: [None, *found[1:]], r"expected log-confidences \[5, 5\], found none"),
+        (lambda found: [found[0][:-1], *found[1:]], r"expected .*\[5, 5\], found \[4, 5\]"),
+        (lambda found: 1 / 0, "vLLM stopped: division by zero"),
+    ],
+)
+def test_what_vllm_loses_is_an_error(lose: Callable[[Any], Any], message: str) -> None:
+    from pact_offline.scoring.vllm import VllmScorer
+
+    scorer = object.__new__(VllmScorer)
+    scorer._way, scorer._llm, scorer._tokens_at_once = _Broken(lose), None, 10**6
+    with pytest.raises(ScoringError, match=message):
+        list(scorer.score(contexts()))
+
+
+def test_a_part_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for allowed, part, size, expected in [
+        (None, (1, 4), 1, "0"),
+        (None, (3, 4), 1, "2"),
+        (None, (6, 8), 1, "1"),
+        (None, (2, 2), 2, "2,3"),
+        ("5,7", (2, 2), 1, "7"),
+        (None, (1, 1), 1, None),  # one part: nothing to share out
+        ("3", (2, 2), 1, None),  # one GPU, as a cluster gives: no choice
+        (None, (2, 2), 4, None),
+    ]:
+        if allowed is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+        assert bind_device(part, size) == expected
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == (expected or allowed)
 
 
 @pytest.mark.vllm

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,11 +34,14 @@ from pact_offline.training.trainer import peak_memory_mib
 
 WAYS = {
     "vllm": "this project, vLLM",
+    "vllm_compiled": "this project, vLLM, compiled",
     "transformers": "this project, transformers",
     "prompt_logprobs": "vLLM `prompt_logprobs`",
     "script": "row by row, all logits",
 }
 _SCRIPT_ROWS = 32
+_WARM_UP = 32
+_PASSES = 3
 
 
 class _Job(NamedTuple):
@@ -63,11 +67,12 @@ class ScoringSpeed:
 
     Attributes:
         way: a key of `WAYS`.
-        start_seconds: loading the model and starting the engine; in no rate.
+        start_seconds: loading the model, starting the engine, first requests; in no rate.
         rows_per_second: rows of the dataset.
         tokens_per_second: tokens that the model saw; equal contexts once, where a way shares them.
         share_of_limit: of the machine's rate of matrix products, without the LM head.
-        peak_memory_mib: of the measuring process; vLLM's engine is another.
+        peak_memory_mib: of the process on a CPU, of the accelerator elsewhere; without the other
+            processes of tensor parallelism.
     """
 
     way: str
@@ -154,15 +159,27 @@ def _run(way: str, job: _Job) -> _Timed:
 def _scorer(way: str, job: _Job) -> _Timed:
     contexts, started = _distinct(job.rows), time.perf_counter()
     longest = max(len(context.ids) for context in contexts)
-    with closing(
-        make_scorer(way, Path(job.model), job.safety_ids, longest, job.settings)
-    ) as scorer:
-        ready = time.perf_counter()
-        found = sum(1 for _ in scorer.score(contexts))
-        done = time.perf_counter()
-    assert found == len(contexts)
+    backend, _, compiled = way.partition("_")
+    settings = job.settings.model_copy(update={"compile": bool(compiled)})
+    scorer = make_scorer(backend, Path(job.model), job.safety_ids, longest, settings)
+    with closing(scorer):
+        return _timed(job, contexts, started, lambda some: sum(1 for _ in scorer.score(some)))
+
+
+def _timed(
+    job: _Job, contexts: list[Context], started: float, score: Callable[[list[Context]], Any]
+) -> _Timed:
+    """Median of some passes, after a warm-up that counts as part of the start."""
+    score(contexts[:_WARM_UP])
+    ready, seconds = time.perf_counter(), []
+    for _ in range(_PASSES):
+        before = time.perf_counter()
+        score(contexts)
+        seconds.append(time.perf_counter() - before)
     tokens = sum(len(context.ids) for context in contexts)
-    return _Timed(ready - started, done - ready, len(job.rows), tokens, peak_memory_mib())
+    return _Timed(
+        ready - started, statistics.median(seconds), len(job.rows), tokens, peak_memory_mib()
+    )
 
 
 def _prompt_logprobs(way: str, job: _Job) -> _Timed:
@@ -180,37 +197,37 @@ def _prompt_logprobs(way: str, job: _Job) -> _Timed:
         max_num_batched_tokens=job.settings.batch_tokens,
         max_num_seqs=128,
         max_logprobs=50,
-        gpu_memory_utilization=job.settings.gpu_memory_utilization,
+        gpu_memory_utilization=job.settings.gpu_memory_utilization or 0.4,
         enable_prefix_caching=False,
         enforce_eager=True,
         disable_log_stats=True,
     )
-    ready = time.perf_counter()
-    prompts: list[Any] = [{"prompt_token_ids": context.ids.tolist()} for context in contexts]
     options = vllm.SamplingParams(prompt_logprobs=50, max_tokens=1, flat_logprobs=True)
-    engine.generate(prompts, options, use_tqdm=False)
-    done = time.perf_counter()
+
+    def score(some: list[Context]) -> None:
+        prompts: list[Any] = [{"prompt_token_ids": context.ids.tolist()} for context in some]
+        engine.generate(prompts, options, use_tqdm=False)
+
+    found = _timed(job, contexts, started, score)
     engine.llm_engine.engine_core.shutdown()
-    tokens = sum(len(context.ids) for context in contexts)
-    return _Timed(ready - started, done - ready, len(job.rows), tokens, peak_memory_mib())
+    return found
 
 
 @torch.inference_mode()
 def _script(way: str, job: _Job) -> _Timed:
     """Both contexts of each row alone, logits and log-softmax of every token."""
     started = time.perf_counter()
-    model = load_model(job.model, job.settings.dtype)
-    ready, tokens = time.perf_counter(), 0
-    rows = job.rows[:_SCRIPT_ROWS]
-    for pair in rows:
-        for context in pair:
+    model = load_model(job.model, job.settings.dtype, attention="sdpa")  # a script's default
+
+    def score(some: list[Context]) -> None:
+        for context in some:
             ids = torch.tensor(context.ids[None]).long().to(model.device)
             logits = model(ids).logits.float().log_softmax(-1)
             logits[0, context.response_start - 1 :, job.safety_ids].cpu()
-            tokens += len(context.ids)
-    return _Timed(
-        ready - started, time.perf_counter() - ready, len(rows), tokens, peak_memory_mib()
-    )
+
+    rows = job.rows[:_SCRIPT_ROWS]
+    contexts = [context for pair in rows for context in pair]
+    return _timed(job._replace(rows=rows), contexts, started, score)
 
 
 def scoring_table(bench: ScoringBench) -> str:
@@ -220,13 +237,14 @@ def scoring_table(bench: ScoringBench) -> str:
         f"{bench.device}, {bench.dtype}: {bench.matrix_gflops:,.0f} GFLOP/s in matrix products; "
         f"{bench.rows} rows, {bench.contexts} distinct contexts, {bench.tokens:,} tokens",
         "",
-        "| | start | rows/s | tokens/s | share of the limit | rows/s of the first, to this |",
-        "|---|---|---|---|---|---|",
+        "| | start | rows/s | tokens/s | share of the limit | peak memory "
+        "| rows/s of the first, to this |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {WAYS[one.way]} | {one.start_seconds:.0f} s | {one.rows_per_second:.1f} "
         f"| {one.tokens_per_second:,.0f} | {one.share_of_limit:.0%} "
-        f"| {first.rows_per_second / one.rows_per_second:.2f} |"
+        f"| {one.peak_memory_mib:,.0f} MiB | {first.rows_per_second / one.rows_per_second:.2f} |"
         for one in bench.speeds
     ]
     return "\n".join(lines)

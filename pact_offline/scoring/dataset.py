@@ -31,7 +31,7 @@ from pact_offline.hub import ModelFiles
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
 from pact_offline.safety_tokens import SafetyTokens
-from pact_offline.scoring.base import choose_backend, engine_name, make_scorer
+from pact_offline.scoring.base import bind_device, choose_backend, engine_name, make_scorer
 from pact_offline.scoring.recall import Recalled, recall, remember
 
 log = logging.getLogger(__name__)
@@ -192,6 +192,8 @@ def fill(
     if not missing:
         return summary
     log.info("backend: %s (%s)", dataset.backend, dataset.backend_reason)
+    if device := bind_device(part, settings.tensor_parallel_size):
+        log.info("part %d of %d: on GPU %s", index, count, device)
     scorer = make_scorer(
         dataset.backend,
         model.path,
@@ -199,10 +201,12 @@ def fill(
         max(len(context.ids) for context in missing),
         settings,
     )
+    log.info("log-confidences by %s", scorer.how)
     facts = provenance(
         model=model.name,
         backend=dataset.backend,
         backend_reason=dataset.backend_reason,
+        how=scorer.how,
         part=f"{index}/{count}",
     )
     with (

@@ -16,6 +16,8 @@ from pact_offline.scoring.base import Scored
 class TransformersScorer:
     """Batches contexts of like length; the LM head runs on response columns only."""
 
+    how = "forward passes of transformers"
+
     def __init__(self, model: Path, safety_ids: Sequence[int], settings: ScoreSettings) -> None:
         self._model = load_model(str(model), settings.dtype)
         self._ids = list(safety_ids)

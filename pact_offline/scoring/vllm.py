@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,36 @@ from pact_offline.hub import first_line
 from pact_offline.scoring.base import Scored
 from pact_offline.scoring.vllm_plugin import PREFIX
 
-_REQUESTS_AT_ONCE = 512
+_PASSES_AT_ONCE = 4  # forward passes between two signs of progress
 _SEQUENCES_AT_ONCE = 128
 
 
-def prepare_environment() -> None:
-    """What has to be set before vLLM is imported: quiet, all cores, no usage reports."""
+def prepare_environment(tensor_parallel_size: int = 1) -> None:
+    """What has to be set before vLLM is imported: quiet, all cores, no usage reports.
+
+    A model on one device runs in this process, so that nothing outlives it. On a CPU that also
+    starts three times sooner, and no second process takes cores from the model.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    if tensor_parallel_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 class VllmScorer:
-    """Runs vLLM's pooling engine with a model class that returns log-confidences.
+    """Runs the reference in vLLM, the official way where this vLLM has it, else as our own class.
+
+    The official way is `prompt_logprob_token_ids`, which needs vLLM's V2 model runner (a GPU with
+    Triton) and room for two more tokens than the longest context. Elsewhere, as on a CPU, the
+    model runs as a class of ours in vLLM's pooling engine. Both give the same values.
 
     Prefix caching stays off: it can bring stale or missing rows (vLLM #42019).
+
+    Attributes:
+        how: which way it is, in words.
     """
 
     def __init__(
@@ -43,8 +59,10 @@ class VllmScorer:
         Raises:
             ModelError: vLLM does not know the architecture, or did not start.
         """
-        prepare_environment()
+        prepare_environment(settings.tensor_parallel_size)
+        import torch
         import vllm
+        from vllm.triton_utils import HAS_TRITON
 
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
         architecture = _architecture(model)
@@ -53,76 +71,178 @@ class VllmScorer:
                 f"{model}: expected an architecture that vLLM runs, found {architecture}; use "
                 "--backend transformers"
             )
-        self._ids = len(safety_ids)
+        self._tokens_at_once = _PASSES_AT_ONCE * settings.batch_tokens
+        self._set_num_threads = torch.set_num_threads
+        options: dict[str, Any] = {
+            "model": str(model),
+            "dtype": settings.dtype,
+            "max_num_batched_tokens": max(settings.batch_tokens, _SEQUENCES_AT_ONCE),
+            "max_num_seqs": _SEQUENCES_AT_ONCE,
+            "enable_chunked_prefill": True,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "enable_prefix_caching": False,
+            "enforce_eager": not settings.compile,
+            "trust_remote_code": False,
+            "load_format": "safetensors",
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
         try:
-            self._llm = vllm.LLM(
-                model=str(model),
-                runner="pooling",
-                hf_overrides={
-                    "architectures": [f"{PREFIX}{architecture}"],
-                    "pact_safety_ids": list(safety_ids),
-                },
-                pooler_config=vllm.config.PoolerConfig(task="token_classify"),
-                dtype=settings.dtype,
-                max_model_len=longest,
-                max_num_batched_tokens=max(settings.batch_tokens, _SEQUENCES_AT_ONCE),
-                max_num_seqs=_SEQUENCES_AT_ONCE,
-                enable_chunked_prefill=True,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
-                tensor_parallel_size=settings.tensor_parallel_size,
-                enable_prefix_caching=False,
-                enforce_eager=True,
-                trust_remote_code=False,
-                load_format="safetensors",
-                disable_log_stats=True,
-            )
+            self._way: _Official | _Plugin = _Official(safety_ids)
+            config = _engine_config(options) if HAS_TRITON else None
+            if (
+                config is None
+                or not config.use_v2_model_runner
+                or config.model_config.max_model_len < longest + 2
+            ):
+                self._way = _Plugin(safety_ids, architecture)
+                config = _engine_config({**options, **self._way.options(longest)})
+            self.how = self._way.how
+            options |= _memory(config, longest, settings)
+            self._llm = vllm.LLM(**options, **self._way.options(longest))
         except Exception as error:
             raise ModelError(f"{model}: vLLM did not start: {first_line(error)}") from error
 
     def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].ids), reverse=True)
-        for first in range(0, len(order), _REQUESTS_AT_ONCE):
-            batch = order[first : first + _REQUESTS_AT_ONCE]
-            outputs = self._encode([contexts[i] for i in batch])
-            if len(outputs) != len(batch):
-                raise ScoringError(f"vLLM: expected {len(batch)} results, found {len(outputs)}")
-            for index, output in zip(batch, outputs, strict=True):
-                yield Scored(index, self._values(contexts[index], output))
+        for batch in _batches(order, contexts, self._tokens_at_once):
+            try:
+                found = self._way.run(self._llm, [contexts[i] for i in batch])
+            except Exception as error:
+                raise ScoringError(f"vLLM stopped: {first_line(error)}") from error
+            if len(found) != len(batch):
+                raise ScoringError(f"vLLM: expected {len(batch)} results, found {len(found)}")
+            for index, values in zip(batch, found, strict=True):
+                expected = (contexts[index].steps, self._way.ids)
+                if values is None or values.shape != expected:
+                    shape = "none" if values is None else list(values.shape)
+                    raise ScoringError(
+                        f"vLLM: context {contexts[index].key}: expected log-confidences "
+                        f"{list(expected)}, found {shape}"
+                    )
+                yield Scored(index, values)
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        import torch
 
-    def _encode(self, contexts: Sequence[Context]) -> list[Any]:
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        torch.set_num_threads = self._set_num_threads  # vLLM's CPU worker switches it off
+
+
+class _Official:
+    """vLLM's own scoring of given ids."""
+
+    how = "prompt_logprob_token_ids"
+
+    def __init__(self, safety_ids: Sequence[int]) -> None:
+        self._safety_ids = np.asarray(safety_ids, dtype=np.int32)
+        self.ids = len(safety_ids)
+
+    def options(self, longest: int) -> dict[str, Any]:
+        return {"max_model_len": longest + 2, "max_logprobs": self.ids}
+
+    def run(self, llm: Any, contexts: Sequence[Context]) -> list[np.ndarray | None]:
+        from vllm import SamplingParams
+
+        # A row scores what follows a token of the prompt, but never what follows its last one, so
+        # every prompt gets one more token, whichever. vLLM then has to generate one, unread.
+        prompts = [{"prompt_token_ids": [*c.ids.tolist(), int(c.ids[0])]} for c in contexts]
+        params = [
+            SamplingParams(
+                max_tokens=1,
+                detokenize=False,
+                prompt_logprob_token_ids=np.tile(self._safety_ids, (context.steps, 1)),
+                prompt_logprob_start=context.response_start - 1,
+            )
+            for context in contexts
+        ]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        found = [output.prompt_token_id_logprobs for output in outputs]
+        return [None if values is None else values.astype(np.float32) for values in found]
+
+
+class _Plugin:
+    """Our model class in the pooling engine."""
+
+    how = "a pooling class of pact-offline"
+
+    def __init__(self, safety_ids: Sequence[int], architecture: str) -> None:
+        from vllm import ModelRegistry
+
+        from pact_offline.scoring import vllm_model
+
+        name = f"{PREFIX}{architecture}"
+        # The plugin has named it; the class itself spares vLLM a process that looks at it (15 s).
+        ModelRegistry.register_model(name, getattr(vllm_model, architecture))
+        self._overrides = {"architectures": [name], vllm_model.SAFETY_IDS: list(safety_ids)}
+        self.ids = len(safety_ids)
+
+    def options(self, longest: int) -> dict[str, Any]:
+        from vllm.config import PoolerConfig
+
+        return {
+            "runner": "pooling",
+            "pooler_config": PoolerConfig(task="token_classify"),
+            "hf_overrides": self._overrides,
+            "max_model_len": longest,
+        }
+
+    def run(self, llm: Any, contexts: Sequence[Context]) -> list[np.ndarray | None]:
         from vllm import PoolingParams
+
+        from pact_offline.scoring.vllm_model import FIRST_ROW
 
         prompts = [{"prompt_token_ids": context.ids.tolist()} for context in contexts]
         params = [
             PoolingParams(
                 task="token_classify",
                 use_activation=False,
-                extra_kwargs={"pact_first_row": context.response_start - 1},
+                extra_kwargs={FIRST_ROW: context.response_start - 1},
             )
             for context in contexts
         ]
-        try:
-            return list(
-                self._llm.encode(
-                    prompts, pooling_params=params, pooling_task="token_classify", use_tqdm=False
-                )
-            )
-        except Exception as error:
-            raise ScoringError(f"vLLM stopped: {first_line(error)}") from error
+        outputs = llm.encode(
+            prompts, pooling_params=params, pooling_task="token_classify", use_tqdm=False
+        )
+        found = [getattr(output.outputs, "data", None) for output in outputs]
+        return [None if values is None else values.float().cpu().numpy() for values in found]
 
-    def _values(self, context: Context, output: Any) -> np.ndarray:
-        expected = (context.steps, self._ids)
-        data = getattr(getattr(output, "outputs", None), "data", None)
-        shape = None if data is None else tuple(data.shape)
-        if data is None or shape != expected:
-            raise ScoringError(
-                f"vLLM: context {context.key}: expected log-confidences {list(expected)}, "
-                f"found {list(shape) if shape else 'none'}"
-            )
-        return np.asarray(data.float().cpu().numpy(), dtype=np.float32)
+
+def _engine_config(options: dict[str, Any]) -> Any:
+    """What vLLM makes of its options."""
+    from vllm import EngineArgs
+
+    return EngineArgs(**options).create_engine_config()
+
+
+def _memory(config: Any, longest: int, settings: ScoreSettings) -> dict[str, Any]:
+    """The share that was asked for; else a key-value cache of what scoring fills, and no more."""
+    if settings.gpu_memory_utilization is not None:
+        return {"gpu_memory_utilization": settings.gpu_memory_utilization}
+    model, parallel = config.model_config, config.parallel_config
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    per_token = 2 * heads * model.get_head_size() * model.dtype.itemsize
+    # Every short context takes a whole block. With less, vLLM would run fewer of them at once.
+    blocks = _SEQUENCES_AT_ONCE * (config.cache_config.block_size or 16)
+    tokens = 2 * settings.batch_tokens + longest + blocks
+    # vLLM wants the share to be free even where it does not use it.
+    return {"kv_cache_memory_bytes": per_token * tokens, "gpu_memory_utilization": 0.01}
+
+
+def _batches(order: Sequence[int], contexts: Sequence[Context], tokens: int) -> Iterator[list[int]]:
+    """Split indices so that each part holds at most so many tokens."""
+    batch: list[int] = []
+    held = 0
+    for index in order:
+        size = len(contexts[index].ids)
+        if batch and held + size > tokens:
+            yield batch
+            batch, held = [], 0
+        batch.append(index)
+        held += size
+    if batch:
+        yield batch
 
 
 def _architecture(model: Path) -> str:

@@ -9,8 +9,10 @@ def register() -> None:
     """Make `PactLogConfidence<Architecture>` known to vLLM; it is imported on use."""
     from vllm import ModelRegistry
 
-    for architecture in list(ModelRegistry.get_supported_archs()):
-        if architecture.endswith("ForCausalLM") and not architecture.startswith(PREFIX):
+    known = set(ModelRegistry.get_supported_archs())
+    for architecture in known:
+        is_model = architecture.endswith("ForCausalLM") and not architecture.startswith(PREFIX)
+        if is_model and f"{PREFIX}{architecture}" not in known:
             ModelRegistry.register_model(
                 f"{PREFIX}{architecture}", f"pact_offline.scoring.vllm_model:{architecture}"
             )
