@@ -109,3 +109,8 @@ def pytest_terminal_summary(
         terminalreporter.section("faults made on purpose")
         for line in facts:
             terminalreporter.write_line(line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines last: they leave threads in this process, which tests that fork would deadlock on."""
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)

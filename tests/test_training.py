@@ -234,6 +234,49 @@ def test_merge_writes_a_model_that_answers_as_the_adapter_does(
     assert "library_name: transformers" in (merged / "README.md").read_text()
 
 
+def next_token(path: Path, **options: Any) -> dict[int, float]:
+    """What vLLM expects after some tokens: its likeliest five and their log-probabilities."""
+    from pact_offline.scoring.vllm import prepare_environment
+
+    prepare_environment()
+    import vllm
+
+    lora = options.pop("lora_request", None)
+    llm = vllm.LLM(
+        str(path), dtype="float32", max_model_len=64, kv_cache_memory_bytes=2**26,
+        gpu_memory_utilization=0.01, enforce_eager=True, max_num_seqs=4, **options,
+    )  # fmt: skip
+    sampling = vllm.SamplingParams(max_tokens=1, logprobs=5, temperature=0)
+    prompt = {"prompt_token_ids": list(range(5, 25))}
+    (output,) = llm.generate(prompt, sampling, lora_request=lora, use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    return {token: found.logprob for token, found in output.outputs[0].logprobs[0].items()}
+
+
+@pytest.mark.vllm
+def test_vllm_loads_the_adapter_and_the_merged_model(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result], aligned: Path
+) -> None:
+    from peft import PeftModel
+
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert run(*command, "-o", adapter, "--learning-rate", "0.01").exit_code == 0
+    words = ["merge", "--adapter", adapter, "--model", aligned, "-o", merged, "--dtype", "float32"]
+    assert run(*words).exit_code == 0
+    policy = PeftModel.from_pretrained(load_model(str(aligned), "float32"), adapter)
+    with torch.no_grad():
+        logits = policy(torch.arange(5, 25)[None]).logits[0, -1].log_softmax(-1)
+    likeliest = logits.topk(5)
+    expected = dict(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("ours", 1, str(adapter))
+    assert next_token(merged) == pytest.approx(expected, abs=1e-3)
+    served = next_token(aligned, enable_lora=True, max_lora_rank=8, lora_request=request)
+    assert served == pytest.approx(expected, abs=1e-3)
+    assert next_token(aligned) != pytest.approx(expected, abs=1e-3)
+
+
 def test_the_same_seed_gives_the_same_adapter(
     command: list[Any], tmp_path: Path, run: Callable[..., Result]
 ) -> None:

@@ -11,6 +11,7 @@ from pact_offline.config import ObjectiveSettings
 from pact_offline.errors import SettingError
 from pact_offline.objectives import OBJECTIVES, step_weights
 from pact_offline.training.collator import IGNORED
+from pact_offline.training.head import step_log_probabilities
 
 
 class BatchLoss(NamedTuple):
@@ -38,7 +39,7 @@ def batch_loss(
     settings: ObjectiveSettings | None = None,
     kl_weight: float | None = None,
 ) -> BatchLoss:
-    """Run the policy on a batch; the LM head runs on response columns only.
+    """Run the policy on a batch; the LM head runs on response steps only.
 
     Args:
         model: policy, whose forward takes `logits_to_keep`.
@@ -49,29 +50,20 @@ def batch_loss(
         kl_weight: in place of the settings'; a `kl_schedule` is the caller's, by `kl_weight_at`.
     """
     labels = batch["labels"][:, 1:]
-    outputs = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        logits_to_keep=batch["logits_to_keep"],
-        use_cache=False,
-    )
     is_step = labels != IGNORED
-    logits = outputs.logits[is_step].float()
-    normaliser = torch.logsumexp(logits, dim=-1)
-    picked = logits.gather(-1, labels[is_step].unsqueeze(-1)).squeeze(-1)
-    cross_entropy = (normaliser - picked).sum()
+    picked, policy = step_log_probabilities(model, batch, is_step, labels[is_step], safety_ids)
+    cross_entropy = -picked.sum()
     zero = torch.zeros((), device=cross_entropy.device)
     if settings is None:
         settings = ObjectiveSettings(objective="none" if safety_ids is None else "pact")
     if settings.objective == "none":
-        return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, len(logits))
+        return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, len(picked))
     if safety_ids is None or weights is None:
         raise SettingError(f"objective {settings.objective}: expected safety ids and weights")
     objective = OBJECTIVES[settings.objective]
     if not settings.safety_weights:
         weights = torch.ones_like(weights)
-    policy, full = logits[:, safety_ids] - normaliser.unsqueeze(-1), batch["target_full"]
+    full = batch["target_full"]
     steps = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[is_step]
     only = batch.get("target_response_only")
     per_step = objective.per_step(policy, full, only, weights, steps, settings)
@@ -79,4 +71,4 @@ def batch_loss(
     weight = settings.kl_weight if kl_weight is None else kl_weight
     gap = (policy.detach().exp() - full.exp()).abs().sum()
     loss = cross_entropy + weight * kl
-    return BatchLoss(loss, cross_entropy.detach(), kl.detach(), gap, len(logits))
+    return BatchLoss(loss, cross_entropy.detach(), kl.detach(), gap, len(picked))

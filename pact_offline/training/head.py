@@ -1,0 +1,128 @@
+"""The LM head on response steps only, and in chunks where their logits would fill the memory."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
+_is_known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # heads that were compared
+
+
+def step_log_probabilities(
+    model: Any,
+    batch: dict[str, Tensor],
+    is_step: Tensor,
+    labels: Tensor,
+    safety_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The policy's log-probabilities of the labels, and of the safety tokens, at response steps.
+
+    The model's forward runs as it is wrapped (DDP, autocast); its LM head is held back and runs on
+    the response steps alone. Where their logits exceed 256 MiB they come in chunks, and are
+    computed again in the backward pass in place of being kept. Models whose head cannot be run by
+    itself (sharded, compiled, or with a treatment of logits that is not known here) run whole.
+
+    Args:
+        model: policy, whose forward takes `logits_to_keep`.
+        batch: from `ResponseCollator`.
+        is_step: bool [rows, columns], where a response step is.
+        labels: int64 [steps], the tokens that follow.
+        safety_ids: int64 [ids], or None.
+
+    Returns:
+        fp32 [steps] and fp32 [steps, ids].
+    """
+    inputs: dict[str, Any] = {
+        name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")
+    }
+    inputs |= {"logits_to_keep": batch["logits_to_keep"], "use_cache": False}
+    ids = labels.new_empty(0) if safety_ids is None else safety_ids
+    inner = getattr(model, "module", model)
+    head = inner.get_output_embeddings()
+    if head is None or _is_sharded(model, head) or not _is_known.get(head, True):
+        return _log_probabilities(model(**inputs).logits[is_step], labels, ids)
+    outputs, hidden, mode = _without_head(model, head, inputs)
+    if hidden is None:  # compiled: hooks are not heard
+        return _log_probabilities(outputs.logits[is_step], labels, ids)
+
+    def logits_of(states: Tensor) -> Tensor:
+        with mode:
+            return _after_head(head(states), inner.config.get_text_config())
+
+    if head not in _is_known:
+        with torch.no_grad():
+            found = logits_of(hidden[:, :1]).float()
+        _is_known[head] = torch.allclose(found, outputs.logits.float(), rtol=1e-3, atol=1e-3)
+        if not _is_known[head]:
+            return step_log_probabilities(model, batch, is_step, labels, safety_ids)
+
+    def part(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return _log_probabilities(logits_of(states), labels, ids)
+
+    states = hidden[is_step]
+    size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    if len(states) <= size:
+        return part(states, labels)
+    parts = [
+        checkpoint(part, some, theirs, use_reentrant=False)
+        for some, theirs in zip(torch.split(states, size), torch.split(labels, size), strict=True)
+    ]
+    picked, safety = zip(*parts, strict=True)
+    return torch.cat(picked), torch.cat(safety)
+
+
+def _log_probabilities(logits: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    picked = logits.gather(-1, labels.unsqueeze(-1)) - normaliser
+    return picked.squeeze(-1), logits[:, ids] - normaliser
+
+
+def _without_head(
+    model: Any, head: Any, inputs: dict[str, Any]
+) -> tuple[Any, Tensor | None, AbstractContextManager[Any]]:
+    """Run a model up to its head, which gets the first column once, to compare, then none."""
+    kept: list[Tensor] = []
+    modes: list[AbstractContextManager[Any]] = []
+    columns = 0 if head in _is_known else 1
+
+    def hold_back(module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        kept.append(given[0])
+        kind = given[0].device.type
+        if torch.is_autocast_enabled(kind):
+            modes.append(torch.autocast(kind, torch.get_autocast_dtype(kind)))
+        return (given[0][:, :columns], *given[1:])
+
+    hook = head.register_forward_pre_hook(hold_back)
+    try:
+        outputs = model(**inputs)
+    finally:
+        hook.remove()
+    return outputs, kept[0] if kept else None, modes[0] if modes else nullcontext()
+
+
+def _after_head(logits: Tensor, config: Any) -> Tensor:
+    """What some architectures do with logits: a soft cap (Gemma), a scale (Cohere, Granite)."""
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits / scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = (logits / cap).tanh() * cap
+    return logits
+
+
+def _is_sharded(model: Any, head: Any) -> bool:
+    """Weights that are whole only inside the model's own forward: FSDP, DeepSpeed's third stage."""
+    weight = head.weight
+    return (
+        hasattr(weight, "ds_id")
+        or hasattr(weight, "device_mesh")
+        or type(model).__name__ == "FullyShardedDataParallel"
+    )
