@@ -3,6 +3,9 @@
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,6 @@ import numpy as np
 import pytest
 from click.testing import Result
 from conftest import write_rows
-from moto.server import ThreadedMotoServer
 from stores import IDENTITY, context, fill, read, values
 
 from pact_offline.cache.identity import read_identity
@@ -30,10 +32,19 @@ def s3_server() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
-    server.start()
+    # A process of its own: vLLM looks at every module here, and those of a web server object.
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)], stderr=subprocess.DEVNULL
+    )
+    ends = time.monotonic() + 60
+    while server.poll() is None and time.monotonic() < ends:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
     yield f"http://127.0.0.1:{port}"
-    server.stop()
+    server.terminate()
+    server.wait()
 
 
 @pytest.fixture(params=KINDS)
