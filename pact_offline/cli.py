@@ -204,6 +204,7 @@ def finetune(
     """
     from pact_offline.hub import locate_model
     from pact_offline.training.finetune import finetune as run
+    from pact_offline.training.finetune import is_first_process
 
     facts = run(
         locate_model(model),
@@ -213,6 +214,8 @@ def finetune(
         targets_path=targets,
         tokens_path=safety_tokens,
     )
+    if not is_first_process():
+        return
     if as_json:
         click.echo(json.dumps(facts["metrics"]))
     else:

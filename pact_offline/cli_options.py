@@ -44,8 +44,9 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
         def run(*args: Any, config: Path | None, **kwargs: Any) -> Any:
             given = {name: kwargs.pop(name) for name in cls.model_fields}
             given = {name: value for name, value in given.items() if value is not None}
-            if isinstance(given.get("lora_modules"), str):
-                given["lora_modules"] = tuple(given["lora_modules"].split(","))
+            for name, value in given.items():
+                if typing.get_origin(cls.model_fields[name].annotation) is tuple:
+                    given[name] = tuple(value.split(","))
             values = read_yaml(config) if config else {}
             parse_settings(cls, values, str(config))
             settings = parse_settings(cls, {**values, **given}, "options")
@@ -57,7 +58,7 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
             default = info.default
             if isinstance(default, tuple):
                 default = ",".join(default)
-            shown = "" if default is None else f"  [default: {default}]"
+            shown = "" if default in (None, "") else f"  [default: {default}]"
             run = click.option(
                 f"--{name.replace('_', '-')}",
                 name,

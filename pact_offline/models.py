@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pact_offline.errors import ModelError
+from pact_offline.errors import ModelError, SettingError
 from pact_offline.hub import first_line, require_model
 
 
@@ -23,15 +24,25 @@ def default_device() -> torch.device:
     return accelerator if index is None else torch.device(accelerator.type, int(index))
 
 
-def default_attention(device: torch.device | None = None) -> str:
-    """eager on a CPU (its bf16 SDPA kernel is slow at chat lengths), else sdpa."""
-    return "eager" if (device or default_device()).type == "cpu" else "sdpa"
+def require_compiler() -> None:
+    """Refuse to compile for a CPU without a C++ compiler, before a model is loaded."""
+    compiler = os.environ.get("CXX", "g++")
+    if default_device().type == "cpu" and shutil.which(compiler) is None:
+        raise SettingError(f"--compile: expected a C++ compiler (g++, or CXX), found no {compiler}")
 
 
 def load_model(
     model: str, dtype: str, *, attention: str = "auto", device: torch.device | None = None
 ) -> Any:
     """A causal language model in eval mode, from safetensors only.
+
+    Args:
+        model: path, or hub id.
+        dtype: name of the weights' dtype.
+        attention: an implementation of transformers; "auto": sdpa, but on a CPU, whose sdpa is slow
+            in bfloat16 at chat lengths, `grouped_attention` for models that sdpa is right for, and
+            eager for the others.
+        device: default: `default_device`.
 
     Raises:
         MissingFileError, ModelError: it cannot be loaded.
@@ -42,14 +53,19 @@ def load_model(
     disable_progress_bar()
     require_model(model)
     device = device or default_device()
+    first = "eager" if device.type == "cpu" else "sdpa"
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=getattr(torch, dtype),
-            attn_implementation=default_attention(device) if attention == "auto" else attention,
+            attn_implementation=first if attention == "auto" else attention,
             use_safetensors=True,
             trust_remote_code=False,
         )
+        if attention == "auto" and first == "eager" and loaded._supports_sdpa:
+            from pact_offline.attention import NAME
+
+            loaded.set_attn_implementation(NAME)
     except Exception as error:
         raise ModelError(f"{model}: cannot be loaded: {first_line(error)}") from None
     return loaded.to(device).eval()

@@ -1,13 +1,16 @@
 """The LM head in chunks, by itself or inside the model: the same loss and gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from pact_offline.config import ObjectiveSettings
 from pact_offline.models import load_model
@@ -100,3 +103,25 @@ def test_a_head_with_an_unknown_treatment_runs_inside_the_model(
     expected = model(**inputs).logits[:, columns][is_step].log_softmax(-1)
     torch.testing.assert_close(picked, expected.gather(-1, labels[:, None])[:, 0])
     torch.testing.assert_close(safety, expected[:, IDS])
+
+
+@pytest.fixture
+def one_process() -> Iterator[Any]:
+    """A mesh of this process alone: enough for weights that are whole only inside the model."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_sharded_head_runs_inside_the_model(
+    family: str, tmp_path: Path, one_process: Any
+) -> None:
+    path = str(make_model(tmp_path / "m", family=family))
+    expected = loss_and_gradients(load_model(path, "float32"))
+    model = load_model(path, "float32")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=one_process)
+    fully_shard(model, mesh=one_process)
+    loss, gradients = loss_and_gradients(model)
+    assert_same((loss, {name: g.full_tensor() for name, g in gradients.items()}), expected)

@@ -24,7 +24,7 @@ from pact_offline.conversations import load_tokenizer, read_rows, tokenize
 from pact_offline.models import load_model
 from pact_offline.objectives import OBJECTIVES
 from pact_offline.training.checkpoints import Checkpoints, fingerprint
-from pact_offline.training.collator import ResponseCollator
+from pact_offline.training.collator import PassCollator, ResponseCollator
 from pact_offline.training.finetune import Journal, finetune
 from pact_offline.training.rows import as_dataset
 from pact_offline.training.trainer import PactTrainer
@@ -82,13 +82,16 @@ def loss_by_hand(
 
 
 @pytest.mark.parametrize("objective", ["none", "pact", "confidence"])
-@pytest.mark.parametrize("batches", [(12, 1), (3, 4), (4, 3)])
+@pytest.mark.parametrize("batches", [(12, 1, None), (12, 1, 100), (3, 4, None), (4, 3, 1)])
 def test_cached_loss_and_gradient_equal_a_live_reference(
-    objective: str, batches: tuple[int, int], aligned: Path, base: Path, rows_file: Path,
-    targets: Path, tmp_path: Path,
+    objective: str, batches: tuple[int, int, int | None], aligned: Path, base: Path,
+    rows_file: Path, targets: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """However the batch is cut into accumulated parts; the policy is another model on purpose."""
-    size, accumulation = batches
+    """However the batch is cut into accumulated parts, and these into passes.
+
+    The policy is another model on purpose.
+    """
+    size, accumulation, pass_tokens = batches
     settings = FinetuneSettings(objective=objective, kl_weight=2.5)
     tokenizer = load_tokenizer(str(aligned))
     examples = tokenize(read_rows(rows_file), tokenizer, 512)
@@ -121,6 +124,7 @@ def test_cached_loss_and_gradient_equal_a_live_reference(
         objective=settings,
         targets=cache,
         weights=weights,
+        pass_tokens=pass_tokens,
     )
     trainer.train()
     logged = trainer.state.log_history[0]
@@ -184,6 +188,47 @@ def test_collated_rows_line_up_with_their_labels(aligned: Path, rows_file: Path)
         assert labels[labels != -100].tolist() == example.ids[example.response_start :].tolist()
         first = batch["logits_to_keep"][0]
         assert batch["input_ids"][row, first] == example.ids[example.response_start - 1]
+
+
+def test_a_batch_is_cut_into_passes_of_rows_of_like_length() -> None:
+    lengths = [(2, 9), (20, 1), (3, 4), (18, 2), (60, 30), (5, 1)]
+    items = [
+        {"input_ids": list(range(start + steps)), "response_start": start, "index": index}
+        for index, (start, steps) in enumerate(lengths)
+    ]
+    batch = PassCollator(ResponseCollator(0), pass_tokens=50)(items)
+    shapes = [tuple(one["input_ids"].shape) for one in batch["passes"]]
+    assert shapes == [(1, 89), (2, 21), (3, 13)]  # a row of more tokens goes alone
+    assert all(rows * width <= 50 for rows, width in shapes[1:])
+    steps = [one["labels"][:, 1:].ne(-100).sum().item() for one in batch["passes"]]
+    assert steps == [30, 3, 14]
+    assert batch["labels"][1:].ne(-100).sum() == sum(steps)
+    assert batch["labels"][0] == -100
+    (whole,) = PassCollator(ResponseCollator(0))(items)["passes"]
+    assert len(whole["input_ids"]) == 6
+
+
+def test_compiled_layers_train_to_the_same_adapter(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    for name, options in (("eager", []), ("compiled", ["--compile", True])):
+        result = run(*command, *options, "--epochs", 1, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    one, two = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("eager", "compiled")
+    )
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=1e-5)
+
+
+def test_no_compiler_is_told_before_a_model_is_loaded(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pact_offline.training.finetune.load_model", None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    line = fails(*command, "--compile", True, "-o", tmp_path / "adapter")
+    assert "expected a C++ compiler (g++, or CXX), found no no-such-compiler" in line
 
 
 def test_finetune_writes_an_adapter_that_peft_loads(
@@ -460,7 +505,7 @@ def test_two_processes_give_the_losses_of_one(
     common = [*command, "--row-order", "random", "--epochs", 2]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*common, "--batch-size", 4, "-o", one).exit_code == 0
-    words = [*common, "--batch-size", 2, "-o", two]
+    words = [*common, "--batch-size", 2, "--pass-tokens", 40, "-o", two]  # a pass a row
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -473,6 +518,7 @@ def test_two_processes_give_the_losses_of_one(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("final_cross_entropy") == 1
     histories = [
         [json.loads(line) for line in (path / "training.jsonl").read_text().splitlines()]
         for path in (one, two)
@@ -497,6 +543,28 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     )
     for name in one:
         np.testing.assert_allclose(one[name], two[name], atol=1e-6)
+
+
+def test_tensorboard_gets_every_step_under_the_name_of_the_output(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / "runs" / "first"
+    result = run(*command, "--report-to", "tensorboard", "-o", output)
+    assert result.exit_code == 0, result.output
+    events = EventAccumulator(str(tmp_path / "runs" / "tensorboard" / "first")).Reload()
+    shown = [event.value for event in events.Scalars("train/kl")]
+    journal = (output / "training.jsonl").read_text().splitlines()
+    assert shown == pytest.approx([json.loads(line)["kl"] for line in journal], rel=1e-6)
+
+
+def test_an_unknown_tracker_is_refused(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    line = fails(*command, "--report-to", "tensorboard,notebook", "-o", tmp_path / "adapter")
+    assert "--report-to: expected what the Trainer knows and is installed" in line
+    assert "found 'notebook'" in line
 
 
 def test_plain_finetuning_needs_no_targets(

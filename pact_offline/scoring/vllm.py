@@ -16,6 +16,7 @@ from pact_offline.config import ScoreSettings
 from pact_offline.conversations import Context
 from pact_offline.errors import ModelError, ScoringError
 from pact_offline.hub import first_line
+from pact_offline.models import require_compiler
 from pact_offline.scoring.base import Scored
 from pact_offline.scoring.vllm_plugin import PREFIX
 
@@ -65,6 +66,8 @@ class VllmScorer:
         from vllm.triton_utils import HAS_TRITON
 
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+        if settings.compile:
+            require_compiler()
         architecture = _architecture(model)
         if architecture not in vllm.ModelRegistry.get_supported_archs():
             raise ModelError(

@@ -33,7 +33,7 @@ def fingerprint(
 ) -> str:
     """What decides a run's result: settings, model, store and rows; 64 hex digits."""
     digest = hashlib.sha256()
-    values = settings.model_dump(mode="json", exclude={"save_steps"})
+    values = settings.model_dump(mode="json", exclude={"save_steps", "report_to"})
     processes = os.environ.get("WORLD_SIZE", "1")  # it decides what a step is
     digest.update(json.dumps([values, model, targets, processes], sort_keys=True).encode())
     for example in examples:

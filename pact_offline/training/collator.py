@@ -64,3 +64,35 @@ class ResponseCollator:
             for kind in kinds if self.response_only else kinds[:1]:
                 batch[f"target_{kind}"] = torch.from_numpy(self.targets.read(indices, kind))
         return batch
+
+
+class PassCollator:
+    """Cuts a batch into passes of rows of like length, each collated by itself.
+
+    The result holds ``passes``, a list of batches, and ``labels``, int64 [1 + steps]: -100, then
+    those of all passes, which the Trainer counts.
+    """
+
+    def __init__(self, collate: ResponseCollator, pass_tokens: int | None = None) -> None:
+        """Cut at `pass_tokens` tokens, with padding, a pass; None: never. A row is never cut."""
+        self.collate, self.pass_tokens = collate, pass_tokens
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        passes = [self.collate(part) for part in self._cut(items)]
+        steps = [batch["labels"][:, 1:].flatten() for batch in passes]
+        return {"passes": passes, "labels": torch.cat([steps[0].new_tensor([IGNORED]), *steps])}
+
+    def _cut(self, items: Sequence[dict[str, Any]]) -> Sequence[Sequence[dict[str, Any]]]:
+        if self.pass_tokens is None:
+            return [items]
+        parts: list[list[dict[str, Any]]] = [[]]
+        longest = [0, 0]  # prompt and response of the last part
+        for item in sorted(items, key=lambda item: -len(item["input_ids"])):
+            start = item["response_start"]
+            sizes = start, len(item["input_ids"]) - start
+            longest = [max(pair) for pair in zip(longest, sizes, strict=True)]
+            if parts[-1] and (len(parts[-1]) + 1) * sum(longest) > self.pass_tokens:
+                parts.append([])
+                longest = list(sizes)
+            parts[-1].append(item)
+        return parts

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
 from pact_offline.cache.reader import TargetCache
@@ -30,13 +31,14 @@ from pact_offline.conversations import (
 from pact_offline.errors import InputError, SettingError, TrainingError
 from pact_offline.files import write_json
 from pact_offline.hub import ModelFiles, first_line
-from pact_offline.models import load_model
+from pact_offline.models import default_device, load_model, require_compiler
 from pact_offline.objectives import weights_in_use
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
 from pact_offline.safety_tokens import SafetyTokens
 from pact_offline.training.checkpoints import Checkpoints, EpochOrder, fingerprint
 from pact_offline.training.collator import TargetSource
+from pact_offline.training.dropout import use_fast_dropout
 from pact_offline.training.live import LiveReference
 from pact_offline.training.model_card import model_card
 from pact_offline.training.rows import as_dataset
@@ -64,6 +66,9 @@ def finetune(
     Returns:
         what is written to `pact_offline.json`: settings, targets hash, metrics and provenance.
     """
+    _check_report_to(settings)
+    if settings.compile:
+        require_compiler()
     tokenizer = load_tokenizer(str(model.path))
     rows = read_all_rows(sources)
     examples = tokenize(rows, tokenizer, settings.max_tokens)
@@ -80,7 +85,7 @@ def finetune(
         cache.check_safety_ids(tokens.ids, str(tokens_path))
         cache.check_examples(examples, [row.origin for row in rows])
     header = header_ids(tokenizer) if settings.reference == "live" else []
-    is_main = os.environ.get("RANK", "0") == "0"  # of several processes, one writes
+    is_main = is_first_process()
     with output_aside(output) if is_main else scratch_folder() as aside:
         targets: TargetSource | None = cache
         if tokens is not None and settings.reference == "live":
@@ -94,7 +99,7 @@ def finetune(
             run = fingerprint(settings, model.identity, source, examples)
             checkpoints = Checkpoints(output, run)
         trainer, metrics = train(
-            policy, tokenizer, examples, settings, aside, targets, weights, checkpoints
+            policy, tokenizer, examples, settings, aside, targets, weights, checkpoints, output
         )
         facts = {
             "model": model.name,
@@ -105,15 +110,31 @@ def finetune(
             "metrics": metrics,
             "provenance": provenance(),
         }
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by every process
         if not is_main:
             return facts
-        trainer.model.save_pretrained(aside, safe_serialization=True)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(aside, state_dict=gathered)
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
         write_json(aside / RUN_FILE, facts)
     if checkpoints:
         checkpoints.remove()
     return facts
+
+
+def is_first_process() -> bool:
+    """Of several processes of one run, the first writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _check_report_to(settings: FinetuneSettings) -> None:
+    installed = get_available_reporting_integrations()
+    for name in settings.report_to:
+        if name not in installed:
+            raise SettingError(
+                f"--report-to: expected what the Trainer knows and is installed "
+                f"({', '.join(installed) or 'nothing'}), found {name!r}"
+            )
 
 
 def _load_safety_tokens(
@@ -155,16 +176,31 @@ def train(
     targets: TargetSource | None = None,
     weights: torch.Tensor | None = None,
     checkpoints: Checkpoints | None = None,
+    output: Path | None = None,
 ) -> tuple[PactTrainer, dict[str, float]]:
     """Train a policy in place; `training.jsonl` goes to `folder`.
+
+    Args:
+        policy: from `prepare_policy`.
+        tokenizer: the policy's.
+        examples: rows, in the order of `targets`.
+        settings: of the run.
+        folder: gets the log.
+        targets: the cache, or a live reference; None with objective "none".
+        weights: float [ids], safety-token weights.
+        checkpoints: where they go, and what a killed run left.
+        output: where the result will be in the end; names the run in TensorBoard and the like.
 
     Returns:
         the trainer, and the metrics of the end of training.
     """
     set_seed(settings.seed)
+    use_fast_dropout(policy)
+    if settings.compile:
+        compile_layers(policy)
     scratch = checkpoints.folder if checkpoints else folder / "trainer"
     scratch.mkdir(exist_ok=True)
-    arguments = training_arguments(settings, scratch)
+    arguments = training_arguments(settings, scratch, output.name if output else None)
     resumed = None
     if checkpoints:
         with arguments.main_process_first(local=False):
@@ -179,9 +215,13 @@ def train(
         epoch_decay=EPOCH_DECAY if settings.schedule == "epoch_decay" else None,
         targets=targets,
         weights=weights,
+        pass_tokens=settings.pass_tokens or _default_pass_tokens(),
         callbacks=[Journal(journal), *([EpochOrder(resumed)] if checkpoints else [])],
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and output:
+            callback.logging_dir = str(output.parent / "tensorboard" / output.name)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     seconds = time.monotonic() - started
@@ -190,6 +230,26 @@ def train(
         shutil.copy(journal, folder / "training.jsonl")
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return trainer, _final_metrics(trainer, trainer.state.global_step - before, seconds)
+
+
+def _default_pass_tokens() -> int | None:
+    return 1024 if default_device().type == "cpu" else None
+
+
+def compile_layers(policy: Any) -> None:
+    """Compile each of a model's layers by itself: they share one compilation, for all lengths.
+
+    The model around them stays as it is, so its LM head can still be held back.
+    """
+    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    kinds = set(inner._no_split_modules or [])
+    layers = [module for module in policy.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise SettingError(
+            f"--compile: expected known layers, found none in {type(inner).__name__}"
+        )
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 @contextmanager
@@ -275,7 +335,9 @@ def _layers_before(first: int) -> str | None:
     return rf".*\.(layers|h|blocks)\.({'|'.join(map(str, range(first)))})\..*"
 
 
-def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArguments:
+def training_arguments(
+    settings: FinetuneSettings, folder: Path, name: str | None = None
+) -> TrainingArguments:
     """The Trainer's arguments that the settings stand for."""
     schedule = "constant" if settings.schedule == "epoch_decay" else settings.schedule
     arguments = TrainingArguments(
@@ -300,7 +362,8 @@ def training_arguments(settings: FinetuneSettings, folder: Path) -> TrainingArgu
         save_total_limit=2,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        report_to=[],
+        report_to=list(settings.report_to),
+        run_name=name,
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),
         lr_scheduler_type=schedule,

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from pact_offline.config import ObjectiveSettings
 from pact_offline.errors import SettingError
 from pact_offline.objectives import OBJECTIVES, kl_weight_at, weights_in_use
-from pact_offline.training.collator import ResponseCollator, TargetSource
+from pact_offline.training.collator import PassCollator, ResponseCollator, TargetSource
 from pact_offline.training.loss import batch_loss
 
 
@@ -42,6 +42,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         epoch_decay: float | None = None,
         targets: TargetSource | None = None,
         weights: Tensor | None = None,
+        pass_tokens: int | None = None,
         **extra: Any,
     ) -> None:
         """Prepare training.
@@ -56,6 +57,9 @@ class PactTrainer(Trainer):  # type: ignore[misc]
                 schedule in `args`.
             targets: the cache (or a live reference), read by `train_dataset`'s `index`.
             weights: float [ids], safety-token weights.
+            pass_tokens: tokens, with padding, of a forward and backward pass; a batch of more takes
+                several. None: no limit; nor is there one where weights are sharded, since every
+                process has to run the same number of passes.
             extra: for transformers' Trainer.
         """
         args.remove_unused_columns = False
@@ -73,9 +77,12 @@ class PactTrainer(Trainer):  # type: ignore[misc]
                 self._objective and self._objective.needs_response_only and objective.gate
             ),
         )
+        passes = PassCollator(collator, pass_tokens)
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=collator, **extra
+            model=model, args=args, train_dataset=train_dataset, data_collator=passes, **extra
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            passes.pass_tokens = None
         self.model_accepts_loss_kwargs = True  # the loss is divided by all steps of the batch
         device = self.args.device
         self._safety_ids: Tensor | None = None
@@ -85,6 +92,25 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             self._weights = weights_in_use(weights, objective).to(device)
         self._sums: dict[str, Tensor | float] = {}
         self._logged = time.monotonic()
+
+    def training_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward of one micro-batch, pass by pass; the loss, detached."""
+        *others, last = inputs["passes"]
+        total: Tensor = torch.zeros((), device=self.args.device)
+        for part in others:
+            with self.accelerator.no_sync(model):
+                total += super().training_step(model, part, num_items_in_batch)
+        total += super().training_step(model, last, num_items_in_batch)
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The Trainer's estimate, over the passes."""
+        return sum(super(PactTrainer, self).floating_point_ops(one) for one in inputs["passes"])
 
     def compute_loss(
         self,

@@ -1,0 +1,86 @@
+"""Attention for short rows: what eager attention computes, for every kind of head."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model
+from torch import Tensor
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from pact_offline import attention
+from pact_offline.models import aligned_batch, load_model
+
+GENERATOR = torch.Generator().manual_seed(0)
+ROWS = [(list(range(3, 3 + length)), start) for length, start in ((40, 30), (25, 24), (12, 3))]
+
+
+def logits_and_gradient(path: Path, kind: str, dtype: str = "float32") -> tuple[Tensor, Tensor]:
+    model = load_model(str(path), dtype, attention=kind)
+    inputs, columns, steps = aligned_batch(ROWS, 0)
+    logits = model(**inputs).logits.float()[:, columns]
+    kept = torch.cat([logits[row, :count] for row, count in enumerate(steps)])
+    kept.pow(2).mean().backward()
+    return kept.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.float()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen", "gemma"])
+@pytest.mark.parametrize("heads", [(2, 1), (4, 2), (2, 2)])
+def test_grouped_attention_is_eager_attention(
+    family: str, heads: tuple[int, int], tmp_path: Path
+) -> None:
+    """Shared heads or not, padding on both sides, a soft cap and a sliding window (gemma)."""
+    sizes = dict(zip(("num_attention_heads", "num_key_value_heads"), heads, strict=True))
+    path = make_model(tmp_path / "m", family=family, **sizes)
+    expected = logits_and_gradient(path, "eager")
+    for found, wanted in zip(logits_and_gradient(path, "auto"), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_in_bfloat16_it_is_as_near_to_fp32_as_eager_attention(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", num_attention_heads=4, num_key_value_heads=2)
+    exact = logits_and_gradient(path, "eager")
+    eager = logits_and_gradient(path, "eager", "bfloat16")
+    ours = logits_and_gradient(path, "auto", "bfloat16")
+    for wanted, theirs, found in zip(exact, eager, ours, strict=True):
+        assert (found - wanted).pow(2).mean() < 1.5 * (theirs - wanted).pow(2).mean()
+
+
+def test_generation_with_a_cache_gives_the_tokens_of_eager_attention(tmp_path: Path) -> None:
+    path = str(make_model(tmp_path / "m"))
+    inputs, _, _ = aligned_batch([([5, 6, 7, 8], 4), ([9, 10], 2)], 0)
+    del inputs["position_ids"]
+    eager, ours = (
+        load_model(path, "float32", attention=kind).generate(**inputs, max_new_tokens=8)
+        for kind in ("eager", "auto")
+    )
+    assert eager.tolist() == ours.tolist()
+
+
+def test_dropout_of_attention_weights_is_left_to_sdpa() -> None:
+    query = torch.randn(1, 2, 5, 8, generator=GENERATOR)
+    layer: Any = torch.nn.Module()
+    zero, _ = attention.grouped_attention(layer, query, query, query, None, dropout=1.0)
+    assert zero.abs().max() == 0
+
+
+@pytest.mark.parametrize(("attention", "expected"), [("auto", "eager"), ("eager", "eager")])
+def test_a_model_that_sdpa_is_not_right_for_keeps_its_own(
+    attention: str, expected: str, tmp_path: Path
+) -> None:
+    """Attention sinks, which no shared implementation on a CPU knows."""
+    config = GptOssConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "float32", attention=attention)
+    assert model.config._attn_implementation == expected
+
+
+def test_the_implementation_is_not_saved_with_the_model(tmp_path: Path) -> None:
+    model = load_model(str(make_model(tmp_path / "m")), "float32")
+    assert model.config._attn_implementation == attention.NAME
+    model.save_pretrained(tmp_path / "saved")
+    assert attention.NAME not in (tmp_path / "saved" / "config.json").read_text()
