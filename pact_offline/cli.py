@@ -399,6 +399,10 @@ def main() -> None:
     """Entry point of the console script."""
     # A job that is cancelled still closes what it opened: a shard, an engine's processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # On a CPU, oneDNN keeps scratch memory for each of the last 1024 shapes of products, and every
+    # batch has another. 64 serve a pass through a model.
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "64")
     try:
         cli(prog_name="pact-offline")
     except SystemExit as done:
