@@ -109,6 +109,7 @@ def test_cached_loss_and_gradient_equal_a_live_reference(
         TrainingArguments(
             tmp_path / "trainer",
             per_device_train_batch_size=size,
+            per_device_eval_batch_size=12,
             gradient_accumulation_steps=accumulation,
             max_steps=1,
             learning_rate=0.0,
@@ -120,6 +121,7 @@ def test_cached_loss_and_gradient_equal_a_live_reference(
             disable_tqdm=True,
         ),
         train_dataset=as_dataset(examples),
+        eval_dataset=as_dataset(examples),
         pad_id=0,
         objective=settings,
         targets=cache,
@@ -130,6 +132,7 @@ def test_cached_loss_and_gradient_equal_a_live_reference(
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["pact", "confidence"])

@@ -14,7 +14,7 @@ from pact_offline.config import ObjectiveSettings
 from pact_offline.errors import SettingError
 from pact_offline.objectives import OBJECTIVES, kl_weight_at, weights_in_use
 from pact_offline.training.collator import PassCollator, ResponseCollator, TargetSource
-from pact_offline.training.loss import batch_loss
+from pact_offline.training.loss import BatchLoss, batch_loss
 
 
 def peak_memory_mib() -> float:
@@ -119,21 +119,28 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one micro-batch, as its share of the whole batch's mean."""
-        kl_weight = self._kl_weight()
-        parts = batch_loss(
-            model, inputs, self._safety_ids, self._weights, self._settings, kl_weight
-        )
-        self._count("cross_entropy", parts.cross_entropy)
-        self._count("kl", parts.kl)
-        self._count("kl_weight", kl_weight * parts.steps)
-        self._count("gap", parts.confidence_gap)
-        self._count("steps", parts.steps)
-        self._count("tokens", int(inputs["attention_mask"].sum()) + len(inputs["labels"]))
-        loss = parts.loss / (parts.steps if num_items_in_batch is None else num_items_in_batch)
+        """The loss of one pass as its share of the whole batch's mean; in evaluation, of all."""
+        total: Tensor | float = 0.0
+        count = 0
+        for one in inputs.get("passes", [inputs]):
+            parts = self._loss_of_pass(model, one)
+            total, count = total + parts.loss, count + parts.steps
+        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
         return (loss, {}) if return_outputs else loss
+
+    def _loss_of_pass(self, model: Any, batch: dict[str, Tensor]) -> BatchLoss:
+        kl_weight = self._kl_weight()
+        parts = batch_loss(model, batch, self._safety_ids, self._weights, self._settings, kl_weight)
+        if model.training:
+            self._count("cross_entropy", parts.cross_entropy)
+            self._count("kl", parts.kl)
+            self._count("kl_weight", kl_weight * parts.steps)
+            self._count("gap", parts.confidence_gap)
+            self._count("steps", parts.steps)
+            self._count("tokens", int(batch["attention_mask"].sum()) + len(batch["labels"]))
+        return parts
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The published schedule where `epoch_decay` is set, else the one in `args`."""
