@@ -35,14 +35,14 @@ def grouped_attention(
         key, value: [rows, key-value heads, tokens, size].
         attention_mask: what is added to the scores, [rows, 1, queries, tokens], or None.
         scaling: factor on the scores; None: size ** -0.5.
-        dropout: of the attention weights.
+        dropout: of the attention weights, in training.
         softcap: bound of the scores (Gemma-2), or None.
-        others: what models pass to some other implementation.
+        others: what models pass to some other implementation; a position bias is left to sdpa.
 
     Returns:
         [rows, queries, heads, size], and the attention weights [rows, heads, queries, tokens].
     """
-    if dropout or others.get("position_bias") is not None:
+    if others.get("position_bias") is not None:
         others |= {"scaling": scaling, "dropout": dropout}
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **others
@@ -58,6 +58,7 @@ def grouped_attention(
         by_head = scores.view(rows, shared, -1, queries, tokens)
         scores = (by_head + attention_mask[:, :, None]).view(scores.shape)
     weights = torch.softmax(scores, dim=-1)  # the kernel itself computes in fp32
+    weights = torch.dropout(weights, dropout, train=module.training)
     output = (weights @ value).view(rows, heads, queries, -1).transpose(1, 2).contiguous()
     return output, weights.view(rows, heads, queries, tokens)
 

@@ -53,16 +53,18 @@ def load_model(
     disable_progress_bar()
     require_model(model)
     device = device or default_device()
-    first = "eager" if device.type == "cpu" else "sdpa"
+    is_cpu_default = attention == "auto" and device.type == "cpu"
+    if attention == "auto":
+        attention = "eager" if is_cpu_default else "sdpa"
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=getattr(torch, dtype),
-            attn_implementation=first if attention == "auto" else attention,
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
         )
-        if attention == "auto" and first == "eager" and loaded._supports_sdpa:
+        if is_cpu_default and loaded._supports_sdpa:
             from pact_offline.attention import NAME
 
             loaded.set_attn_implementation(NAME)

@@ -58,11 +58,25 @@ def test_generation_with_a_cache_gives_the_tokens_of_eager_attention(tmp_path: P
     assert eager.tolist() == ours.tolist()
 
 
-def test_dropout_of_attention_weights_is_left_to_sdpa() -> None:
+def test_attention_weights_are_dropped_in_training_alone() -> None:
     query = torch.randn(1, 2, 5, 8, generator=GENERATOR)
     layer: Any = torch.nn.Module()
     zero, _ = attention.grouped_attention(layer, query, query, query, None, dropout=1.0)
     assert zero.abs().max() == 0
+    layer.eval()
+    some, _ = attention.grouped_attention(layer, query, query, query, None, dropout=1.0)
+    whole, _ = attention.grouped_attention(layer, query, query, query, None)
+    assert torch.equal(some, whole)
+
+
+def test_a_position_bias_is_left_to_sdpa() -> None:
+    query = torch.randn(1, 2, 5, 8, generator=GENERATOR)
+    layer: Any = torch.nn.Module()
+    bias = torch.zeros(1, 2, 5, 5)
+    bias[..., 1:] = -1e9  # every query sees the first token alone
+    out, _ = attention.grouped_attention(layer, query, query, query, None, position_bias=bias)
+    first = query[:, :, :1].expand_as(query).transpose(1, 2)
+    torch.testing.assert_close(out, first)
 
 
 @pytest.mark.parametrize(("attention", "expected"), [("auto", "eager"), ("eager", "eager")])

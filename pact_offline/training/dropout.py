@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def _factors(seed: Tensor, like: Tensor, p: float) -> Tensor:
     """0 with probability `p` (to the nearest 1/65536), else what keeps the mean; as `like`."""
     random = torch.Generator().manual_seed(int(seed))
-    size, dropped = like.numel(), round(p * 2**16)
+    size, dropped = like.numel(), min(round(p * 2**16), 2**16 - 1)
     draws = torch.empty(-(-size // 4), dtype=torch.int64)
     bits = draws.random_(-(2**63), None, generator=random).view(torch.int16)
     bits = bits[:size].view(like.shape)
