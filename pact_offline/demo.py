@@ -32,7 +32,8 @@ from pact_offline.files import write_json
 from pact_offline.models import load_model
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
-from pact_offline.training.finetune import RUN_FILE, output_aside, prepare_policy, train
+from pact_offline.training.finetune import prepare_policy, train
+from pact_offline.training.output import RUN_FILE, output_aside
 
 log = logging.getLogger(__name__)
 

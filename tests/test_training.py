@@ -25,7 +25,8 @@ from pact_offline.models import load_model
 from pact_offline.objectives import OBJECTIVES
 from pact_offline.training.checkpoints import Checkpoints, fingerprint
 from pact_offline.training.collator import PassCollator, ResponseCollator
-from pact_offline.training.finetune import Journal, finetune
+from pact_offline.training.finetune import finetune
+from pact_offline.training.journal import Journal
 from pact_offline.training.rows import as_dataset
 from pact_offline.training.trainer import PactTrainer
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import platform
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
@@ -28,24 +24,24 @@ from pact_offline.conversations import (
     read_all_rows,
     tokenize,
 )
-from pact_offline.errors import InputError, SettingError, TrainingError
+from pact_offline.errors import InputError, SettingError
 from pact_offline.files import write_json
 from pact_offline.hub import ModelFiles, first_line
 from pact_offline.models import default_device, load_model, require_compiler
 from pact_offline.objectives import weights_in_use
-from pact_offline.progress import bar
 from pact_offline.provenance import provenance
 from pact_offline.safety_tokens import SafetyTokens
 from pact_offline.training.checkpoints import Checkpoints, EpochOrder, fingerprint
 from pact_offline.training.collator import TargetSource
 from pact_offline.training.dropout import use_fast_dropout
+from pact_offline.training.journal import Journal
 from pact_offline.training.live import LiveReference
 from pact_offline.training.model_card import model_card
+from pact_offline.training.output import RUN_FILE, output_aside, scratch_folder
 from pact_offline.training.rows import as_dataset
 from pact_offline.training.trainer import PactTrainer, peak_memory_mib
 
 log = logging.getLogger(__name__)
-RUN_FILE = "pact_offline.json"
 EPOCH_DECAY = 0.85  # of the published script
 _SAMPLING = {"by_length": "group_by_length", "random": "random", "as_given": "sequential"}
 
@@ -252,56 +248,6 @@ def compile_layers(policy: Any) -> None:
         layer.compile(dynamic=True)
 
 
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """Yield a folder of which nothing is kept."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
-@contextmanager
-def output_aside(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` that takes its place when the block ends well.
-
-    Raises:
-        InputError: `output` holds something that this project did not write.
-    """
-    if output.exists() and (not output.is_dir() or _is_foreign(output)):
-        raise InputError(
-            f"{output}: expected an empty or earlier output directory, found other files"
-        )
-    machine = platform.node() or "here"
-    aside = output.with_name(f".{output.name}.{machine}.{os.getpid()}.partial")
-    for left in output.parent.glob(f".{output.name}.{machine}.*.partial"):
-        if not _is_running(left.name.split(".")[-2]):
-            shutil.rmtree(left, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        if os.name != "nt":  # where signal 0 is Ctrl-C
-            os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def _is_foreign(folder: Path) -> bool:
-    return any(folder.iterdir()) and not (folder / RUN_FILE).is_file()
-
-
 def prepare_policy(model: str, settings: FinetuneSettings) -> Any:
     """Load the policy, with an adapter for LoRA (in fp32 over base weights in the dtype)."""
     set_seed(settings.seed)
@@ -377,62 +323,6 @@ def training_arguments(
 def pad_id_of(tokenizer: Any) -> int:
     """The padding id, or 0: padding is masked out everywhere."""
     return int(tokenizer.pad_token_id or 0)
-
-
-class Journal(TrainerCallback):  # type: ignore[misc]
-    """A progress bar on stderr, and one JSON line a step in `training.jsonl`.
-
-    Of several processes, the first writes.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._started = path, time.monotonic()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        self._is_first = state.is_world_process_zero
-        if self._is_first:
-            self._started = time.monotonic() - self._keep(state.global_step)
-        self._bar = bar("training", state.max_steps, "steps", shown=self._is_first)
-        self._bar.update(state.global_step)
-
-    def _keep(self, step: int) -> float:
-        """Drop lines after the step that a run goes on from; give the seconds spent by then."""
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        kept = [line for line in map(json.loads, lines[:step]) if line["step"] <= step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        return float(kept[-1]["seconds"]) if kept else 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        self._bar.update(1)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        if not all(map(_is_finite, logs.values())):
-            self._bar.close()
-            raise TrainingError(
-                f"step {state.global_step}: expected a finite loss and gradient, found "
-                f"loss {logs['loss']}; lower --learning-rate or --kl-weight"
-            )
-        if not self._is_first:
-            return
-        seconds = round(time.monotonic() - self._started, 3)
-        line = {"step": state.global_step, "seconds": seconds, **logs}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        shown: dict[str, object] = {
-            name: f"{logs[name]:.3g}" for name in ("cross_entropy", "kl") if name in logs
-        }
-        self._bar.set_postfix(shown, refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        self._bar.close()
-
-
-def _is_finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
 
 
 def _final_metrics(trainer: PactTrainer, steps: int, seconds: float) -> dict[str, float]:

@@ -13,8 +13,8 @@ from pact_offline.errors import InputError, TargetsMismatchError
 from pact_offline.files import write_json
 from pact_offline.hub import ModelFiles, first_line
 from pact_offline.models import load_model
-from pact_offline.training.finetune import RUN_FILE, output_aside
 from pact_offline.training.model_card import model_card
+from pact_offline.training.output import RUN_FILE, output_aside
 
 
 def merge(model: ModelFiles, adapter: Path, output: Path, dtype: Dtype) -> None:
