@@ -212,6 +212,20 @@ def test_a_batch_is_cut_into_passes_of_rows_of_like_length() -> None:
     assert len(whole["input_ids"]) == 6
 
 
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 5 / 9), ("cosine", 0.5868)])
+def test_the_learning_rate_follows_its_schedule(
+    schedule: str, middle: float, command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Nine steps: the fifth is after 4/9 of the way."""
+    result = run(*command, "--schedule", schedule, "-o", tmp_path / "adapter")
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "adapter" / "training.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["learning_rate"] / 1e-3 for line in lines]
+    assert rates[0] == pytest.approx(1)
+    assert rates[4] == pytest.approx(middle, abs=1e-4)
+    assert rates == sorted(rates, reverse=True)
+
+
 def test_compiled_layers_train_to_the_same_adapter(
     command: list[Any], tmp_path: Path, run: Callable[..., Result]
 ) -> None:
@@ -248,6 +262,8 @@ def test_finetune_writes_an_adapter_that_peft_loads(
     lines = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert {"cross_entropy", "kl", "confidence_gap", "learning_rate"} <= set(lines[0])
+    assert {"tokens_per_second", "peak_memory_mib"} <= set(lines[0])
+    assert lines[0]["kl_ratio"] == pytest.approx(lines[0]["kl"] / lines[0]["cross_entropy"])
     assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"]
     assert lines[3]["learning_rate"] == pytest.approx(1e-3 * 0.85)
     facts = json.loads((output / "pact_offline.json").read_text())

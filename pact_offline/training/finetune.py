@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import time
@@ -41,7 +40,6 @@ from pact_offline.training.output import RUN_FILE, output_aside, scratch_folder
 from pact_offline.training.rows import as_dataset
 from pact_offline.training.trainer import PactTrainer, peak_memory_mib
 
-log = logging.getLogger(__name__)
 EPOCH_DECAY = 0.85  # of the published script
 _SAMPLING = {"by_length": "group_by_length", "random": "random", "as_given": "sequential"}
 
