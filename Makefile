@@ -19,4 +19,4 @@ setup:
 	@PYTHON="$(PYTHON)" sh stages/install.sh
 
 schema: setup
-	$(IN_VENV) pact_offline.config stages/config.schema.yaml
+	$(IN_VENV) pact_offline.settings.workflow stages/config.schema.yaml

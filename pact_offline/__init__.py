@@ -15,11 +15,11 @@ _HOMES = {
     "PactTrainer": "pact_offline.training.trainer",
     "ResponseCollator": "pact_offline.training.collator",
     "SafetyTokens": "pact_offline.safety_tokens",
-    "TargetCache": "pact_offline.cache.reader",
+    "TargetCache": "pact_offline.cache.targets",
     "batch_loss": "pact_offline.training.loss",
     "confidence": "pact_offline.objectives",
     "pact": "pact_offline.objectives",
-    "training_rows": "pact_offline.training.rows",
+    "training_rows": "pact_offline.training.dataset",
 }
 
 __all__ = [

@@ -16,24 +16,20 @@ from typing import Any
 
 import torch
 
-from pact_offline.config import AlignSettings, FinetuneSettings
-from pact_offline.conversations import (
-    Row,
-    TokenizedExample,
-    load_tokenizer,
-    read_all_rows,
-    read_rows,
-    tokenize,
-)
 from pact_offline.errors import CheckFailedError, MissingFileError, ModelError
 from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal
 from pact_offline.files import write_json
-from pact_offline.models import load_model
+from pact_offline.folders import RUN_FILE, output_aside
+from pact_offline.models.load import load_model
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
-from pact_offline.training.finetune import prepare_policy, train
-from pact_offline.training.output import RUN_FILE, output_aside
+from pact_offline.rows.chat import load_tokenizer, tokenize
+from pact_offline.rows.contexts import TokenizedExample
+from pact_offline.rows.read import Row, read_all_rows, read_rows
+from pact_offline.settings.stages import AlignSettings, FinetuneSettings
+from pact_offline.training.finetune import train
+from pact_offline.training.policy import prepare_policy
 
 log = logging.getLogger(__name__)
 

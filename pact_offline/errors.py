@@ -52,3 +52,8 @@ class CheckFailedError(PactError, RuntimeError):
 
 class TrainingError(PactError, RuntimeError):
     """Training cannot go on."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

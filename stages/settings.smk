@@ -5,7 +5,8 @@ from pathlib import Path
 
 from snakemake.utils import validate
 
-from pact_offline.config import WorkflowConfig, parse_settings
+from pact_offline.settings.parse import parse_settings
+from pact_offline.settings.workflow import WorkflowConfig
 from pact_offline.errors import PactError
 
 try:

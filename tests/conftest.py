@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Before torch loads: threads that wait by spinning slow a shared machine down tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 from click.testing import CliRunner, Result
 from tiny import make_model
 
 from pact_offline.cli import cli
-from pact_offline.conversations import load_tokenizer, tokenizer_fingerprint
-from pact_offline.safety_tokens import SafetyToken, SafetyTokens
+from pact_offline.rows.chat import load_tokenizer, tokenizer_fingerprint
+from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"

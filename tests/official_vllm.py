@@ -21,8 +21,8 @@ if not torch.cuda.is_available():
 
 from test_scoring import IDS, LONGEST, contexts
 
-from pact_offline.config import ScoreSettings
-from pact_offline.scoring.base import make_scorer
+from pact_offline.scoring.backends import make_scorer
+from pact_offline.settings.stages import ScoreSettings
 
 settings = ScoreSettings(dtype="float32", batch_tokens=256)
 with closing(make_scorer("vllm", Path(sys.argv[1]), IDS, LONGEST, settings)) as scorer:

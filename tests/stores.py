@@ -15,15 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.random  # before a writer becomes a user who may not read it
 
+from pact_offline.cache.format import shard_ids
 from pact_offline.cache.identity import Identity
-from pact_offline.cache.reader import Store
-from pact_offline.cache.shard import shard_ids
+from pact_offline.cache.inspect import verify_store
 from pact_offline.cache.storage import open_storage
-from pact_offline.cache.verify import verify_store
+from pact_offline.cache.store import Store
 from pact_offline.cache.writer import StoreWriter
-from pact_offline.conversations import Context
 from pact_offline.errors import StoreError
+from pact_offline.rows.contexts import Context
 
 CONTEXTS = 60
 IDENTITY = Identity(

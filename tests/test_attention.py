@@ -9,8 +9,9 @@ from tiny import make_model
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from pact_offline import attention
-from pact_offline.models import aligned_batch, load_model
+from pact_offline.models import cpu_attention as attention
+from pact_offline.models.load import load_model
+from pact_offline.models.log_confidences import aligned_batch
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = [(list(range(3, 3 + length)), start) for length, start in ((40, 30), (25, 24), (12, 3))]

@@ -12,17 +12,20 @@ from click.testing import Result
 from conftest import write_rows
 from stores import IDENTITY, context, fill, list_shards, named, read, values, whole
 
+from pact_offline.cache.format import shard_id_of
 from pact_offline.cache.identity import Identity
-from pact_offline.cache.reader import Store, TargetCache
-from pact_offline.cache.shard import shard_id_of
-from pact_offline.cache.verify import verify_store, verify_targets
+from pact_offline.cache.inspect import verify_store, verify_targets
+from pact_offline.cache.store import Store
+from pact_offline.cache.targets import TargetCache
 from pact_offline.cache.writer import StoreWriter
-from pact_offline.config import ScoreSettings
-from pact_offline.conversations import contexts_of, read_rows, tokenize
 from pact_offline.errors import ScoringError, StoreError, TargetsMismatchError
 from pact_offline.files import sha256_file
-from pact_offline.hub import locate_model
+from pact_offline.models.locate import locate_model
+from pact_offline.rows.chat import tokenize
+from pact_offline.rows.contexts import contexts_of
+from pact_offline.rows.read import read_rows
 from pact_offline.scoring.dataset import prepare
+from pact_offline.settings.stages import ScoreSettings
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -144,7 +147,7 @@ def test_a_known_dataset_needs_no_model(
     scored: Path, aligned: Path, rows_file: Path, tokens_file: Path,
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pact_offline.scoring.dataset.make_scorer", None)
+    monkeypatch.setattr("pact_offline.scoring.fill.make_scorer", None)
     command = score_command(aligned, rows_file, tokens_file, scored.parent)
     again = summary(run(*command, "-o", scored.with_name("again.json"), "--json"))
     assert (again["scored"], again["known"], again["shared"]) == (0, 15, 9)
@@ -335,7 +338,7 @@ def compressed_array(folder: Path, sidecar: dict[str, Any]) -> None:
 def steps_beyond_the_array(folder: Path, sidecar: dict[str, Any]) -> None:
     import pyarrow as pa
 
-    from pact_offline.cache.shard import SCHEMA
+    from pact_offline.cache.format import SCHEMA
 
     table = pa.table([[b"k" * 16], [0], [10**9]], schema=SCHEMA)
     place = str(folder / "contexts.arrow")
@@ -351,7 +354,7 @@ def path_outside(folder: Path, sidecar: dict[str, Any]) -> None:
 def compressed_contexts(folder: Path, sidecar: dict[str, Any]) -> None:
     import pyarrow as pa
 
-    from pact_offline.cache.shard import SCHEMA
+    from pact_offline.cache.format import SCHEMA
 
     many = 1_000_000
     table = pa.table([[b"k" * 16] * many, [0] * many, [1] * many], schema=SCHEMA)
@@ -410,7 +413,7 @@ def test_a_damaged_targets_file_is_refused(scored: Path, change: dict) -> None:
 def test_other_rows_order_or_model_are_refused(
     scored: Path, rows_file: Path, base: Path, aligned: Path
 ) -> None:
-    from pact_offline.conversations import load_tokenizer
+    from pact_offline.rows.chat import load_tokenizer
 
     targets = TargetCache.open(scored)
     rows = read_rows(rows_file)

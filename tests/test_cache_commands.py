@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 from conftest import write_rows
 
-from pact_offline.cache.shard import shard_ids
+from pact_offline.cache.format import shard_ids
 from pact_offline.cache.storage import open_storage
 
 Run = Callable[..., Result]
@@ -157,9 +157,11 @@ def test_audit_finds_a_wrong_cache(
     """A cache that says it is of one model, with another's values."""
     scored = run(*["score", "--model", base, *command[3:]], "-o", tmp_path / "other.json")
     assert scored.exit_code == 0, scored.output
-    from pact_offline.cache.reader import Store
+    from pact_offline.cache.store import Store
     from pact_offline.cache.writer import StoreWriter
-    from pact_offline.conversations import contexts_of, load_tokenizer, read_rows, tokenize
+    from pact_offline.rows.chat import load_tokenizer, tokenize
+    from pact_offline.rows.contexts import contexts_of
+    from pact_offline.rows.read import read_rows
 
     right, wrong = sorted(
         (Store(path) for path in (tmp_path / "cache").iterdir()),
@@ -214,7 +216,7 @@ def test_gc_keeps_what_was_bound_while_it_asked(
         assert run(*command, "-o", again).exit_code == 0
         return True
 
-    monkeypatch.setattr("pact_offline.cli_cache.click.confirm", meanwhile)
+    monkeypatch.setattr("pact_offline.cli.cache.click.confirm", meanwhile)
     asked = run("cache", "gc", cache, "--forget-missing", "--older-than", 0)
     assert "1 unused shards" in asked.stdout
     assert run("cache", "verify", again).exit_code == 0

@@ -8,16 +8,10 @@ import pytest
 from conftest import write_rows
 from tiny import make_tokenizer
 
-from pact_offline.conversations import (
-    contexts_of,
-    header_ids,
-    load_tokenizer,
-    parse_row,
-    read_rows,
-    render,
-    tokenize,
-)
 from pact_offline.errors import InputError, MissingFileError, ModelError
+from pact_offline.rows.chat import header_ids, load_tokenizer, render, tokenize
+from pact_offline.rows.contexts import contexts_of
+from pact_offline.rows.read import parse_row, read_rows
 
 MESSAGES = [{"role": "user", "content": "Is it here?"}, {"role": "assistant", "content": "Yes."}]
 

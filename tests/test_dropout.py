@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from pact_offline.models import load_model
-from pact_offline.training.dropout import CpuDropout, use_fast_dropout
+from pact_offline.models.cpu_dropout import CpuDropout, use_fast_dropout
+from pact_offline.models.load import load_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ from pact_offline.evaluation import judges
 from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal
 from pact_offline.evaluation.metrics import Metrics, Rate
-from pact_offline.models import load_model
+from pact_offline.models.load import load_model
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_interval_is_wilsons() -> None:
 
 
 def test_batched_answers_are_the_single_ones(aligned: Path) -> None:
-    from pact_offline.conversations import load_tokenizer
+    from pact_offline.rows.chat import load_tokenizer
 
     model, tokenizer = load_model(str(aligned), "float32"), load_tokenizer(str(aligned))
     chats = [[{"role": "user", "content": "My parcel " * n}] for n in (1, 9, 3, 5)]

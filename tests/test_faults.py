@@ -35,10 +35,11 @@ from stores import (
     write_with_small_files,
 )
 
-from pact_offline.cache.reader import Binding, Store, TargetCache
-from pact_offline.cache.shard import shard_ids
+from pact_offline.cache.format import shard_ids
+from pact_offline.cache.inspect import verify_store
 from pact_offline.cache.storage import open_storage
-from pact_offline.cache.verify import verify_store
+from pact_offline.cache.store import Store
+from pact_offline.cache.targets import Binding, TargetCache
 from pact_offline.errors import PactError, StoreError
 
 
@@ -71,7 +72,7 @@ def test_a_thousand_flipped_bytes_are_found(tmp_path: Path, fact: Callable[[str]
     store, targets, numbers = named(tmp_path), tmp_path / "targets.json", range(12)
     fill(store, numbers, shard_steps=16)
     bind(store, targets, numbers)
-    from pact_offline.cache.usage import record_usage
+    from pact_offline.cache.bindings import record_usage
 
     record_usage(str(store), Binding.load(targets), targets)
     right = [TargetCache.open(targets)[index].full for index in numbers]

@@ -12,11 +12,11 @@ from tiny import make_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pact_offline.config import ObjectiveSettings
-from pact_offline.models import load_model
-from pact_offline.training import head as head_module
+from pact_offline.models import lm_head as head_module
+from pact_offline.models.lm_head import step_log_probabilities
+from pact_offline.models.load import load_model
+from pact_offline.settings.stages import ObjectiveSettings
 from pact_offline.training.collator import ResponseCollator
-from pact_offline.training.head import step_log_probabilities
 from pact_offline.training.loss import batch_loss
 
 IDS = torch.tensor([3, 5, 77])

@@ -6,17 +6,17 @@ import torch
 from conftest import REFERENCE
 from torch import Tensor
 
-from pact_offline.config import BUILT_IN_OBJECTIVES, ObjectiveSettings, parse_settings
 from pact_offline.errors import SettingError
-from pact_offline.objectives import (
+from pact_offline.objectives.confidence import confidence
+from pact_offline.objectives.pact import count_to_mass, pact
+from pact_offline.objectives.registry import (
     OBJECTIVES,
-    confidence,
-    count_to_mass,
     kl_weight_at,
-    pact,
+    objective_named,
     step_weights,
     weights_in_use,
 )
+from pact_offline.settings.stages import BUILT_IN_OBJECTIVES, ObjectiveSettings
 
 CASES = sorted((REFERENCE / "objective").glob("*.npz"))
 
@@ -240,8 +240,9 @@ def test_the_weight_follows_its_schedule(schedule: str, expected: list[float]) -
 
 
 def test_an_objective_is_picked_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingError, match="expected one of none, pact, confidence, found 'mine'"):
-        parse_settings(ObjectiveSettings, {"objective": "mine"}, "options")
+    with pytest.raises(SettingError, match="expected one of none, pact, confidence, or"):
+        objective_named("mine")
     monkeypatch.setitem(OBJECTIVES, "mine", OBJECTIVES["confidence"])
-    assert ObjectiveSettings(objective="mine").objective == "mine"
+    assert objective_named("mine") is OBJECTIVES["confidence"]
+    assert objective_named("none") is None
     assert {"none", *OBJECTIVES} - {"mine"} == set(BUILT_IN_OBJECTIVES)

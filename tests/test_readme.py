@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pact_offline.objectives import OBJECTIVES
+from pact_offline.objectives.registry import OBJECTIVES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

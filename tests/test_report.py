@@ -14,8 +14,8 @@ from pact_offline.evaluation.metrics import Drift, Metrics, Rate, Sample, TokenC
 from pact_offline.report.finding import finding
 from pact_offline.report.page import headline, write_report
 from pact_offline.report.plots import nice_ticks, styles_of
-from pact_offline.report.stages import read_stage_costs
-from pact_offline.safety_tokens import SafetyToken, SafetyTokens
+from pact_offline.report.stage_costs import read_stage_costs
+from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 
 HOSTILE = "</pre><script>alert('x')</script><img src=http://evil.example/a.png>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -12,18 +12,21 @@ from click.testing import Result
 from conftest import REFERENCE
 from tiny import make_model
 
-from pact_offline.config import TokensSettings
-from pact_offline.conversations import load_tokenizer, read_rows, render
 from pact_offline.errors import InputError, ModelError, TargetsMismatchError
-from pact_offline.models import load_model
-from pact_offline.safety_tokens import SafetyTokens, likeliest, safety_direction
+from pact_offline.models.load import load_model
+from pact_offline.rows.chat import load_tokenizer, render
+from pact_offline.rows.read import read_rows
+from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.safety_tokens.hand_list import read_hand_list
+from pact_offline.safety_tokens.search import find_safety_tokens, likeliest, safety_direction
+from pact_offline.settings.stages import TokensSettings
 
 MODELS = REFERENCE / "safety_tokens"
 EXPECTED = np.load(MODELS / "expected.npz")
 
 
 def identify(**settings: object) -> SafetyTokens:
-    return SafetyTokens.identify(
+    return find_safety_tokens(
         str(MODELS / "aligned"),
         str(MODELS / "base"),
         read_rows(MODELS / "refusals.jsonl"),
@@ -98,7 +101,7 @@ def test_a_base_with_another_vocabulary_is_refused(aligned: Path, tmp_path: Path
     other = make_model(tmp_path / "other", extra="zebra zebra quagga okapi " * 9)
     rows = read_rows(MODELS / "refusals.jsonl")
     with pytest.raises(ModelError, match="expected the vocabulary of"):
-        SafetyTokens.identify(str(aligned), str(other), rows, TokensSettings())
+        find_safety_tokens(str(aligned), str(other), rows, TokensSettings())
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_one_model_is_in_memory_at_a_time(mode: str, monkeypatch: pytest.MonkeyP
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("pact_offline.models.load_model", watched)
+    monkeypatch.setattr("pact_offline.models.load.load_model", watched)
     identify(mode=mode, examples=2)
     assert len(alive) == 2
 
@@ -217,4 +220,4 @@ def test_a_bad_list_is_refused(
 def test_the_pieces_of_a_word_are_shown(aligned: Path, tmp_path: Path) -> None:
     path = hand_made(tmp_path, [" sorry can"])
     with pytest.raises(InputError, match="in 3 pieces: ' sorr', 'y', ' can'"):
-        SafetyTokens.from_list(path, str(aligned))
+        read_hand_list(path, str(aligned))

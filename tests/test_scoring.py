@@ -12,12 +12,12 @@ import pytest
 from click.testing import Result
 from tiny import make_model
 
-from pact_offline.cache.reader import TargetCache
-from pact_offline.config import ScoreSettings
-from pact_offline.conversations import Context
+from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import ScoringError, SettingError
-from pact_offline.scoring import base as scoring
-from pact_offline.scoring.base import bind_device, choose_backend, make_scorer
+from pact_offline.rows.contexts import Context
+from pact_offline.scoring import backends as scoring
+from pact_offline.scoring.backends import bind_device, choose_backend, make_scorer
+from pact_offline.settings.stages import ScoreSettings
 
 IDS = [3, 5, 77, 200, 299]
 LONGEST = 700

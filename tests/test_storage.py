@@ -17,11 +17,12 @@ from click.testing import Result
 from conftest import write_rows
 from stores import IDENTITY, context, fill, read, values
 
+from pact_offline.cache.format import SIDECAR, shard_ids
 from pact_offline.cache.identity import read_identity
-from pact_offline.cache.reader import Store, TargetCache
-from pact_offline.cache.shard import SIDECAR, shard_ids
+from pact_offline.cache.inspect import drop_shards, list_stores, verify_store
 from pact_offline.cache.storage import RemoteStorage, Storage, join, open_storage
-from pact_offline.cache.verify import drop_shards, list_stores, verify_store
+from pact_offline.cache.store import Store
+from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import StoreError
 
 KINDS = ["disk", "memory", "s3"]

@@ -18,16 +18,17 @@ from conftest import write_rows
 from safetensors.numpy import load_file
 from transformers import TrainingArguments
 
-from pact_offline.cache.reader import TargetCache
-from pact_offline.config import FinetuneSettings
-from pact_offline.conversations import load_tokenizer, read_rows, tokenize
-from pact_offline.models import load_model
-from pact_offline.objectives import OBJECTIVES
+from pact_offline.cache.targets import TargetCache
+from pact_offline.models.load import load_model
+from pact_offline.objectives.registry import OBJECTIVES
+from pact_offline.rows.chat import load_tokenizer, tokenize
+from pact_offline.rows.read import read_rows
+from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.checkpoints import Checkpoints, fingerprint
 from pact_offline.training.collator import PassCollator, ResponseCollator
+from pact_offline.training.dataset import as_dataset
 from pact_offline.training.finetune import finetune
-from pact_offline.training.journal import Journal
-from pact_offline.training.rows import as_dataset
+from pact_offline.training.step_log import Journal
 from pact_offline.training.trainer import PactTrainer
 
 
@@ -243,7 +244,7 @@ def test_compiled_layers_train_to_the_same_adapter(
 def test_no_compiler_is_told_before_a_model_is_loaded(
     command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pact_offline.training.finetune.load_model", None)
+    monkeypatch.setattr("pact_offline.training.policy.load_model", None)
     monkeypatch.setenv("CXX", "no-such-compiler")
     line = fails(*command, "--compile", True, "-o", tmp_path / "adapter")
     assert "expected a C++ compiler (g++, or CXX), found no no-such-compiler" in line
@@ -367,7 +368,7 @@ def test_no_reference_model_is_loaded(
 ) -> None:  # fmt: skip
     from transformers import PreTrainedModel
 
-    from pact_offline.hub import locate_model
+    from pact_offline.models.locate import locate_model
 
     loads = []
     real = PreTrainedModel.from_pretrained.__func__
@@ -405,7 +406,7 @@ def test_training_refuses_what_was_not_scored_before_it_loads_a_model(
     what: str, expected: str, command: list[Any], base: Path, rows_file: Path, targets: Path,
     tokens_file: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pact_offline.training.finetune.load_model", None)
+    monkeypatch.setattr("pact_offline.training.policy.load_model", None)
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     extra: list[Any] = []
     if what == "model":

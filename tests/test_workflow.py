@@ -11,9 +11,11 @@ import pytest
 import yaml
 from conftest import ROOT, write_rows
 
-from pact_offline.config import WorkflowConfig, parse_settings, read_yaml, workflow_schema_text
 from pact_offline.errors import SettingError
 from pact_offline.evaluation.metrics import Metrics
+from pact_offline.files import read_yaml
+from pact_offline.settings.parse import parse_settings
+from pact_offline.settings.workflow import WorkflowConfig, workflow_schema_text
 
 CONFIGS = ["config.yaml", "sweep.yaml", "llama-3.1-8b.yaml"]
 # On tiny models a job's start is most of its time, so one core each lets two run at once.
@@ -131,9 +133,9 @@ def test_the_whole_workflow_on_the_bundled_model_with_vllm(tmp_path: Path) -> No
 
 
 def test_the_demo_model_fails_its_check_with_words() -> None:
-    from pact_offline.config import AlignSettings
     from pact_offline.demo import check
     from pact_offline.errors import CheckFailedError
+    from pact_offline.settings.stages import AlignSettings
 
     good = {"harmful": 0.96, "benign": 0.0, "task": 0.04}
     check(good, AlignSettings())

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import numpy as np
 
 from pact_offline.cache.encoding import StoredDtype, decode, encode
+from pact_offline.cache.format import split_pair
 from pact_offline.cache.identity import Identity, store_path
-from pact_offline.cache.reader import Binding, Store, TargetCache
+from pact_offline.cache.store import Store
+from pact_offline.cache.targets import Binding, TargetCache
 from pact_offline.cache.writer import StoreWriter
-from pact_offline.conversations import Context
 from pact_offline.errors import InputError
 from pact_offline.progress import bar
+from pact_offline.rows.contexts import Context
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +149,7 @@ def _distinct(targets: TargetCache) -> tuple[np.ndarray, int]:
     seen: set[str] = set()
     parts = []
     for row, keys in enumerate(targets.binding.examples):
-        for key, values in zip((keys[:32], keys[32:]), targets[row], strict=True):
+        for key, values in zip(split_pair(keys), targets[row], strict=True):
             if key not in seen:
                 seen.add(key)
                 parts.append(values)
@@ -163,7 +165,8 @@ def _losses(
     """Mean `pact` and `confidence` over all response steps, of changed targets."""
     import torch
 
-    from pact_offline.objectives import confidence, pact
+    from pact_offline.objectives.confidence import confidence
+    from pact_offline.objectives.pact import pact
 
     rows = list(range(len(targets)))
     ours = torch.from_numpy(policy.read(rows, "full"))

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
-from pact_offline.cache.reader import TargetCache
-from pact_offline.config import FinetuneSettings
-from pact_offline.hub import ModelFiles
-from pact_offline.training.finetune import finetune, prepare_policy
+from pact_offline.cache.targets import TargetCache
+from pact_offline.models.locate import ModelFiles
+from pact_offline.settings.stages import FinetuneSettings
+from pact_offline.training.finetune import finetune
+from pact_offline.training.policy import prepare_policy
 
 
 class _Run(NamedTuple):

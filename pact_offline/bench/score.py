@@ -16,20 +16,15 @@ from typing import Any, NamedTuple
 import torch
 
 from pact_offline.bench.train import device_name, matrix_gflops, weights_in_products
-from pact_offline.config import ScoreSettings
-from pact_offline.conversations import (
-    Context,
-    contexts_of,
-    header_ids,
-    load_tokenizer,
-    read_all_rows,
-    tokenize,
-)
-from pact_offline.hub import ModelFiles
-from pact_offline.models import load_model
+from pact_offline.models.load import load_model
+from pact_offline.models.locate import ModelFiles
 from pact_offline.progress import bar
-from pact_offline.safety_tokens import SafetyTokens
-from pact_offline.scoring.base import make_scorer
+from pact_offline.rows.chat import header_ids, load_tokenizer, tokenize
+from pact_offline.rows.contexts import Context, contexts_of
+from pact_offline.rows.read import read_all_rows
+from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.scoring.backends import make_scorer
+from pact_offline.settings.stages import ScoreSettings
 from pact_offline.training.trainer import peak_memory_mib
 
 WAYS = {

@@ -17,21 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pact_offline.config import FinetuneSettings
-from pact_offline.conversations import (
-    TokenizedExample,
-    header_ids,
-    load_tokenizer,
-    read_all_rows,
-    response_only_context,
-    tokenize,
-)
-from pact_offline.hub import ModelFiles, locate_model
-from pact_offline.models import default_device, load_model
-from pact_offline.objectives import pact
+from pact_offline.models.load import default_device, load_model
+from pact_offline.models.locate import ModelFiles, locate_model
+from pact_offline.objectives.pact import pact
 from pact_offline.progress import bar
-from pact_offline.safety_tokens import SafetyTokens
-from pact_offline.training.finetune import finetune, prepare_policy
+from pact_offline.rows.chat import header_ids, load_tokenizer, tokenize
+from pact_offline.rows.contexts import TokenizedExample, response_only_context
+from pact_offline.rows.read import read_all_rows
+from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.settings.stages import FinetuneSettings
+from pact_offline.training.finetune import finetune
+from pact_offline.training.policy import prepare_policy
 from pact_offline.training.trainer import peak_memory_mib
 
 WAYS = {

@@ -11,97 +11,43 @@ The files' names are fixed; none is read from a file.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pact_offline.cache.encoding import StoredDtype, array_dtypes, encode
+from pact_offline.cache.encoding import array_dtypes, encode
+from pact_offline.cache.format import (
+    CONTEXTS,
+    SCHEMA,
+    SHARDS,
+    SIDECAR,
+    Sidecar,
+    _numbers,
+    array_files,
+    data_files,
+    pack_keys,
+    shard_id_of,
+)
 from pact_offline.cache.identity import Identity
 from pact_offline.cache.storage import Storage
-from pact_offline.conversations import CONTEXT_KINDS
 from pact_offline.errors import DamagedError, StoreError
 from pact_offline.files import sha256_file
+from pact_offline.rows.contexts import CONTEXT_KINDS
 
-SHARDS = "shards"
-SIDECAR = "shard.json"
-CONTEXTS = "contexts.arrow"
-_ID = re.compile(r"[0-9a-f]{32}")
 _MAX_SIDECAR = 1 << 20
 _MENDED_BY = (
     "`pact-offline cache verify STORE --repair` drops the shard, and `pact-offline score` "
     "fills the gap"
 )
 
-# Fixed widths only: no declared length can ask for more memory than the file has bytes.
-SCHEMA = pa.schema([("key", pa.binary(16)), ("kind", pa.int8()), ("steps", pa.int32())])
+
 _ROW_BYTES = 64
-
-
-def is_shard_id(value: Any) -> TypeGuard[str]:
-    """Whether it is 32 hex digits, as every shard's id is."""
-    return isinstance(value, str) and bool(_ID.fullmatch(value))
-
-
-def check_shard_id(value: Any, source: str) -> str:
-    """Refuse anything that is not a shard's id, so that no name becomes a path."""
-    if not is_shard_id(value):
-        raise DamagedError(f"{source}: expected a shard id of 32 hex digits, found {value!r:.60}")
-    return value
-
-
-def shard_id_of(sidecar: bytes) -> str:
-    """The id of a shard with this sidecar: the first 16 bytes of its SHA-256, in hex."""
-    return hashlib.sha256(sidecar).hexdigest()[:32]
-
-
-def shard_ids(storage: Storage) -> list[str]:
-    """Ids of the committed shards, sorted."""
-    return [
-        check_shard_id(name, f"{storage.url}/{SHARDS}")
-        for name in storage.names(SHARDS)
-        if storage.has(f"{SHARDS}/{name}/{SIDECAR}")
-    ]
-
-
-def array_files(stored_dtype: StoredDtype) -> dict[str, tuple[str, str]]:
-    """Each array's files: its Zarr metadata and its one chunk."""
-    return {
-        name: (f"{name}.zarr/zarr.json", f"{name}.zarr/c/0/0")
-        for name in array_dtypes(stored_dtype)
-    }
-
-
-def data_files(stored_dtype: StoredDtype) -> tuple[str, ...]:
-    """Every file of a shard but the sidecar."""
-    files = array_files(stored_dtype).values()
-    return (CONTEXTS, *(name for pair in files for name in pair))
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """`shard.json`.
-
-    Attributes:
-        identity: digest of the store's identity.
-        contexts, steps: rows of the Arrow table and of the arrays.
-        files: relative path to SHA-256, every file but the sidecar.
-        provenance: what is recorded but determines no value.
-    """
-
-    identity: str
-    contexts: int
-    steps: int
-    files: dict[str, str]
-    provenance: dict[str, Any]
 
 
 class Contexts(NamedTuple):
@@ -109,39 +55,6 @@ class Contexts(NamedTuple):
 
     keys: pa.FixedSizeBinaryArray
     steps: np.ndarray
-
-
-def find_keys(wanted: pa.Array, keys: pa.Array) -> np.ndarray:
-    """Where each wanted key stands first among `keys`, int64; -1 where it does not."""
-    found = pc.index_in(wanted, value_set=keys)
-    places = _numbers(found).astype(np.int64)
-    if found.null_count:
-        bits = np.unpackbits(np.frombuffer(found.buffers()[0], np.uint8), bitorder="little")
-        places[bits[found.offset : found.offset + len(found)] == 0] = -1
-    return places
-
-
-def _numbers(array: pa.Array) -> np.ndarray:
-    """An Arrow array of numbers; its own ways to numpy take a second to import pandas."""
-    dtype = np.dtype(str(array.type))
-    if not len(array):
-        return np.zeros(0, dtype)
-    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
-
-
-def pack_keys(hex_keys: Sequence[str]) -> pa.FixedSizeBinaryArray:
-    """Context keys as fixed-size binary; `ValueError` where one is not 32 hex digits."""
-    data = bytes.fromhex("".join(hex_keys))
-    if len(data) != 16 * len(hex_keys):
-        raise ValueError("expected keys of 32 hex digits")
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(16), len(hex_keys), [None, pa.py_buffer(data)]
-    )
-
-
-def join_keys(parts: Sequence[pa.Array]) -> pa.FixedSizeBinaryArray:
-    """Keys of many shards, one after the other."""
-    return pa.concat_arrays([pack_keys([]), *parts])
 
 
 def write_shard(

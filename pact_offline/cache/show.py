@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pact_offline.cache.reader import TargetCache
-from pact_offline.conversations import CONTEXT_KINDS
+from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError
-from pact_offline.safety_tokens import visible
+from pact_offline.rows.contexts import CONTEXT_KINDS
+from pact_offline.safety_tokens.file import visible
 
 
 def show_row(

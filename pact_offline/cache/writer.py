@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from pact_offline.cache.format import SIDECAR, shard_folder
 from pact_offline.cache.identity import IDENTITY_FILE, Identity, read_identity
-from pact_offline.cache.shard import SHARDS, SIDECAR, write_shard
+from pact_offline.cache.shard import write_shard
 from pact_offline.cache.storage import open_storage
-from pact_offline.conversations import Context
 from pact_offline.errors import ScoringError, StoreError
+from pact_offline.rows.contexts import Context
 
 
 class StoreWriter:
@@ -85,7 +86,7 @@ class StoreWriter:
                 identity=self._identity,
                 provenance=self._provenance,
             )
-            self._storage.commit(folder, f"{SHARDS}/{shard_id}", last=SIDECAR)
+            self._storage.commit(folder, shard_folder(shard_id), last=SIDECAR)
         except (OSError, StoreError) as error:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""A model's answers, judged and counted: safety, utility and drift."""

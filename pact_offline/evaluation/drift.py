@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pact_offline.conversations import Message, render
 from pact_offline.evaluation.metrics import Drift, TokenCurve
-from pact_offline.models import response_logits
-from pact_offline.safety_tokens import SafetyTokens
+from pact_offline.models.log_confidences import log_probabilities_at, response_logits
+from pact_offline.rows.chat import render
+from pact_offline.rows.read import Message
+from pact_offline.safety_tokens.file import SafetyTokens
 
 _TOKENS_SHOWN = 6
 
@@ -38,7 +39,7 @@ def confidences_by_step(
     for first in range(0, len(contexts), batch_size):
         batch = contexts[first : first + batch_size]
         for logits in response_logits(model, batch):
-            values = logits.float().softmax(-1)[:, list(ids)].cpu().numpy()
+            values = log_probabilities_at(logits, list(ids)).exp().cpu().numpy()
             total[: len(values)] += values
             count[: len(values)] += 1
     with np.errstate(invalid="ignore"):

@@ -11,93 +11,33 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
-from pact_offline.config import EvaluateSettings, read_json, read_text
-from pact_offline.conversations import Row, load_tokenizer, read_rows, require_chat_template
-from pact_offline.errors import InputError, MissingFileError
+from pact_offline.errors import InputError, MissingFileError, first_line
 from pact_offline.evaluation.drift import compare, confidences_by_step
-from pact_offline.evaluation.generate import generate
-from pact_offline.evaluation.judges import REFUSAL_PHRASES, is_refusal, judge_with_guard
-from pact_offline.evaluation.metrics import Drift, Metrics, Rate, RateName, Sample
-from pact_offline.files import write_json, written_aside
-from pact_offline.hub import first_line
-from pact_offline.models import load_model
-from pact_offline.progress import bar
+from pact_offline.evaluation.judges import REFUSAL_PHRASES, judge_with_guard
+from pact_offline.evaluation.metrics import Drift, Metrics, Rate, Sample
+from pact_offline.evaluation.prompt_sets import (
+    Answer,
+    PromptSet,
+    answer_all,
+    count_rates,
+    read_prompts,
+)
+from pact_offline.files import read_json, read_text, write_json, written_aside
+from pact_offline.folders import RUN_FILE
+from pact_offline.models.load import load_model
 from pact_offline.provenance import provenance
-from pact_offline.safety_tokens import SafetyTokens
+from pact_offline.rows.chat import load_tokenizer, require_chat_template
+from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.settings.stages import EvaluateSettings
 
 log = logging.getLogger(__name__)
-PromptSet = Literal["harmful", "borderline", "benign", "task"]
-PROMPT_SETS: tuple[PromptSet, ...] = get_args(PromptSet)
+
+
 _SHOWN: dict[PromptSet, int] = {"harmful": 5, "borderline": 2, "benign": 2, "task": 1}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One prompt and a model's answer to it."""
-
-    prompts: PromptSet
-    row: Row
-    text: str
-
-    @property
-    def refused(self) -> bool:
-        return is_refusal(self.text)
-
-    @property
-    def correct(self) -> bool:
-        """Whether the answer is the row's response, up to case, space and a full stop."""
-        return _plain(self.text) == _plain(self.row.response or "")
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
-
-
-def read_prompts(paths: dict[PromptSet, Path]) -> dict[PromptSet, list[Row]]:
-    """The rows of every prompt set; only the task's need responses."""
-    return {name: read_rows(path, needs_response=name == "task") for name, path in paths.items()}
-
-
-def answer_all(
-    model: Any, tokenizer: Any, prompts: dict[PromptSet, list[Row]], settings: EvaluateSettings
-) -> list[Answer]:
-    """Greedy answers to every prompt, in order."""
-    answers = []
-    total = sum(len(rows) for rows in prompts.values())
-    with bar("answering", total, "prompts") as progress:
-        for name, rows in prompts.items():
-            texts = generate(
-                model,
-                tokenizer,
-                [row.prompt for row in rows],
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                progress=progress.update,
-            )
-            answers += [Answer(name, row, text) for row, text in zip(rows, texts, strict=True)]
-    return answers
-
-
-def count_rates(answers: Sequence[Answer]) -> dict[RateName, Rate]:
-    """Refusals in every prompt set, and right answers in the task."""
-    rates: dict[RateName, Rate] = {}
-    names: dict[PromptSet, RateName] = {
-        "harmful": "harmful_refused",
-        "borderline": "borderline_refused",
-        "benign": "benign_refused",
-        "task": "task_refused",
-    }
-    for prompts, name in names.items():
-        of_set = [answer for answer in answers if answer.prompts == prompts]
-        if of_set:
-            rates[name] = Rate.of(sum(answer.refused for answer in of_set), len(of_set))
-        if of_set and prompts == "task":
-            rates["task_accuracy"] = Rate.of(sum(a.correct for a in of_set), len(of_set))
-    return rates
 
 
 def evaluate(
@@ -220,7 +160,7 @@ def _read_run(adapter: Path | None) -> dict[str, Any]:
         return {}
     if not adapter.is_dir():
         raise MissingFileError(f"{adapter}: no such adapter directory")
-    facts = adapter / "pact_offline.json"
+    facts = adapter / RUN_FILE
     if not facts.is_file():
         return {}
     value = read_json(facts)

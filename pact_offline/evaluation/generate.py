@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pact_offline.conversations import Message, render
+from pact_offline.rows.chat import render
+from pact_offline.rows.read import Message
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pact_offline.evaluation.generate import generate
-from pact_offline.models import load_model
+from pact_offline.models.load import load_model
 
 REFUSAL_PHRASES = (
     "i can't",

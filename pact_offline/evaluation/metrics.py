@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pact_offline.config import read_json
 from pact_offline.errors import InputError
-from pact_offline.files import write_json
+from pact_offline.files import read_json, write_json
 
 FORMAT_VERSION = 1
 _Z95 = 1.959963984540054

@@ -1,0 +1,1 @@
+"""Many metrics.json as one page."""

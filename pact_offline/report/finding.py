@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pact_offline.evaluation.metrics import Metrics, Rate
-from pact_offline.report.figures import percent
+from pact_offline.report.numbers import percent
 
 
 def is_plain(metrics: Metrics) -> bool:

@@ -13,10 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pact_offline.errors import InputError
 from pact_offline.evaluation.metrics import Metrics, RateName, Sample
 from pact_offline.files import written_aside
-from pact_offline.report import figures, plots
+from pact_offline.report import numbers, plots
 from pact_offline.report.finding import finding
-from pact_offline.report.stages import read_stage_costs
-from pact_offline.safety_tokens import SafetyTokens
+from pact_offline.report.stage_costs import read_stage_costs
+from pact_offline.safety_tokens.file import SafetyTokens
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def headline(metrics: Sequence[Metrics]) -> list[str]:
     )
     columns = [[label for label, _ in wanted]]
     for model in models:
-        columns.append([f"{model.name} {figures.percent(model.rates.get(r))}" for _, r in wanted])
+        columns.append([f"{model.name} {numbers.percent(model.rates.get(r))}" for _, r in wanted])
     widths = [max(map(len, column)) for column in columns]
     return [
         "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -130,8 +130,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     for name in ("percent", "interval", "small_share", "duration", "memory", "token_text"):
-        environment.filters[name] = getattr(figures, name)
-    environment.filters["setting"] = figures.setting
+        environment.filters[name] = getattr(numbers, name)
+    environment.filters["setting"] = numbers.setting
     return environment
 
 
@@ -196,7 +196,7 @@ def _compare(columns: Mapping[str, Mapping[str, Any]]) -> Comparison:
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
     rows = []
     for key in keys:
-        values = [figures.setting(column.get(key)) for column in flat.values()]
+        values = [numbers.setting(column.get(key)) for column in flat.values()]
         rows.append((key, len(set(values)) > 1, values))
     return Comparison(list(flat), rows)
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pact_offline.evaluation.metrics import Metrics
-from pact_offline.report.figures import percent, share, token_text
-from pact_offline.report.labels import Label, place_labels
+from pact_offline.report.label_places import Label, place_labels
+from pact_offline.report.numbers import percent, share, token_text
 
 COLOURS, MARKERS, DASHES = 5, 6, 4  # 5 and 4 share no factor: 20 runs get distinct lines
 _SHOWN_TOKENS = 6

@@ -1,0 +1,1 @@
+"""Running the reference model over contexts that a store does not know yet."""

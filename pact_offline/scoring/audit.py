@@ -12,14 +12,17 @@ import numpy as np
 import torch
 
 from pact_offline.cache.encoding import decode, encode
-from pact_offline.cache.reader import TargetCache
-from pact_offline.config import AuditSettings, ScoreSettings
-from pact_offline.conversations import Context, contexts_of, load_tokenizer, read_all_rows, tokenize
-from pact_offline.hub import ModelFiles
-from pact_offline.objectives import confidence, pact
+from pact_offline.cache.targets import TargetCache
+from pact_offline.models.locate import ModelFiles
+from pact_offline.objectives.confidence import confidence
+from pact_offline.objectives.pact import pact
 from pact_offline.progress import bar
-from pact_offline.safety_tokens import SafetyTokens
-from pact_offline.scoring.base import make_scorer
+from pact_offline.rows.chat import load_tokenizer, tokenize
+from pact_offline.rows.contexts import Context, contexts_of
+from pact_offline.rows.read import read_all_rows
+from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.scoring.backends import make_scorer
+from pact_offline.settings.stages import AuditSettings, ScoreSettings
 
 _SMALLEST = 2e-5  # what another batch changes in fp32
 

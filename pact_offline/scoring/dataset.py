@@ -1,40 +1,25 @@
-"""Scoring a dataset: known contexts are left alone, new ones are scored, all are bound."""
+"""A dataset's contexts, and the store that they belong to."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pact_offline.cache.format import join_pair, split_pair
 from pact_offline.cache.identity import IDENTITY_FILE, Identity, store_path
-from pact_offline.cache.reader import Binding, Store
-from pact_offline.cache.shard import SHARDS, SIDECAR
 from pact_offline.cache.storage import open_storage
-from pact_offline.cache.usage import record_usage
-from pact_offline.cache.writer import StoreWriter
-from pact_offline.config import ScoreSettings
-from pact_offline.conversations import (
-    Context,
-    contexts_of,
-    header_ids,
-    load_tokenizer,
-    read_rows,
-    tokenize,
-    tokenizer_fingerprint,
-)
-from pact_offline.errors import MissingTargetError
-from pact_offline.hub import ModelFiles
-from pact_offline.progress import bar
-from pact_offline.provenance import provenance
-from pact_offline.safety_tokens import SafetyTokens
-from pact_offline.scoring.base import bind_device, choose_backend, engine_name, make_scorer
-from pact_offline.scoring.recall import Recalled, recall, remember
-
-log = logging.getLogger(__name__)
+from pact_offline.cache.store import Store
+from pact_offline.models.locate import ModelFiles
+from pact_offline.rows.chat import header_ids, load_tokenizer, tokenize, tokenizer_fingerprint
+from pact_offline.rows.contexts import Context, contexts_of
+from pact_offline.rows.read import read_rows
+from pact_offline.rows.tokenized_before import Recalled, recall, remember
+from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.scoring.backends import choose_backend, engine_name
+from pact_offline.settings.stages import ScoreSettings
 
 
 @dataclass(frozen=True)
@@ -64,21 +49,7 @@ class Dataset:
     @cached_property
     def keys(self) -> list[str]:
         """Distinct context keys, in order."""
-        return list(dict.fromkeys(k for pair in self.examples for k in (pair[:32], pair[32:])))
-
-
-@dataclass(frozen=True)
-class ScoreSummary:
-    """What a scoring run did: counts of contexts, and of model tokens."""
-
-    rows: int
-    contexts: int
-    shared: int
-    known: int
-    scored: int
-    tokens: int
-    backend: str
-    store: str
+        return list(dict.fromkeys(key for pair in self.examples for key in split_pair(pair)))
 
 
 def prepare(
@@ -111,7 +82,7 @@ def prepare(
         for example in tokenize(read_rows(source), tokenizer, settings.max_tokens):
             pair = {context.key: context for context in contexts_of(example, header)}
             contexts.update(pair)
-            examples.append("".join(pair))
+            examples.append(join_pair(*pair))
         found.append(Recalled(fingerprint, tuple(header), tuple(examples)))
         remember(model, source, settings.max_tokens, found[-1])
     return _assemble(model, sources, found, contexts, safety_tokens, cache, settings)
@@ -154,103 +125,3 @@ def known_keys(dataset: Dataset) -> set[str]:
         return set()
     places = Store(dataset.store).locate(dataset.keys)
     return {key for key, place in zip(dataset.keys, places, strict=True) if place >= 0}
-
-
-def fill(
-    dataset: Dataset, model: ModelFiles, settings: ScoreSettings, part: tuple[int, int] = (1, 1)
-) -> ScoreSummary:
-    """Score the contexts that the store does not hold yet.
-
-    Args:
-        dataset: from `prepare`.
-        model: the reference model.
-        settings: dtype, batch and memory.
-        part: (i, n) scores the i-th of n parts, split by context key.
-    """
-    known = known_keys(dataset)
-    index, count = part
-    wanted = [k for k in dataset.keys if k not in known and int(k, 16) % count == index - 1]
-    if wanted and not dataset.contexts:
-        raise MissingTargetError(
-            f"{dataset.store}: a shard was removed meanwhile; run `pact-offline score` again"
-        )
-    missing = [dataset.contexts[key] for key in wanted]
-    summary = ScoreSummary(
-        rows=len(dataset.examples),
-        contexts=2 * len(dataset.examples),
-        shared=2 * len(dataset.examples) - len(dataset.keys),
-        known=len(known),
-        scored=len(missing),
-        tokens=sum(len(context.ids) for context in missing),
-        backend=dataset.backend,
-        store=dataset.store,
-    )
-    log.info(
-        "%d rows: %d contexts, %d shared, %d known, %d to score",
-        summary.rows, summary.contexts, summary.shared, summary.known, summary.scored,
-    )  # fmt: skip
-    if not missing:
-        return summary
-    log.info("backend: %s (%s)", dataset.backend, dataset.backend_reason)
-    if device := bind_device(part, settings.tensor_parallel_size):
-        log.info("part %d of %d: on GPU %s", index, count, device)
-    scorer = make_scorer(
-        dataset.backend,
-        model.path,
-        dataset.identity.safety_ids,
-        max(len(context.ids) for context in missing),
-        settings,
-    )
-    log.info("log-confidences by %s", scorer.how)
-    facts = provenance(
-        model=model.name,
-        backend=dataset.backend,
-        backend_reason=dataset.backend_reason,
-        how=scorer.how,
-        part=f"{index}/{count}",
-    )
-    with (
-        closing(scorer),
-        StoreWriter(dataset.store, dataset.identity, settings.shard_steps, facts) as writer,
-        bar("scoring", summary.tokens, "tokens") as progress,
-    ):
-        for scored in scorer.score(missing):
-            context = missing[scored.position]
-            writer.add(context, scored.log_confidences)
-            progress.update(len(context.ids))
-    return summary
-
-
-def bind(dataset: Dataset, model: ModelFiles, settings: ScoreSettings, path: Path) -> Binding:
-    """Write targets.json for a dataset whose contexts are all in the store.
-
-    Raises:
-        MissingTargetError: some are not.
-    """
-    store = Store(dataset.store)
-    places = store.locate(dataset.keys)
-    if missing := int((places < 0).sum()):
-        raise MissingTargetError(
-            f"{dataset.store}: expected {len(places)} contexts, found {len(places) - missing}; "
-            "run `pact-offline score` again to fill the gap"
-        )
-    binding = Binding(
-        store=dataset.store,
-        identity=dataset.identity,
-        tokenizer=dataset.tokenizer,
-        max_tokens=settings.max_tokens,
-        examples=dataset.examples,
-        shards=tuple(store.shards_of(places)),
-        rows=dataset.sources,
-        provenance=provenance(
-            model=model.name, backend=dataset.backend, backend_reason=dataset.backend_reason
-        ),
-    )
-    record_usage(dataset.store, binding, path)  # first, so that no gc takes what is bound
-    storage = open_storage(dataset.store)
-    if not all(storage.has(f"{SHARDS}/{shard}/{SIDECAR}") for shard in binding.shards):
-        raise MissingTargetError(
-            f"{dataset.store}: a shard was removed meanwhile; run `pact-offline score` again"
-        )
-    binding.save(path)
-    return binding

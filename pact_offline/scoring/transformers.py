@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from pact_offline.config import ScoreSettings
-from pact_offline.conversations import Context
-from pact_offline.models import load_model, response_logits
-from pact_offline.scoring.base import Scored
+from pact_offline.models.batches import batches
+from pact_offline.models.load import load_model
+from pact_offline.models.log_confidences import response_log_confidences
+from pact_offline.rows.contexts import Context
+from pact_offline.scoring.scorer import Scored
+from pact_offline.settings.stages import ScoreSettings
 
 
 class TransformersScorer:
@@ -27,29 +27,9 @@ class TransformersScorer:
         del self._model
 
     def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
-        for batch in _batches(contexts, self._batch_tokens):
-            pairs = [(contexts[i].ids, contexts[i].response_start) for i in batch]
-            for index, logits in zip(batch, response_logits(self._model, pairs), strict=True):
-                values = logits.float().log_softmax(dim=-1)[:, self._ids]
-                yield Scored(index, values.cpu().numpy().astype(np.float32))
-
-
-def _batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `batch_tokens` padded tokens, longest first."""
-    order = sorted(
-        range(len(contexts)),
-        key=lambda i: (contexts[i].response_start, contexts[i].steps),
-        reverse=True,
-    )
-    batch: list[int] = []
-    left = right = 0
-    for index in order:
-        context = contexts[index]
-        wider = max(left, context.response_start) + max(right, context.steps)
-        if batch and wider * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch, left, right = [], 0, 0
-        batch.append(index)
-        left, right = max(left, context.response_start), max(right, context.steps)
-    if batch:
-        yield batch
+        sizes = [(context.response_start, context.steps) for context in contexts]
+        order = sorted(range(len(contexts)), key=sizes.__getitem__, reverse=True)
+        for batch in batches(order, sizes, self._batch_tokens):
+            some = [(contexts[index].ids, contexts[index].response_start) for index in batch]
+            values = response_log_confidences(self._model, some, self._ids)
+            yield from map(Scored, batch, values)

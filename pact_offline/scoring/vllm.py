@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pact_offline.config import ScoreSettings
-from pact_offline.conversations import Context
-from pact_offline.errors import ModelError, ScoringError
-from pact_offline.hub import first_line
-from pact_offline.models import require_compiler
-from pact_offline.scoring.base import Scored
+from pact_offline.errors import ModelError, ScoringError, first_line
+from pact_offline.models.batches import batches
+from pact_offline.models.load import require_compiler
+from pact_offline.rows.contexts import Context
+from pact_offline.scoring.scorer import Scored
 from pact_offline.scoring.vllm_plugin import PREFIX
+from pact_offline.settings.stages import ScoreSettings
 
 _PASSES_AT_ONCE = 4  # forward passes between two signs of progress
 _SEQUENCES_AT_ONCE = 128
@@ -108,7 +108,8 @@ class VllmScorer:
 
     def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].ids), reverse=True)
-        for batch in _batches(order, contexts, self._tokens_at_once):
+        sizes = [(len(context.ids), 0) for context in contexts]
+        for batch in batches(order, sizes, self._tokens_at_once, padded=False):
             try:
                 found = self._way.run(self._llm, [contexts[i] for i in batch])
             except Exception as error:
@@ -231,21 +232,6 @@ def _memory(config: Any, longest: int, settings: ScoreSettings) -> dict[str, Any
     tokens = 2 * settings.batch_tokens + longest + blocks
     # vLLM wants the share to be free even where it does not use it.
     return {"kv_cache_memory_bytes": per_token * tokens, "gpu_memory_utilization": 0.01}
-
-
-def _batches(order: Sequence[int], contexts: Sequence[Context], tokens: int) -> Iterator[list[int]]:
-    """Split indices so that each part holds at most so many tokens."""
-    batch: list[int] = []
-    held = 0
-    for index in order:
-        size = len(contexts[index].ids)
-        if batch and held + size > tokens:
-            yield batch
-            batch, held = [], 0
-        batch.append(index)
-        held += size
-    if batch:
-        yield batch
 
 
 def _architecture(model: Path) -> str:

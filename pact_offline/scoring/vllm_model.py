@@ -18,6 +18,8 @@ from vllm.model_executor.layers.pooler import Pooler
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from pact_offline.models.log_confidences import log_probabilities_at
+
 SAFETY_IDS = "pact_safety_ids"  # key in the model's config
 FIRST_ROW = "pact_first_row"  # key in a request's pooling parameters
 _ROWS_AT_ONCE = 1024  # bounds the logits in memory to this many vocabularies
@@ -77,8 +79,7 @@ class LogConfidencePooler(Pooler):  # type: ignore[misc]
             if logits is None:  # a tensor-parallel rank that does not gather
                 pieces.append(rows.new_zeros((len(chunk), len(ids)), dtype=torch.float32))
                 continue
-            logits = logits.float()
-            pieces.append(logits[:, ids] - logits.logsumexp(dim=-1, keepdim=True))
+            pieces.append(log_probabilities_at(logits, ids))
         if not pieces:
             return rows.new_zeros((0, len(ids)), dtype=torch.float32)
         return torch.cat(pieces)

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from pact_offline.config import FinetuneSettings
-from pact_offline.conversations import TokenizedExample
 from pact_offline.files import write_json
+from pact_offline.rows.contexts import TokenizedExample
+from pact_offline.settings.stages import FinetuneSettings
 
 log = logging.getLogger(__name__)
 

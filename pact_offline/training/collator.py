@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pact_offline.conversations import ContextKind
-from pact_offline.models import aligned_batch
+from pact_offline.models.batches import batches
+from pact_offline.models.log_confidences import aligned_batch
+from pact_offline.rows.contexts import ContextKind
 
 IGNORED = -100
 
@@ -85,14 +86,8 @@ class PassCollator:
     def _cut(self, items: Sequence[dict[str, Any]]) -> Sequence[Sequence[dict[str, Any]]]:
         if self.pass_tokens is None:
             return [items]
-        parts: list[list[dict[str, Any]]] = [[]]
-        longest = [0, 0]  # prompt and response of the last part
-        for item in sorted(items, key=lambda item: -len(item["input_ids"])):
-            start = item["response_start"]
-            sizes = start, len(item["input_ids"]) - start
-            longest = [max(pair) for pair in zip(longest, sizes, strict=True)]
-            if parts[-1] and (len(parts[-1]) + 1) * sum(longest) > self.pass_tokens:
-                parts.append([])
-                longest = list(sizes)
-            parts[-1].append(item)
-        return parts
+        starts = [item["response_start"] for item in items]
+        lengths = [len(item["input_ids"]) for item in items]
+        sizes = [(start, length - start) for start, length in zip(starts, lengths, strict=True)]
+        order = sorted(range(len(items)), key=lambda i: -lengths[i])
+        return [[items[i] for i in part] for part in batches(order, sizes, self.pass_tokens)]

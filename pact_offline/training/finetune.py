@@ -14,30 +14,27 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
-from pact_offline.cache.reader import TargetCache
-from pact_offline.config import FinetuneSettings
-from pact_offline.conversations import (
-    TokenizedExample,
-    header_ids,
-    load_tokenizer,
-    read_all_rows,
-    tokenize,
-)
+from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, SettingError
 from pact_offline.files import write_json
-from pact_offline.hub import ModelFiles, first_line
-from pact_offline.models import default_device, load_model, require_compiler
-from pact_offline.objectives import weights_in_use
+from pact_offline.folders import RUN_FILE, output_aside, scratch_folder
+from pact_offline.models.cpu_dropout import use_fast_dropout
+from pact_offline.models.load import default_device, load_model, require_compiler
+from pact_offline.models.locate import ModelFiles
+from pact_offline.objectives.registry import objective_named, weights_in_use
 from pact_offline.provenance import provenance
-from pact_offline.safety_tokens import SafetyTokens
+from pact_offline.rows.chat import header_ids, load_tokenizer, tokenize
+from pact_offline.rows.contexts import TokenizedExample
+from pact_offline.rows.read import read_all_rows
+from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.checkpoints import Checkpoints, EpochOrder, fingerprint
 from pact_offline.training.collator import TargetSource
-from pact_offline.training.dropout import use_fast_dropout
-from pact_offline.training.journal import Journal
-from pact_offline.training.live import LiveReference
+from pact_offline.training.dataset import as_dataset
+from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.model_card import model_card
-from pact_offline.training.output import RUN_FILE, output_aside, scratch_folder
-from pact_offline.training.rows import as_dataset
+from pact_offline.training.policy import compile_layers, prepare_policy
+from pact_offline.training.step_log import Journal
 from pact_offline.training.trainer import PactTrainer, peak_memory_mib
 
 EPOCH_DECAY = 0.85  # of the published script
@@ -61,6 +58,7 @@ def finetune(
         what is written to `pact_offline.json`: settings, targets hash, metrics and provenance.
     """
     _check_report_to(settings)
+    objective_named(settings.objective)
     if settings.compile:
         require_compiler()
     tokenizer = load_tokenizer(str(model.path))
@@ -228,55 +226,6 @@ def train(
 
 def _default_pass_tokens() -> int | None:
     return 1024 if default_device().type == "cpu" else None
-
-
-def compile_layers(policy: Any) -> None:
-    """Compile each of a model's layers by itself: they share one compilation, for all lengths.
-
-    The model around them stays as it is, so its LM head can still be held back.
-    """
-    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    kinds = set(inner._no_split_modules or [])
-    layers = [module for module in policy.modules() if type(module).__name__ in kinds]
-    if not layers:
-        raise SettingError(
-            f"--compile: expected known layers, found none in {type(inner).__name__}"
-        )
-    for layer in layers:
-        layer.compile(dynamic=True)
-
-
-def prepare_policy(model: str, settings: FinetuneSettings) -> Any:
-    """Load the policy, with an adapter for LoRA (in fp32 over base weights in the dtype)."""
-    set_seed(settings.seed)
-    if settings.method == "full":
-        return load_model(model, "float32", attention=settings.attention).train()
-    from peft import LoraConfig, get_peft_model
-
-    policy = load_model(model, settings.dtype, attention=settings.attention)
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_modules)
-        if settings.lora_modules != ("all-linear",)
-        else "all-linear",
-        exclude_modules=_layers_before(settings.lora_first_layer),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(policy, config)
-    except ValueError as error:
-        raise SettingError(
-            f"--lora-modules: expected modules of {model}, found {first_line(error)}"
-        ) from None
-
-
-def _layers_before(first: int) -> str | None:
-    """A pattern of the modules of the layers 0 to first - 1, as peft reads it."""
-    if not first:
-        return None
-    return rf".*\.(layers|h|blocks)\.({'|'.join(map(str, range(first)))})\..*"
 
 
 def training_arguments(

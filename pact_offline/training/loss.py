@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pact_offline.config import ObjectiveSettings
 from pact_offline.errors import SettingError
-from pact_offline.objectives import OBJECTIVES, step_weights
+from pact_offline.models.lm_head import step_log_probabilities
+from pact_offline.objectives.registry import objective_named, step_weights
+from pact_offline.settings.stages import ObjectiveSettings
 from pact_offline.training.collator import IGNORED
-from pact_offline.training.head import step_log_probabilities
 
 
 class BatchLoss(NamedTuple):
@@ -60,7 +60,8 @@ def batch_loss(
         return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, len(picked))
     if safety_ids is None or weights is None:
         raise SettingError(f"objective {settings.objective}: expected safety ids and weights")
-    objective = OBJECTIVES[settings.objective]
+    objective = objective_named(settings.objective)
+    assert objective is not None
     if not settings.safety_weights:
         weights = torch.ones_like(weights)
     full = batch["target_full"]

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from pact_offline.config import Dtype, read_json
-from pact_offline.conversations import load_tokenizer
-from pact_offline.errors import InputError, TargetsMismatchError
-from pact_offline.files import write_json
-from pact_offline.hub import ModelFiles, first_line
-from pact_offline.models import load_model
+from pact_offline.errors import InputError, TargetsMismatchError, first_line
+from pact_offline.files import read_json, write_json
+from pact_offline.folders import RUN_FILE, output_aside
+from pact_offline.models.load import load_model
+from pact_offline.models.locate import ModelFiles
+from pact_offline.rows.chat import load_tokenizer
+from pact_offline.settings.stages import Dtype
 from pact_offline.training.model_card import model_card
-from pact_offline.training.output import RUN_FILE, output_aside
 
 
 def merge(model: ModelFiles, adapter: Path, output: Path, dtype: Dtype) -> None:

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from pact_offline.config import ObjectiveSettings
 from pact_offline.errors import SettingError
-from pact_offline.objectives import OBJECTIVES, kl_weight_at, weights_in_use
+from pact_offline.objectives.registry import (
+    kl_weight_at,
+    objective_named,
+    weights_in_use,
+)
+from pact_offline.settings.stages import ObjectiveSettings
 from pact_offline.training.collator import PassCollator, ResponseCollator, TargetSource
 from pact_offline.training.loss import BatchLoss, batch_loss
 
@@ -65,7 +69,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         args.remove_unused_columns = False
         self._settings = objective
         self._epoch_decay = epoch_decay
-        self._objective = OBJECTIVES.get(objective.objective)
+        self._objective = objective_named(objective.objective)
         if self._objective is not None and (targets is None or weights is None):
             raise SettingError(
                 f"objective {objective.objective}: expected targets and weights, found none"

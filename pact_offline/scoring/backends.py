@@ -1,51 +1,16 @@
-"""What every scorer promises."""
+"""Which scorer runs here, and on which device."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
-import numpy as np
-
-from pact_offline.config import ScoreSettings
-from pact_offline.conversations import Context
 from pact_offline.errors import SettingError
 from pact_offline.provenance import installed
-
-
-class Scored(NamedTuple):
-    """A context by its position in the call, and its log-confidences, float32 [steps, ids]."""
-
-    position: int
-    log_confidences: np.ndarray
-
-
-class Scorer(Protocol):
-    """Runs the reference model over contexts.
-
-    Attributes:
-        how: the way it gets the values, in words; kept beside them.
-    """
-
-    how: str
-
-    def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
-        """Yield every context once, in any order.
-
-        Log-confidences are full-vocabulary log-softmax values at the safety ids, at temperature 1,
-        at each response step.
-
-        Raises:
-            ScoringError: a context came back missing or short.
-        """
-        ...
-
-    def close(self) -> None:
-        """Give back what the engine holds: memory, and processes of its own."""
-        ...
+from pact_offline.scoring.scorer import Scorer
+from pact_offline.settings.stages import ScoreSettings
 
 
 def choose_backend(backend: str) -> tuple[str, str]:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import click
 from pydantic import BaseModel
 
-from pact_offline.config import parse_settings, read_yaml
+from pact_offline.files import read_yaml
+from pact_offline.settings.parse import parse_settings
 
 S = TypeVar("S", bound=BaseModel)
 F = TypeVar("F", bound=Callable[..., Any])

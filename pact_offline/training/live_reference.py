@@ -7,13 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pact_offline.conversations import (
-    CONTEXT_KINDS,
-    ContextKind,
-    TokenizedExample,
-    contexts_of,
-)
-from pact_offline.models import response_logits
+from pact_offline.models.log_confidences import response_log_confidences
+from pact_offline.rows.contexts import CONTEXT_KINDS, ContextKind, TokenizedExample, contexts_of
 
 
 class LiveReference:
@@ -42,8 +37,4 @@ class LiveReference:
         """Log-confidences of some examples one after the other, float32 [steps, safety ids]."""
         contexts = [self._contexts[index][CONTEXT_KINDS.index(kind)] for index in indices]
         pairs = [(context.ids, context.response_start) for context in contexts]
-        parts = [
-            logits.float().log_softmax(dim=-1)[:, self.safety_ids].cpu().numpy()
-            for logits in response_logits(self._model, pairs)
-        ]
-        return np.concatenate(parts)
+        return np.concatenate(response_log_confidences(self._model, pairs, self.safety_ids))

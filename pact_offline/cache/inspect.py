@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pact_offline.cache.bindings import usages
+from pact_offline.cache.format import SIDECAR, shard_folder, shard_ids
 from pact_offline.cache.identity import IDENTITY_FILE, Identity, read_identity
-from pact_offline.cache.reader import Binding, TargetCache
-from pact_offline.cache.shard import SHARDS, SIDECAR, Shard, shard_ids
+from pact_offline.cache.shard import Shard
 from pact_offline.cache.storage import join, open_storage
-from pact_offline.cache.usage import usages
+from pact_offline.cache.targets import Binding, TargetCache
 from pact_offline.errors import DamagedError, MissingFileError, StoreError
 
 
@@ -95,7 +96,7 @@ def verify_store(place: str) -> Verified:
         else:
             good, contexts = good + 1, contexts + shard.sidecar.contexts
         finally:
-            storage.release(f"{SHARDS}/{name}")
+            storage.release(shard_folder(name))
     return Verified(good, contexts, bad)
 
 
@@ -108,7 +109,7 @@ def drop_shards(place: str, shards: list[str]) -> None:
     """Remove shards that are not whole; the next `score` fills the gap."""
     storage = open_storage(place)
     for name in shards:
-        storage.remove(f"{SHARDS}/{name}", first=SIDECAR)
+        storage.remove(shard_folder(name), first=SIDECAR)
 
 
 def verify_targets(path: Path) -> Verified:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from pact_offline.cli_options import (
+from pact_offline.cli.options import (
     FILE,
     json_option,
     rows_option,
     safety_tokens_option,
     settings_options,
 )
-from pact_offline.config import FinetuneSettings, ScoreSettings
+from pact_offline.settings.stages import FinetuneSettings, ScoreSettings
 
 
 @click.group()
@@ -49,7 +49,7 @@ def bench_equality(
     from dataclasses import asdict
 
     from pact_offline.bench.equality import equality, table
-    from pact_offline.hub import locate_model
+    from pact_offline.models.locate import locate_model
 
     found = equality(locate_model(model), rows, targets, safety_tokens, settings)
     click.echo(json.dumps([asdict(one) for one in found]) if as_json else table(found))
@@ -91,8 +91,8 @@ def bench_cache(
     if targets is not None and policy is not None and safety_tokens is not None:
         import torch
 
-        from pact_offline.cache.reader import TargetCache
-        from pact_offline.safety_tokens import SafetyTokens
+        from pact_offline.cache.targets import TargetCache
+        from pact_offline.safety_tokens.file import SafetyTokens
 
         weights = torch.from_numpy(SafetyTokens.load(safety_tokens).weights)
         sizes = measure_encodings(TargetCache.open(targets), TargetCache.open(policy), weights)
@@ -144,7 +144,7 @@ def bench_train(
     from dataclasses import asdict
 
     from pact_offline.bench.train import measure_training, training_table
-    from pact_offline.hub import locate_model
+    from pact_offline.models.locate import locate_model
 
     found = measure_training(
         locate_model(model),
@@ -181,7 +181,7 @@ def bench_score(
     from dataclasses import asdict
 
     from pact_offline.bench.score import measure_scoring, scoring_table
-    from pact_offline.hub import locate_model
+    from pact_offline.models.locate import locate_model
 
     found = measure_scoring(locate_model(model), rows, safety_tokens, settings)
     click.echo(json.dumps(asdict(found)) if as_json else scoring_table(found))

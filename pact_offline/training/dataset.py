@@ -8,8 +8,10 @@ from typing import Any
 
 import datasets
 
-from pact_offline.cache.reader import TargetCache
-from pact_offline.conversations import TokenizedExample, read_all_rows, tokenize
+from pact_offline.cache.targets import TargetCache
+from pact_offline.rows.chat import tokenize
+from pact_offline.rows.contexts import TokenizedExample
+from pact_offline.rows.read import read_all_rows
 
 
 def training_rows(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pact_offline.errors import MissingFileError, ModelError
-from pact_offline.files import sha256_file, user_cache, write_json
+from pact_offline.errors import MissingFileError, ModelError, first_line
+from pact_offline.files import remembered_checksum
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -67,31 +65,8 @@ def locate_model(model: str) -> ModelFiles:
     return ModelFiles(model, path, {"hub": model, "commit": path.name})
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _weight_checksums(path: Path) -> dict[str, str]:
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise ModelError(f"{path}: expected weights as *.safetensors, found none")
     return {file.name: remembered_checksum(file) for file in [path / "config.json", *weights]}
-
-
-def remembered_checksum(file: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and modification time."""
-    stat = file.stat()
-    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
-    memory = user_cache() / "checksums.json"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-        if isinstance(known, dict) and isinstance(known.get(key), str):
-            return str(known[key])
-    except (OSError, ValueError):
-        known = {}
-    checksum = sha256_file(file)
-    # A home directory that cannot be written to costs time, not truth.
-    with contextlib.suppress(ValueError):
-        write_json(memory, {**(known if isinstance(known, dict) else {}), key: checksum})
-    return checksum

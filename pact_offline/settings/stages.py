@@ -6,35 +6,21 @@ both, so a key has one name, one default and one description everywhere.
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationError,
-    field_validator,
-    model_validator,
 )
 
-from pact_offline.errors import InputError, MissingFileError, PactError, SettingError
-
-S = TypeVar("S", bound=BaseModel)
+from pact_offline.settings.parse import Settings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
 ComputeDtype = Literal["float32", "bfloat16"]
+
+
 BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
-
-
-class Settings(BaseModel):
-    """Frozen settings that refuse unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TokensSettings(Settings):
@@ -110,7 +96,8 @@ class ObjectiveSettings(Settings):
     objective: str = Field(
         "pact",
         examples=[*BUILT_IN_OBJECTIVES],
-        description="Regulariser: pact, confidence, or none for plain supervised fine-tuning.",
+        description="Regulariser: pact, confidence, none for plain supervised fine-tuning, or "
+        "your own: path/to/file.py:function, or an entry point of pact_offline.objectives.",
     )
     kl_weight: float = Field(1.0, ge=0, description="Weight of the regulariser in the loss.")
     kl_schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -143,16 +130,6 @@ class ObjectiveSettings(Settings):
         8.0, description="pact: decay length in steps; 0 or less: nothing is mixed from step N on."
     )
     boost: float = Field(1.0, ge=0, description="pact: factor on the mix.")
-
-    @field_validator("objective")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name not in BUILT_IN_OBJECTIVES:
-            from pact_offline.objectives import OBJECTIVES  # imports torch
-
-            if name not in OBJECTIVES:
-                raise ValueError(f"expected one of none, {', '.join(OBJECTIVES)}, found {name!r}")
-        return name
 
 
 class FinetuneSettings(ObjectiveSettings):
@@ -253,201 +230,3 @@ class AlignSettings(Settings):
     max_benign_refused: float = Field(
         0.05, ge=0, le=1, description="Fail above this share of benign or task prompts refused."
     )
-
-
-class AlignData(Settings):
-    """Rows that make the demo's reference model."""
-
-    refusals: tuple[str, ...] = Field(min_length=1, description="Refusal pairs to learn.")
-    benign: tuple[str, ...] = Field(
-        min_length=1, description="Benign prompts; the untouched model answers them itself."
-    )
-
-
-class ModelsConfig(Settings):
-    """The pair of models. Both null: the bundled demo pair."""
-
-    aligned: str | None = Field(
-        None, description="Aligned model (hub id or path): the reference, and what is fine-tuned."
-    )
-    base: str | None = Field(
-        None, description="Its base model, for finding safety tokens (hub id or path)."
-    )
-
-
-class EvaluationData(Settings):
-    """Prompts that answers are judged on."""
-
-    harmful: str = Field(description="Held-out harmful prompts; a refusal is right.")
-    borderline: str = Field(description="Benign prompts that look harmful; a refusal is wrong.")
-    benign: str = Field(description="Plain benign prompts; a refusal is wrong.")
-    task: str = Field(description="Test rows of the task, judged by exact match.")
-
-
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class RunConfig(FinetuneSettings):
-    """One fine-tuning run: a dataset, and any training setting."""
-
-    dataset: RunName = Field(description="A key of `datasets`.")
-
-
-class WorkflowConfig(Settings):
-    """The workflow's config file."""
-
-    output: str = Field("results", description="Directory of everything the workflow makes.")
-    cache: str | None = Field(
-        None, description="Directory of target stores, shareable; default: OUTPUT/cache."
-    )
-    models: ModelsConfig = Field(ModelsConfig(aligned=None, base=None), description="The pair.")
-    align: AlignSettings = Field(
-        AlignSettings.model_validate({}), description="The demo's reference model."
-    )
-    align_data: AlignData | None = Field(None, description="Rows of the demo's reference model.")
-    refusals: str | None = Field(
-        None, description="Refusal pairs for finding safety tokens; needed without a token_list."
-    )
-    token_list: str | None = Field(
-        None,
-        description="Hand-made safety tokens (JSON list of words or ids) instead of `refusals` and "
-        "models.base.",
-    )
-    datasets: dict[RunName, tuple[str, ...]] = Field(
-        min_length=1, description="Name to list of row files, in order."
-    )
-    tokens: TokensSettings = Field(
-        TokensSettings.model_validate({}), description="Finding safety tokens."
-    )
-    score: ScoreSettings = Field(
-        ScoreSettings.model_validate({}), description="Scoring the reference model."
-    )
-    score_parts: int = Field(
-        1, ge=1, description="Scoring jobs that share a dataset; changing it rescores nothing."
-    )
-    training: dict[str, Any] = Field(
-        default_factory=dict, description="Training settings that all runs share."
-    )
-    runs: dict[RunName, dict[str, Any]] = Field(
-        min_length=1, description="Name to dataset and training settings of one run."
-    )
-    evaluation: EvaluationData = Field(description="What the models are judged on.")
-    evaluate: EvaluateSettings = Field(
-        EvaluateSettings.model_validate({}), description="How answers are made and judged."
-    )
-    title: str = Field("PACT from a cache", description="Title of the report.")
-
-    @model_validator(mode="after")
-    def _names_agree(self) -> WorkflowConfig:
-        aligned, base = self.models.aligned, self.models.base
-        if self.token_list is None and self.refusals is None:
-            raise ValueError("expected 'refusals' or 'token_list', found neither")
-        if (base is not None and aligned is None) or (
-            aligned is not None and base is None and self.token_list is None
-        ):
-            raise ValueError(
-                "models: expected both 'aligned' and 'base', or neither for the demo pair; "
-                "'base' may be left out with a 'token_list'"
-            )
-        if aligned is None and self.align_data is None:
-            raise ValueError("'align_data' is needed to make the demo's reference model")
-        if "reference" in self.runs:
-            raise ValueError("runs.reference: this name stands for the reference model itself")
-        for name in self.runs:
-            dataset = self.run(name).dataset
-            if dataset not in self.datasets:
-                known = ", ".join(self.datasets)
-                raise ValueError(f"runs.{name}.dataset: expected one of {known}, found {dataset!r}")
-        return self
-
-    def run(self, name: str) -> RunConfig:
-        """Settings of one run: its own over `training` over the defaults."""
-        return parse_settings(RunConfig, {**self.training, **self.runs[name]}, f"runs.{name}")
-
-
-def _describe(problem: Any, source: str) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    kind, message, found = problem["type"], problem["msg"], problem.get("input")
-    if kind == "value_error":
-        text = message.removeprefix("Value error, ")
-        return f"{source}: {key + ': ' if key else ''}{text}"
-    if kind == "extra_forbidden":
-        return f"{source}: {key}: unknown key (value {json.dumps(found, default=str)[:60]})"
-    if kind == "missing":
-        return f"{source}: {key}: required key is missing"
-    expected = message.replace("Input should be ", "").replace("Input should ", "")
-    return f"{source}: {key}: expected {expected}, found {json.dumps(found, default=str)[:60]}"
-
-
-def parse_settings(cls: type[S], values: Mapping[str, Any], source: str) -> S:
-    """Check `values` against `cls`.
-
-    Raises:
-        SettingError: one line that names source, key, what was expected and what was found.
-    """
-    try:
-        return cls.model_validate(dict(values))
-    except SettingError as error:
-        raise SettingError(f"{source}: {error}") from None
-    except ValidationError as error:
-        raise SettingError(_describe(error.errors()[0], source)) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; `MissingFileError` or `InputError` where there is none."""
-    text = read_text(path)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise InputError(f"{path}:{line} expected YAML, found: {problem}") from None
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else type(values).__name__
-        raise InputError(f"{path}: expected keys and values, found {found}")
-    return values
-
-
-def read_text(path: Path) -> str:
-    """A file's text, with one-line errors for what is missing, no file, or not UTF-8."""
-    if not path.exists():
-        raise MissingFileError(f"{path}: no such file")
-    if path.is_dir():
-        raise InputError(f"{path}: expected a file, found a directory")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, found byte {error.start} invalid") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def read_json(path: Path, kind: type[PactError] = InputError) -> Any:
-    """The value in a JSON file; `kind`, in one line with the file's, where it is not JSON."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise kind(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
-    except RecursionError:
-        raise kind(f"{path}: expected JSON, found it too deeply nested") from None
-
-
-def workflow_schema_text() -> str:
-    """JSON schema of the workflow config as YAML: a description and default for every key."""
-    schema = WorkflowConfig.model_json_schema()
-    run = RunConfig.model_json_schema()
-    run.pop("title", None)
-    run["required"] = []
-    training = {"type": "object", "additionalProperties": False, "properties": run["properties"]}
-    properties = schema["properties"]
-    properties["training"] |= training
-    properties["runs"]["patternProperties"] = dict.fromkeys(
-        properties["runs"]["patternProperties"], training
-    )
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-    return yaml.safe_dump(json.loads(json.dumps(schema)), sort_keys=False, allow_unicode=True)
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(workflow_schema_text(), encoding="utf-8")

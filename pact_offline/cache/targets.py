@@ -1,10 +1,9 @@
-"""Reading stores and the bindings to them."""
+"""targets.json: a dataset bound to a store, and its targets by row."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,30 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pact_offline.cache.encoding import array_dtypes, decode
-from pact_offline.cache.identity import Identity, read_identity
-from pact_offline.cache.shard import (
-    Shard,
-    check_shard_id,
-    find_keys,
-    join_keys,
-    pack_keys,
-    shard_ids,
-)
+from pact_offline.cache.format import check_shard_id, is_committed, is_pair, join_pair, split_pair
+from pact_offline.cache.identity import Identity
 from pact_offline.cache.storage import open_storage
-from pact_offline.config import read_json
-from pact_offline.conversations import (
-    CONTEXT_KINDS,
-    ContextKind,
-    TokenizedExample,
-    contexts_of,
-)
+from pact_offline.cache.store import Store
 from pact_offline.errors import MissingTargetError, StoreError, TargetsMismatchError
-from pact_offline.files import write_json
-from pact_offline.hub import ModelFiles
+from pact_offline.files import read_json, write_json
+from pact_offline.models.locate import ModelFiles
+from pact_offline.rows.contexts import CONTEXT_KINDS, ContextKind, TokenizedExample, contexts_of
 
 FORMAT_VERSION = 2
-_OPEN_FILES = 256
 
 
 class Targets(NamedTuple):
@@ -43,95 +28,6 @@ class Targets(NamedTuple):
 
     full: np.ndarray
     response_only: np.ndarray
-
-
-class Store:
-    """A directory of committed shards of one identity, read-only.
-
-    A context is named by its position: shards in the order of their ids, contexts in theirs. Of a
-    context that two shards hold, the first is taken.
-    """
-
-    def __init__(self, place: str | Path, shards: Sequence[str] | None = None) -> None:
-        """Open a store, or only some of its shards.
-
-        Raises:
-            StoreError: not a store, or a shard is damaged.
-        """
-        self.place = str(place)
-        self._storage = open_storage(place)
-        self.identity = read_identity(self._storage)
-        ids = shard_ids(self._storage) if shards is None else shards
-        self.shards = [Shard(self._storage, shard_id, self.identity) for shard_id in ids]
-        tables = [shard.contexts() for shard in self.shards]
-        self._keys = join_keys([table.keys for table in tables])
-        empty = np.zeros(0, dtype=np.int64)
-        self.steps = np.concatenate([empty, *(table.steps for table in tables)])
-        firsts = [np.cumsum(table.steps) - table.steps for table in tables]
-        self._first = np.concatenate([empty, *firsts])
-        counts = [len(table.steps) for table in tables]
-        self._shard_of = np.repeat(np.arange(len(counts)), counts)
-        self._chunks: dict[int, dict[str, Path]] = {}
-        self._files: OrderedDict[tuple[int, str], int] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def locate(self, keys: Sequence[str]) -> np.ndarray:
-        """Positions of contexts, int64 [keys]; -1 where the store does not hold one."""
-        return find_keys(pack_keys(keys), self._keys)
-
-    def shards_of(self, positions: np.ndarray) -> list[str]:
-        """Ids of the shards that hold some contexts, each once."""
-        return [self.shards[number].id for number in np.unique(self._shard_of[positions])]
-
-    def read(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Log-confidences of some contexts one after the other, float32 [steps, safety ids].
-
-        The bytes of a shard are checked before its first value is used.
-        """
-        ids, records = len(self.identity.safety_ids), {}
-        for name, dtype in array_dtypes(self.identity.stored_dtype).items():
-            columns = ids if name == "log_confidence" else 2
-            width = columns * dtype.itemsize
-            parts = [self._records(name, width, int(position)) for position in positions]
-            records[name] = np.frombuffer(b"".join(parts), dtype=dtype).reshape(-1, columns)
-        return decode(records)
-
-    def verify(self) -> None:
-        """Check every byte of every shard; `StoreError` names the first file that is not whole."""
-        for number, shard in enumerate(self.shards):
-            self._chunks[number] = shard.verify()
-
-    def _records(self, name: str, width: int, position: int) -> bytes:
-        shard, count = int(self._shard_of[position]), int(self.steps[position]) * width
-        data = _read_at(self._open(shard, name), count, int(self._first[position]) * width)
-        if len(data) != count:
-            raise StoreError(f"{self.shards[shard].place}/{name}.zarr: expected more bytes")
-        return data
-
-    def _open(self, shard: int, name: str) -> int:
-        handle = self._files.get((shard, name))
-        if handle is None:
-            if shard not in self._chunks:
-                self._chunks[shard] = self.shards[shard].arrays()
-            handle = os.open(self._chunks[shard][name], os.O_RDONLY)
-            self._files[shard, name] = handle
-            if len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        return handle
-
-    def close(self) -> None:
-        """Close the files that are open."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_files"):
-            self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}  # each process opens its own
 
 
 @dataclass(frozen=True)
@@ -192,7 +88,7 @@ class Binding:
         for shard in value["shards"]:
             check_shard_id(shard, f"{path}: shards")
         for index, keys in enumerate(value["examples"]):
-            if not isinstance(keys, str) or len(keys) != 64:
+            if not is_pair(keys):
                 raise StoreError(f"{path}: examples[{index}]: expected two context keys")
         value["identity"] = Identity.from_dict(value["identity"], f"{path}: identity")
         for key in ("examples", "shards", "rows"):
@@ -201,7 +97,7 @@ class Binding:
 
     def keys(self) -> list[str]:
         """Every row's two keys, one after the other."""
-        return [keys[half : half + 32] for keys in self.examples for half in (0, 32)]
+        return [key for pair in self.examples for key in split_pair(pair)]
 
 
 class TargetCache:
@@ -242,7 +138,7 @@ class TargetCache:
             place = str(path.resolve().parent / place)
         storage = open_storage(place)
         for shard in binding.shards:
-            if not storage.has(f"shards/{shard}/shard.json"):
+            if not is_committed(storage, shard):
                 raise StoreError(
                     f"{path}: expected shard {shard} in {place}, found none; run `pact-offline "
                     "score` again to fill the gap"
@@ -293,19 +189,12 @@ class TargetCache:
             )
         header = self.binding.identity.header_ids
         for example, origin, keys in zip(examples, origins, self.binding.examples, strict=True):
-            if "".join(context.key for context in contexts_of(example, header)) != keys:
+            if join_pair(*(context.key for context in contexts_of(example, header))) != keys:
                 raise TargetsMismatchError(
                     f"{origin}: expected the row that was scored for {self.path}, found other "
                     "tokens (another row, order, tokenizer, chat template or --max-tokens); run "
                     "`pact-offline score` for these rows"
                 )
-
-
-def _read_at(handle: int, count: int, offset: int) -> bytes:
-    if hasattr(os, "pread"):  # not moved by another process that shares the handle
-        return os.pread(handle, count, offset)
-    os.lseek(handle, offset, os.SEEK_SET)
-    return os.read(handle, count)
 
 
 def _describe(reference: dict[str, str]) -> str:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
-from pact_offline.cli_options import (
+from pact_offline.cli.options import (
     FILE,
     json_option,
     rows_option,
     safety_tokens_option,
     settings_options,
 )
-from pact_offline.config import AuditSettings
+from pact_offline.settings.stages import AuditSettings
 
 
 @click.group()
@@ -31,7 +31,7 @@ def cache_ls(directory: str, as_json: bool) -> None:
 
     Example: pact-offline cache ls cache
     """
-    from pact_offline.cache.verify import list_stores
+    from pact_offline.cache.inspect import list_stores
 
     stores = list_stores(directory)
     if as_json:
@@ -68,9 +68,9 @@ def cache_show(
     Example: pact-offline cache show targets.json 3 --safety-tokens tokens.json
     --rows train.jsonl --model A
     """
-    from pact_offline.cache.reader import TargetCache
     from pact_offline.cache.show import show_row
-    from pact_offline.safety_tokens import SafetyTokens
+    from pact_offline.cache.targets import TargetCache
+    from pact_offline.safety_tokens.file import SafetyTokens
 
     if bool(rows) != bool(model):
         raise click.UsageError("expected both --rows and --model, or neither")
@@ -79,7 +79,8 @@ def cache_show(
     opened.check_safety_ids(tokens.ids, str(safety_tokens))
     response: list[str] = []
     if model:
-        from pact_offline.conversations import load_tokenizer, read_all_rows, tokenize
+        from pact_offline.rows.chat import load_tokenizer, tokenize
+        from pact_offline.rows.read import read_all_rows
 
         read = read_all_rows(rows)
         tokenizer = load_tokenizer(model)
@@ -103,7 +104,7 @@ def cache_verify(path: str, repair: bool) -> None:
 
     Example: pact-offline cache verify targets.json
     """
-    from pact_offline.cache.verify import drop_shards, require_stores, verify_store, verify_targets
+    from pact_offline.cache.inspect import drop_shards, require_stores, verify_store, verify_targets
 
     if "://" not in path and Path(path).is_file():
         if repair:
@@ -150,7 +151,7 @@ def cache_audit(
     Example: pact-offline cache audit targets.json --model A --rows train.jsonl
     --safety-tokens tokens.json
     """
-    from pact_offline.hub import locate_model
+    from pact_offline.models.locate import locate_model
     from pact_offline.scoring.audit import audit
 
     found = audit(locate_model(model), rows, targets, safety_tokens, settings)
@@ -188,9 +189,9 @@ def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool)
 
     Example: pact-offline cache gc cache
     """
+    from pact_offline.cache.garbage import find_garbage, remove_garbage
+    from pact_offline.cache.inspect import store_places
     from pact_offline.cache.storage import open_storage
-    from pact_offline.cache.usage import find_garbage, remove_garbage
-    from pact_offline.cache.verify import store_places
 
     found = {}
     for place in store_places(directory):

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pact_offline.errors import PactError
-from pact_offline.files import sha256_file, user_cache, write_json
-from pact_offline.hub import ModelFiles, remembered_checksum
+from pact_offline.files import remembered_checksum, sha256_file, user_cache, write_json
+from pact_offline.models.locate import ModelFiles
 from pact_offline.provenance import installed
 
 _KEPT_FILES = 256

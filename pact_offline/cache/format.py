@@ -1,0 +1,143 @@
+"""The facts of the format: file names, columns, keys and ids. Each is written down here alone."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pact_offline.cache.encoding import StoredDtype, array_dtypes
+from pact_offline.cache.storage import Storage
+from pact_offline.errors import DamagedError
+
+SHARDS = "shards"
+SIDECAR = "shard.json"
+CONTEXTS = "contexts.arrow"
+_KEY_DIGITS = 32
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+# Fixed widths only: no declared length can ask for more memory than the file has bytes.
+SCHEMA = pa.schema([("key", pa.binary(16)), ("kind", pa.int8()), ("steps", pa.int32())])
+
+
+def is_shard_id(value: Any) -> TypeGuard[str]:
+    """Whether it is 32 hex digits, as every shard's id is."""
+    return isinstance(value, str) and bool(_ID.fullmatch(value))
+
+
+def check_shard_id(value: Any, source: str) -> str:
+    """Refuse anything that is not a shard's id, so that no name becomes a path."""
+    if not is_shard_id(value):
+        raise DamagedError(f"{source}: expected a shard id of 32 hex digits, found {value!r:.60}")
+    return value
+
+
+def shard_id_of(sidecar: bytes) -> str:
+    """The id of a shard with this sidecar: the first 16 bytes of its SHA-256, in hex."""
+    return hashlib.sha256(sidecar).hexdigest()[:32]
+
+
+def shard_folder(shard_id: str) -> str:
+    """Where a shard lies in its store."""
+    return f"{SHARDS}/{shard_id}"
+
+
+def is_committed(storage: Storage, shard_id: str) -> bool:
+    """Whether a shard exists: its sidecar, which is written last and removed first, is there."""
+    return storage.has(f"{shard_folder(shard_id)}/{SIDECAR}")
+
+
+def shard_ids(storage: Storage) -> list[str]:
+    """Ids of the committed shards, sorted."""
+    return [
+        check_shard_id(name, f"{storage.url}/{SHARDS}")
+        for name in storage.names(SHARDS)
+        if is_committed(storage, name)
+    ]
+
+
+def array_files(stored_dtype: StoredDtype) -> dict[str, tuple[str, str]]:
+    """Each array's files: its Zarr metadata and its one chunk."""
+    return {
+        name: (f"{name}.zarr/zarr.json", f"{name}.zarr/c/0/0")
+        for name in array_dtypes(stored_dtype)
+    }
+
+
+def data_files(stored_dtype: StoredDtype) -> tuple[str, ...]:
+    """Every file of a shard but the sidecar."""
+    files = array_files(stored_dtype).values()
+    return (CONTEXTS, *(name for pair in files for name in pair))
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """`shard.json`.
+
+    Attributes:
+        identity: digest of the store's identity.
+        contexts, steps: rows of the Arrow table and of the arrays.
+        files: relative path to SHA-256, every file but the sidecar.
+        provenance: what is recorded but determines no value.
+    """
+
+    identity: str
+    contexts: int
+    steps: int
+    files: dict[str, str]
+    provenance: dict[str, Any]
+
+
+def find_keys(wanted: pa.Array, keys: pa.Array) -> np.ndarray:
+    """Where each wanted key stands first among `keys`, int64; -1 where it does not."""
+    found = pc.index_in(wanted, value_set=keys)
+    places = _numbers(found).astype(np.int64)
+    if found.null_count:
+        bits = np.unpackbits(np.frombuffer(found.buffers()[0], np.uint8), bitorder="little")
+        places[bits[found.offset : found.offset + len(found)] == 0] = -1
+    return places
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """An Arrow array of numbers; its own ways to numpy take a second to import pandas."""
+    dtype = np.dtype(str(array.type))
+    if not len(array):
+        return np.zeros(0, dtype)
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+
+
+def pack_keys(hex_keys: Sequence[str]) -> pa.FixedSizeBinaryArray:
+    """Context keys as fixed-size binary; `ValueError` where one is not 32 hex digits."""
+    data = bytes.fromhex("".join(hex_keys))
+    if len(data) != 16 * len(hex_keys):
+        raise ValueError("expected keys of 32 hex digits")
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(16), len(hex_keys), [None, pa.py_buffer(data)]
+    )
+
+
+def join_pair(full: str, response_only: str) -> str:
+    """A row's two keys, as they stand in targets.json."""
+    return full + response_only
+
+
+def split_pair(pair: str) -> tuple[str, str]:
+    """The keys of a row's full and response-only context."""
+    return pair[:_KEY_DIGITS], pair[_KEY_DIGITS:]
+
+
+def is_pair(value: Any) -> bool:
+    """Whether it is as long as two keys."""
+    return isinstance(value, str) and len(value) == 2 * _KEY_DIGITS
+
+
+def join_keys(parts: Sequence[pa.Array]) -> pa.FixedSizeBinaryArray:
+    """Keys of many shards, one after the other."""
+    return pa.concat_arrays([pack_keys([]), *parts])

@@ -1,0 +1,116 @@
+"""Reading a store: contexts by position, values by context."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pact_offline.cache.encoding import array_dtypes, decode
+from pact_offline.cache.format import find_keys, join_keys, pack_keys, shard_ids
+from pact_offline.cache.identity import read_identity
+from pact_offline.cache.shard import Shard
+from pact_offline.cache.storage import open_storage
+from pact_offline.errors import StoreError
+
+_OPEN_FILES = 256
+
+
+class Store:
+    """A directory of committed shards of one identity, read-only.
+
+    A context is named by its position: shards in the order of their ids, contexts in theirs. Of a
+    context that two shards hold, the first is taken.
+    """
+
+    def __init__(self, place: str | Path, shards: Sequence[str] | None = None) -> None:
+        """Open a store, or only some of its shards.
+
+        Raises:
+            StoreError: not a store, or a shard is damaged.
+        """
+        self.place = str(place)
+        self._storage = open_storage(place)
+        self.identity = read_identity(self._storage)
+        ids = shard_ids(self._storage) if shards is None else shards
+        self.shards = [Shard(self._storage, shard_id, self.identity) for shard_id in ids]
+        tables = [shard.contexts() for shard in self.shards]
+        self._keys = join_keys([table.keys for table in tables])
+        empty = np.zeros(0, dtype=np.int64)
+        self.steps = np.concatenate([empty, *(table.steps for table in tables)])
+        firsts = [np.cumsum(table.steps) - table.steps for table in tables]
+        self._first = np.concatenate([empty, *firsts])
+        counts = [len(table.steps) for table in tables]
+        self._shard_of = np.repeat(np.arange(len(counts)), counts)
+        self._chunks: dict[int, dict[str, Path]] = {}
+        self._files: OrderedDict[tuple[int, str], int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def locate(self, keys: Sequence[str]) -> np.ndarray:
+        """Positions of contexts, int64 [keys]; -1 where the store does not hold one."""
+        return find_keys(pack_keys(keys), self._keys)
+
+    def shards_of(self, positions: np.ndarray) -> list[str]:
+        """Ids of the shards that hold some contexts, each once."""
+        return [self.shards[number].id for number in np.unique(self._shard_of[positions])]
+
+    def read(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Log-confidences of some contexts one after the other, float32 [steps, safety ids].
+
+        The bytes of a shard are checked before its first value is used.
+        """
+        ids, records = len(self.identity.safety_ids), {}
+        for name, dtype in array_dtypes(self.identity.stored_dtype).items():
+            columns = ids if name == "log_confidence" else 2
+            width = columns * dtype.itemsize
+            parts = [self._records(name, width, int(position)) for position in positions]
+            records[name] = np.frombuffer(b"".join(parts), dtype=dtype).reshape(-1, columns)
+        return decode(records)
+
+    def verify(self) -> None:
+        """Check every byte of every shard; `StoreError` names the first file that is not whole."""
+        for number, shard in enumerate(self.shards):
+            self._chunks[number] = shard.verify()
+
+    def _records(self, name: str, width: int, position: int) -> bytes:
+        shard, count = int(self._shard_of[position]), int(self.steps[position]) * width
+        data = _read_at(self._open(shard, name), count, int(self._first[position]) * width)
+        if len(data) != count:
+            raise StoreError(f"{self.shards[shard].place}/{name}.zarr: expected more bytes")
+        return data
+
+    def _open(self, shard: int, name: str) -> int:
+        handle = self._files.get((shard, name))
+        if handle is None:
+            if shard not in self._chunks:
+                self._chunks[shard] = self.shards[shard].arrays()
+            handle = os.open(self._chunks[shard][name], os.O_RDONLY)
+            self._files[shard, name] = handle
+            if len(self._files) > _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        return handle
+
+    def close(self) -> None:
+        """Close the files that are open."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}  # each process opens its own
+
+
+def _read_at(handle: int, count: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):  # not moved by another process that shares the handle
+        return os.pread(handle, count, offset)
+    os.lseek(handle, offset, os.SEEK_SET)
+    return os.read(handle, count)

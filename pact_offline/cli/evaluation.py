@@ -1,0 +1,114 @@
+"""`pact-offline evaluate` and `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pact_offline.cli.options import (
+    FILE,
+    json_option,
+    safety_tokens_option,
+    settings_options,
+)
+from pact_offline.settings.stages import (
+    EvaluateSettings,
+)
+
+
+@click.command()
+@click.option("--name", required=True, help="Name of the run in the report.")
+@click.option("--model", required=True, help="Model: hub id or path.")
+@click.option("--adapter", type=FILE, help="Adapter from `pact-offline finetune`.")
+@click.option("--harmful", type=FILE, required=True, help="Held-out harmful prompts.")
+@click.option("--borderline", type=FILE, required=True, help="Benign prompts that look harmful.")
+@click.option("--benign", type=FILE, required=True, help="Plain benign prompts.")
+@click.option("--task", type=FILE, required=True, help="Test rows of the task.")
+@safety_tokens_option
+@click.option(
+    "--reference", type=FILE, help="Evaluation of the reference; leave out for the reference."
+)
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of metrics.json.")
+@settings_options(EvaluateSettings)
+@json_option
+def evaluate(
+    name: str,
+    model: str,
+    adapter: Path | None,
+    harmful: Path,
+    borderline: Path,
+    benign: Path,
+    task: Path,
+    safety_tokens: Path,
+    reference: Path | None,
+    output: Path,
+    as_json: bool,
+    settings: EvaluateSettings,
+) -> None:
+    """Measure a model's safety, utility and drift.
+
+    Refusals of four kinds of prompts, task accuracy, and confidences against the reference's.
+
+    Example: pact-offline evaluate --name sft --model A --adapter adapter --harmful harmful.jsonl
+    --borderline borderline.jsonl --benign benign.jsonl --task test.jsonl
+    --safety-tokens tokens.json --reference evaluation/reference -o evaluation/sft
+    """
+    from pact_offline.evaluation.evaluate import evaluate as run
+
+    metrics = run(
+        name,
+        model,
+        adapter,
+        {"harmful": harmful, "borderline": borderline, "benign": benign, "task": task},
+        safety_tokens,
+        output,
+        settings,
+        reference,
+    )
+    if as_json:
+        click.echo(metrics.model_dump_json())
+    else:
+        for rate, found in metrics.rates.items():
+            click.echo(
+                f"{rate:20} {found.value:7.1%}  [{found.low:.1%}, {found.high:.1%}]  "
+                f"{found.count}/{found.total}"
+            )
+
+
+@click.command()
+@click.argument("metrics", type=FILE, nargs=-1, required=True)
+@click.option("-o", "--output", type=FILE, required=True, help="report.html to write.")
+@click.option("--title", default="PACT from a cache", help="Title of the page.")
+@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
+@click.option("--benchmarks", type=FILE, help="Directory of Snakemake benchmark files.")
+@click.option("--config-file", type=FILE, help="Workflow config to show.")
+def report(
+    metrics: tuple[Path, ...],
+    output: Path,
+    title: str,
+    safety_tokens: Path | None,
+    benchmarks: Path | None,
+    config_file: Path | None,
+) -> None:
+    """Make one page of many metrics.json.
+
+    The reference's comes first.
+
+    Example: pact-offline report evaluation/*/metrics.json -o report.html
+    """
+    from pact_offline.evaluation.metrics import Metrics
+    from pact_offline.files import read_text
+    from pact_offline.report.page import headline, write_report
+    from pact_offline.safety_tokens.file import SafetyTokens
+
+    loaded = [Metrics.load(path) for path in metrics]
+    write_report(
+        loaded,
+        output,
+        title=title,
+        safety_tokens=SafetyTokens.load(safety_tokens) if safety_tokens else None,
+        benchmarks=benchmarks,
+        config_text=read_text(config_file) if config_file else None,
+    )
+    click.echo("\n".join([*headline(loaded), f"report: {output}"]))

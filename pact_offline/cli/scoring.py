@@ -1,0 +1,137 @@
+"""`pact-offline tokens` and `score`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pact_offline.cli.options import (
+    FILE,
+    json_option,
+    rows_option,
+    safety_tokens_option,
+    settings_options,
+)
+from pact_offline.settings.stages import (
+    ScoreSettings,
+    TokensSettings,
+)
+
+
+@click.command()
+@click.option("--aligned", required=True, help="Aligned model: hub id or path.")
+@click.option("--base", help="Its base model: hub id or path.")
+@click.option("--refusals", type=FILE, help="Refusal pairs, JSON lines.")
+@click.option(
+    "--from-list",
+    type=FILE,
+    help="A hand-made list instead, JSON: words, ids, or pairs of one with its weight.",
+)
+@click.option("-o", "--output", type=FILE, required=True, help="safety_tokens.json to write.")
+@settings_options(TokensSettings)
+@json_option
+def tokens(
+    aligned: str,
+    base: str | None,
+    refusals: Path | None,
+    from_list: Path | None,
+    output: Path,
+    as_json: bool,
+    settings: TokensSettings,
+) -> None:
+    """Find the safety tokens of a pair of models.
+
+    The ids whose confidence tells an aligned model from its base; or a hand-made list of them.
+
+    Example: pact-offline tokens --aligned A --base B --refusals refusals.jsonl -o tokens.json
+    """
+    from pact_offline.progress import bar
+    from pact_offline.rows.read import read_rows
+    from pact_offline.safety_tokens.hand_list import read_hand_list
+    from pact_offline.safety_tokens.search import find_safety_tokens
+
+    if from_list is not None and base is None and refusals is None:
+        found = read_hand_list(from_list, aligned)
+    elif from_list is None and base is not None and refusals is not None:
+        rows = read_rows(refusals)
+        passes = 3 if settings.mode == "pref_logratio" else 2
+        total = passes * min(len(rows), settings.examples)
+        with bar("reading refusals", total, "pairs") as progress:
+            found = find_safety_tokens(aligned, base, rows, settings, progress.update)
+    else:
+        raise click.UsageError("expected either --base and --refusals, or --from-list")
+    found.save(output)
+    if as_json:
+        click.echo(output.read_text(encoding="utf-8"), nl=False)
+    else:
+        click.echo(found.table())
+
+
+def parse_part(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
+    """Read I/N, both from 1."""
+    if value is None:
+        return None
+    index, slash, count = value.partition("/")
+    if slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
+        return int(index), int(count)
+    raise click.BadParameter(f"expected I/N with 1 <= I <= N, found {value!r}")
+
+
+@click.command()
+@click.option("--model", required=True, help="Reference model: hub id or path.")
+@rows_option
+@safety_tokens_option
+@click.option(
+    "--cache", required=True, help="Directory of stores, or an fsspec URL (s3://...); shareable."
+)
+@click.option("-o", "--output", type=FILE, help="targets.json to write.")
+@click.option(
+    "--part",
+    callback=parse_part,
+    help="Score the I-th of N parts only, and write no targets.json.",
+)
+@settings_options(ScoreSettings)
+@json_option
+def score(
+    model: str,
+    rows: tuple[str, ...],
+    safety_tokens: Path,
+    cache: str,
+    output: Path | None,
+    part: tuple[int, int] | None,
+    as_json: bool,
+    settings: ScoreSettings,
+) -> None:
+    """Fill the cache for a dataset.
+
+    The reference model runs over contexts that are not known yet.
+
+    Example: pact-offline score --model A --rows train.jsonl --safety-tokens tokens.json
+    --cache cache -o targets.json
+    """
+    from dataclasses import asdict
+
+    from pact_offline.models.locate import locate_model
+    from pact_offline.scoring.bind import bind
+    from pact_offline.scoring.dataset import prepare
+    from pact_offline.scoring.fill import fill
+
+    if (output is None) == (part is None):
+        raise click.UsageError("expected either --output or --part I/N")
+    files = locate_model(model)
+    dataset = prepare(files, rows, safety_tokens, cache, settings)
+    summary = fill(dataset, files, settings, part or (1, 1))
+    if output is not None:
+        bind(dataset, files, settings, output)
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+    else:
+        click.echo(
+            f"{summary.rows} rows, {summary.contexts} contexts: {summary.shared} shared, "
+            f"{summary.known} known, {summary.scored} scored ({summary.tokens} tokens, "
+            f"{summary.backend})\nstore: {summary.store}"
+        )

@@ -1,0 +1,86 @@
+"""`pact-offline finetune` and `merge`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pact_offline.cli.options import (
+    FILE,
+    json_option,
+    rows_option,
+    settings_options,
+)
+from pact_offline.settings.stages import (
+    Dtype,
+    FinetuneSettings,
+)
+
+
+@click.command()
+@click.option("--model", required=True, help="Model to fine-tune: the scored reference itself.")
+@rows_option
+@click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
+@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of the adapter.")
+@settings_options(FinetuneSettings)
+@json_option
+def finetune(
+    model: str,
+    rows: tuple[str, ...],
+    targets: Path | None,
+    safety_tokens: Path | None,
+    output: Path,
+    as_json: bool,
+    settings: FinetuneSettings,
+) -> None:
+    """Fine-tune from cached targets.
+
+    No reference model is loaded (but see --reference).
+
+    Example: pact-offline finetune --model A --rows train.jsonl --targets targets.json
+    --safety-tokens tokens.json --objective confidence --kl-weight 3 -o adapter
+    """
+    from pact_offline.models.locate import locate_model
+    from pact_offline.training.finetune import finetune as run
+    from pact_offline.training.finetune import is_first_process
+
+    facts = run(
+        locate_model(model),
+        rows,
+        output,
+        settings,
+        targets_path=targets,
+        tokens_path=safety_tokens,
+    )
+    if not is_first_process():
+        return
+    if as_json:
+        click.echo(json.dumps(facts["metrics"]))
+    else:
+        shown = (f"{name} {value:.4g}" for name, value in facts["metrics"].items())
+        click.echo(f"{output}: {', '.join(shown)}")
+
+
+@click.command()
+@click.option("--model", required=True, help="Model that was fine-tuned: hub id or path.")
+@click.option("--adapter", type=FILE, required=True, help="From `pact-offline finetune`.")
+@click.option("-o", "--output", type=FILE, required=True, help="Directory of the merged model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="bfloat16",
+    help="Dtype of the merged weights.",
+)
+def merge(model: str, adapter: Path, output: Path, dtype: Dtype) -> None:
+    """Write an adapter and its model as one model.
+
+    Example: pact-offline merge --model A --adapter adapter -o merged
+    """
+    from pact_offline.models.locate import locate_model
+    from pact_offline.training.merge import merge as run
+
+    run(locate_model(model), adapter, output, dtype)
+    click.echo(f"{output}: a model of its own")

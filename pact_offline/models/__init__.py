@@ -1,0 +1,1 @@
+"""Where models are, loading them, and their log-probabilities at response steps."""

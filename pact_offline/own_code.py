@@ -1,0 +1,89 @@
+"""Functions of a user's own: `path/to/file.py:function`, or the name of an entry point.
+
+Nothing is imported until it is loaded, and only what the user has named.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pact_offline.errors import MissingFileError, SettingError, first_line
+from pact_offline.files import sha256_file
+
+Kind = Literal["objective", "judge", "rate"]
+
+
+def _group(kind: Kind) -> str:
+    return f"pact_offline.{kind}s"
+
+
+def _in_file(name: str) -> tuple[Path, str] | None:
+    """The file and function of `file.py:function`; None for any other name."""
+    file, _, function = name.rpartition(":")
+    return (Path(file), function) if file.endswith(".py") and function.isidentifier() else None
+
+
+def _entry_point(kind: Kind, name: str) -> EntryPoint | None:
+    return next(iter(entry_points(group=_group(kind), name=name)), None)
+
+
+def is_own(kind: Kind, name: str) -> bool:
+    """Whether a name is of the form `file.py:function`, or an installed entry point's."""
+    return _in_file(name) is not None or _entry_point(kind, name) is not None
+
+
+def installed_names(kind: Kind) -> list[str]:
+    """Names of the installed entry points."""
+    return sorted({point.name for point in entry_points(group=_group(kind))})
+
+
+def content_of(kind: Kind, name: str) -> str | None:
+    """What fixes a function: its file's SHA-256, or its package and version; None if it is ours.
+
+    Raises:
+        MissingFileError: no such file.
+    """
+    if found := _in_file(name):
+        _require(found[0])
+        return sha256_file(found[0])
+    point = _entry_point(kind, name)
+    return None if point is None else f"{point.value} {getattr(point.dist, 'version', '')}".strip()
+
+
+def _require(file: Path) -> None:
+    if not file.is_file():
+        raise MissingFileError(f"{file}: no such file")
+
+
+def load(kind: Kind, name: str) -> Callable[..., Any]:
+    """Import the function that a name stands for.
+
+    Raises:
+        MissingFileError: no such file.
+        SettingError: no such entry point or function, or its module cannot be imported.
+    """
+    try:
+        if found := _in_file(name):
+            file, function = found
+            _require(file)
+            spec = importlib.util.spec_from_file_location(f"pact_offline_own_{file.stem}", file)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            made = getattr(module, function, None)
+        else:
+            point = _entry_point(kind, name)
+            made = point.load() if point else None
+    except MissingFileError:
+        raise
+    except Exception as error:  # whatever a user's module raises
+        raise SettingError(
+            f"--{kind} {name}: cannot be imported: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not callable(made):
+        raise SettingError(f"--{kind}: expected a function, found none by the name {name!r}")
+    return cast("Callable[..., Any]", made)

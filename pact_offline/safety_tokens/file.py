@@ -1,0 +1,140 @@
+"""Safety tokens: the ids whose confidence is held, and how much each counts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pact_offline.errors import InputError, TargetsMismatchError
+from pact_offline.files import read_json, write_json
+from pact_offline.rows.chat import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    pass
+
+
+FORMAT_VERSION = 1
+
+
+def visible(text: str) -> str:
+    """A token's text on one line, with its spaces shown as dots."""
+    return text.replace(" ", "\u00b7").encode("unicode_escape").decode().replace("\\xb7", "\u00b7")
+
+
+@dataclass(frozen=True)
+class SafetyToken:
+    """One id of the set.
+
+    Attributes:
+        id: token id.
+        text: the token, decoded.
+        direction: v, the entry of the unit direction; negative entries weigh 0.
+        aligned: mean probability under the aligned model; None in a hand-made set.
+        base: mean probability under the base model; None in a hand-made set.
+    """
+
+    id: int
+    text: str
+    direction: float
+    aligned: float | None = None
+    base: float | None = None
+
+    @property
+    def weight(self) -> float:
+        """w = max(v, 0)."""
+        return max(self.direction, 0.0)
+
+
+@dataclass(frozen=True)
+class SafetyTokens:
+    """The safety ids in ascending order, with weights.
+
+    Attributes:
+        tokens: one entry an id.
+        tokenizer: fingerprint of the vocabulary the ids belong to.
+        settings: how they were found.
+        provenance: models, versions and time; does not determine values.
+    """
+
+    tokens: tuple[SafetyToken, ...]
+    tokenizer: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """float32 [ids], at least 0."""
+        return np.array([token.weight for token in self.tokens], dtype=np.float32)
+
+    def table(self) -> str:
+        """The tokens for a person, the heaviest first; spaces are shown as a dot."""
+        lines = [f"{'token':16} {'id':>7} {'weight':>8} {'aligned':>9} {'base':>9}"]
+        for token in sorted(self.tokens, key=lambda token: -token.direction):
+            means = ("-" if m is None else f"{m:.5f}" for m in (token.aligned, token.base))
+            columns = " ".join(f"{mean:>9}" for mean in means)
+            lines.append(f"{visible(token.text):16} {token.id:7} {token.weight:8.4f} {columns}")
+        return "\n".join(lines)
+
+    def save(self, path: Path) -> None:
+        """Write `safety_tokens.json`."""
+        tokens = [{**asdict(token), "weight": token.weight} for token in self.tokens]
+        write_json(
+            path,
+            {
+                "format_version": FORMAT_VERSION,
+                "tokenizer": self.tokenizer,
+                "settings": self.settings,
+                "provenance": self.provenance,
+                "tokens": tokens,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, tokenizer: Any | None = None) -> SafetyTokens:
+        """Read `safety_tokens.json`; with a tokenizer, refuse a set made for another.
+
+        Raises:
+            InputError: not such a file.
+            TargetsMismatchError: made for another vocabulary.
+        """
+        path = Path(path)
+        value = read_json(path)
+        try:
+            if value["format_version"] != FORMAT_VERSION:
+                raise InputError(
+                    f"{path}: format_version: expected {FORMAT_VERSION}, "
+                    f"found {value['format_version']!r}"
+                )
+            tokens = tuple(
+                SafetyToken(
+                    int(token["id"]),
+                    str(token["text"]),
+                    float(token["direction"]),
+                    *(None if m is None else float(m) for m in (token["aligned"], token["base"])),
+                )
+                for token in value["tokens"]
+            )
+            result = cls(
+                tokens, value["tokenizer"], dict(value["settings"]), dict(value["provenance"])
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{path}: expected safety tokens, found a bad entry: {error}"
+            ) from None
+        if not tokens or result.ids != sorted(set(result.ids)) or result.ids[0] < 0:
+            raise InputError(f"{path}: tokens: expected ascending, distinct ids, found otherwise")
+        if tokenizer is not None and tokenizer_fingerprint(tokenizer) != result.tokenizer:
+            raise TargetsMismatchError(
+                f"{path}: expected safety tokens of the tokenizer {tokenizer.name_or_path}, found "
+                "those of another vocabulary; run `pact-offline tokens` for this model"
+            )
+        return result

@@ -1,0 +1,226 @@
+"""Finding safety tokens: what tells an aligned model from its base on refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pact_offline.errors import ModelError
+from pact_offline.provenance import provenance
+from pact_offline.rows.chat import (
+    load_tokenizer,
+    render,
+    require_chat_template,
+    tokenizer_fingerprint,
+)
+from pact_offline.rows.read import Row
+from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
+from pact_offline.settings.stages import TokensSettings
+
+if TYPE_CHECKING:
+    import torch
+
+
+Progress = Callable[[int], object]
+
+
+def find_safety_tokens(
+    aligned: str,
+    base: str,
+    rows: Sequence[Row],
+    settings: TokensSettings,
+    progress: Progress | None = None,
+) -> SafetyTokens:
+    """Find the safety tokens of an aligned model and its base (arXiv 2603.07445, stage 1).
+
+    Args:
+        aligned, base: hub ids or paths; same vocabulary.
+        rows: refusal pairs.
+        settings: mode, sizes and dtype.
+        progress: called with the number of pairs done, after each batch of each model.
+
+    Raises:
+        ModelError: the vocabularies differ, or no id stands out.
+    """
+    from pact_offline.models.load import load_model
+
+    aligned_tokenizer, base_tokenizer = load_tokenizer(aligned), load_tokenizer(base)
+    require_chat_template(aligned_tokenizer)
+    vocabularies = aligned_tokenizer.get_vocab(), base_tokenizer.get_vocab()
+    if vocabularies[0] != vocabularies[1]:
+        sizes = [len(vocabulary) for vocabulary in vocabularies]
+        raise ModelError(
+            f"{base}: expected the vocabulary of {aligned} ({sizes[0]} tokens), "
+            f"found another ({sizes[1]} tokens)"
+        )
+    pairs = rows[: settings.examples]
+    seen_aligned = _teacher_forced(pairs, aligned_tokenizer, settings, _aligned_prompt)
+    seen_base = _teacher_forced(pairs, base_tokenizer, settings, _base_prompt)
+    read = partial(_read, batch_size=settings.batch_size, progress=progress or (lambda n: None))
+    model = load_model(aligned, settings.dtype)
+    aligned_mean = read(model, seen_aligned).mean
+    is_candidate = _is_word_in(aligned_tokenizer) if settings.words_only else None
+    kept = likeliest(aligned_mean, settings.top_k, is_candidate)
+    is_ratio = settings.mode == "pref_logratio"
+    ours = read(model, seen_aligned, kept) if is_ratio else None
+    del model  # one model in memory at a time
+    theirs = read(load_model(base, settings.dtype), seen_base, kept if is_ratio else None)
+    if aligned_mean.shape != theirs.mean.shape:
+        raise ModelError(
+            f"{base}: expected {len(aligned_mean)} logits as {aligned} has, "
+            f"found {len(theirs.mean)}"
+        )
+    if ours is not None:
+        difference = _mean_log_ratio(ours, theirs)
+    else:
+        difference = (aligned_mean - theirs.mean)[kept]
+    vector = safety_direction(difference)
+    is_safety = vector != 0
+    if not is_safety.any():
+        raise ModelError(
+            f"{base}: expected a base model that differs from {aligned}, found the same "
+            "confidences on every token"
+        )
+    found = sorted(zip(kept[is_safety].tolist(), vector[is_safety].tolist(), strict=True))
+    tokens = tuple(
+        SafetyToken(
+            id_,
+            aligned_tokenizer.decode([id_]),
+            value,
+            float(aligned_mean[id_]),
+            float(theirs.mean[id_]),
+        )
+        for id_, value in found
+    )
+    return SafetyTokens(
+        tokens,
+        tokenizer_fingerprint(aligned_tokenizer),
+        {**settings.model_dump(exclude={"batch_size"}), "pairs": len(pairs)},
+        provenance(aligned=aligned, base=base),
+    )
+
+
+def likeliest(
+    probabilities: np.ndarray, top_k: int, is_candidate: Callable[[int], bool] | None = None
+) -> np.ndarray:
+    """Ids of the largest probabilities.
+
+    Args:
+        probabilities: float64 [vocabulary], the aligned model's means.
+        top_k: how many.
+        is_candidate: which ids may be among them; None: all.
+
+    Returns:
+        int64 [at most top_k], the likeliest first.
+    """
+    ranked = map(int, np.argsort(-probabilities, kind="stable"))
+    chosen = islice(filter(is_candidate or (lambda _: True), ranked), top_k)
+    return np.array([*chosen], dtype=np.int64)
+
+
+def safety_direction(difference: np.ndarray) -> np.ndarray:
+    """The unit direction v over the kept ids.
+
+    Args:
+        difference: float64 [ids], d averaged over pairs.
+
+    Returns:
+        float64 [ids]; 0 where the models do not differ: such an id is no safety token.
+    """
+    vector = np.zeros_like(difference)
+    differs = np.abs(difference) > 1e-9
+    values = difference[differs]
+    if len(values) > 1:
+        values = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
+    vector[differs] = values
+    return np.asarray(vector / (np.linalg.norm(vector) + 1e-6))
+
+
+def _is_word_in(tokenizer: Any) -> Callable[[int], bool]:
+    """Tells ids with a letter in their text from punctuation, numbers and special tokens."""
+    special = set(tokenizer.all_special_ids)
+    return lambda i: i not in special and any(map(str.isalpha, tokenizer.decode([i])))
+
+
+def _aligned_prompt(row: Row, tokenizer: Any) -> list[int]:
+    return render(tokenizer, row.prompt, generation_prompt=True)
+
+
+def _base_prompt(row: Row, tokenizer: Any) -> list[int]:
+    turns = [message["content"] for message in row.prompt if message["role"] == "user"]
+    text = "".join(f"User: {turn}\n\n" for turn in turns) + "Assistant: "
+    return [int(token) for token in tokenizer(text).input_ids]
+
+
+@dataclass(frozen=True)
+class _TeacherForced:
+    ids: list[int]
+    response_start: int
+
+
+def _teacher_forced(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    settings: TokensSettings,
+    prompt_of: Callable[[Row, Any], list[int]],
+) -> list[_TeacherForced]:
+    items = []
+    for row in rows:
+        response = tokenizer(row.response, add_special_tokens=False).input_ids
+        prompt = prompt_of(row, tokenizer)
+        items.append(_TeacherForced([*prompt, *response[: settings.response_tokens]], len(prompt)))
+    return items
+
+
+def _step_log_probabilities(
+    model: Any, items: Sequence[_TeacherForced], batch_size: int
+) -> Iterator[list[torch.Tensor]]:
+    """For each batch, each item's log-probabilities at its response steps, fp32 [R, vocabulary]."""
+    from pact_offline.models.log_confidences import response_logits
+
+    for first in range(0, len(items), batch_size):
+        batch = items[first : first + batch_size]
+        contexts = [(item.ids[:-1], item.response_start) for item in batch]
+        yield [logits.float().log_softmax(-1) for logits in response_logits(model, contexts)]
+
+
+class _Reading(NamedTuple):
+    """What a model gave: mean probabilities, float64 [vocabulary]; each pair's steps, if asked."""
+
+    mean: np.ndarray
+    steps: list[np.ndarray]  # log-probabilities at some ids, float64 [R, ids]
+
+
+def _read(
+    model: Any,
+    items: Sequence[_TeacherForced],
+    at: np.ndarray | None = None,
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> _Reading:
+    total: torch.Tensor | None = None
+    steps = []
+    for batch in _step_log_probabilities(model, items, batch_size):
+        for log_probabilities in batch:
+            mean = log_probabilities.exp().mean(dim=0).double()
+            total = mean if total is None else total + mean
+            if at is not None:
+                steps.append(log_probabilities[:, at.tolist()].double().cpu().numpy())
+        progress(len(batch))
+    assert total is not None
+    return _Reading(np.asarray((total / len(items)).cpu().numpy()), steps)
+
+
+def _mean_log_ratio(aligned: _Reading, base: _Reading) -> np.ndarray:
+    """d of the mode pref_logratio: p_aligned * (log p_base - log p_aligned), averaged; [ids]."""
+    means = [
+        (np.exp(ours) * (theirs - ours)).mean(axis=0)
+        for ours, theirs in zip(aligned.steps, base.steps, strict=True)
+    ]
+    return np.asarray(np.mean(means, axis=0))

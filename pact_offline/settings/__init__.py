@@ -1,0 +1,1 @@
+"""What each stage can be told: names, defaults, descriptions and checks."""

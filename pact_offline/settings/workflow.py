@@ -1,0 +1,162 @@
+"""The workflow's config file, and its schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from pact_offline.own_code import installed_names, is_own
+from pact_offline.settings.parse import Settings, parse_settings
+from pact_offline.settings.stages import (
+    BUILT_IN_OBJECTIVES,
+    AlignSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    ScoreSettings,
+    TokensSettings,
+)
+
+
+class AlignData(Settings):
+    """Rows that make the demo's reference model."""
+
+    refusals: tuple[str, ...] = Field(min_length=1, description="Refusal pairs to learn.")
+    benign: tuple[str, ...] = Field(
+        min_length=1, description="Benign prompts; the untouched model answers them itself."
+    )
+
+
+class ModelsConfig(Settings):
+    """The pair of models. Both null: the bundled demo pair."""
+
+    aligned: str | None = Field(
+        None, description="Aligned model (hub id or path): the reference, and what is fine-tuned."
+    )
+    base: str | None = Field(
+        None, description="Its base model, for finding safety tokens (hub id or path)."
+    )
+
+
+class EvaluationData(Settings):
+    """Prompts that answers are judged on."""
+
+    harmful: str = Field(description="Held-out harmful prompts; a refusal is right.")
+    borderline: str = Field(description="Benign prompts that look harmful; a refusal is wrong.")
+    benign: str = Field(description="Plain benign prompts; a refusal is wrong.")
+    task: str = Field(description="Test rows of the task, judged by exact match.")
+
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class RunConfig(FinetuneSettings):
+    """One fine-tuning run: a dataset, and any training setting."""
+
+    dataset: RunName = Field(description="A key of `datasets`.")
+
+
+class WorkflowConfig(Settings):
+    """The workflow's config file."""
+
+    output: str = Field("results", description="Directory of everything the workflow makes.")
+    cache: str | None = Field(
+        None, description="Directory of target stores, shareable; default: OUTPUT/cache."
+    )
+    models: ModelsConfig = Field(ModelsConfig(aligned=None, base=None), description="The pair.")
+    align: AlignSettings = Field(
+        AlignSettings.model_validate({}), description="The demo's reference model."
+    )
+    align_data: AlignData | None = Field(None, description="Rows of the demo's reference model.")
+    refusals: str | None = Field(
+        None, description="Refusal pairs for finding safety tokens; needed without a token_list."
+    )
+    token_list: str | None = Field(
+        None,
+        description="Hand-made safety tokens (JSON list of words or ids) instead of `refusals` and "
+        "models.base.",
+    )
+    datasets: dict[RunName, tuple[str, ...]] = Field(
+        min_length=1, description="Name to list of row files, in order."
+    )
+    tokens: TokensSettings = Field(
+        TokensSettings.model_validate({}), description="Finding safety tokens."
+    )
+    score: ScoreSettings = Field(
+        ScoreSettings.model_validate({}), description="Scoring the reference model."
+    )
+    score_parts: int = Field(
+        1, ge=1, description="Scoring jobs that share a dataset; changing it rescores nothing."
+    )
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="Training settings that all runs share."
+    )
+    runs: dict[RunName, dict[str, Any]] = Field(
+        min_length=1, description="Name to dataset and training settings of one run."
+    )
+    evaluation: EvaluationData = Field(description="What the models are judged on.")
+    evaluate: EvaluateSettings = Field(
+        EvaluateSettings.model_validate({}), description="How answers are made and judged."
+    )
+    title: str = Field("PACT from a cache", description="Title of the report.")
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> WorkflowConfig:
+        aligned, base = self.models.aligned, self.models.base
+        if self.token_list is None and self.refusals is None:
+            raise ValueError("expected 'refusals' or 'token_list', found neither")
+        if (base is not None and aligned is None) or (
+            aligned is not None and base is None and self.token_list is None
+        ):
+            raise ValueError(
+                "models: expected both 'aligned' and 'base', or neither for the demo pair; "
+                "'base' may be left out with a 'token_list'"
+            )
+        if aligned is None and self.align_data is None:
+            raise ValueError("'align_data' is needed to make the demo's reference model")
+        if "reference" in self.runs:
+            raise ValueError("runs.reference: this name stands for the reference model itself")
+        for name in self.runs:
+            run = self.run(name)
+            dataset = run.dataset
+            if run.objective not in BUILT_IN_OBJECTIVES and not is_own("objective", run.objective):
+                known = ", ".join([*BUILT_IN_OBJECTIVES, *installed_names("objective")])
+                raise ValueError(
+                    f"runs.{name}.objective: expected one of {known}, or path/to/file.py:function, "
+                    f"found {run.objective!r}"
+                )
+            if dataset not in self.datasets:
+                known = ", ".join(self.datasets)
+                raise ValueError(f"runs.{name}.dataset: expected one of {known}, found {dataset!r}")
+        return self
+
+    def run(self, name: str) -> RunConfig:
+        """Settings of one run: its own over `training` over the defaults."""
+        return parse_settings(RunConfig, {**self.training, **self.runs[name]}, f"runs.{name}")
+
+
+def workflow_schema_text() -> str:
+    """JSON schema of the workflow config as YAML: a description and default for every key."""
+    schema = WorkflowConfig.model_json_schema()
+    run = RunConfig.model_json_schema()
+    run.pop("title", None)
+    run["required"] = []
+    training = {"type": "object", "additionalProperties": False, "properties": run["properties"]}
+    properties = schema["properties"]
+    properties["training"] |= training
+    properties["runs"]["patternProperties"] = dict.fromkeys(
+        properties["runs"]["patternProperties"], training
+    )
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return yaml.safe_dump(json.loads(json.dumps(schema)), sort_keys=False, allow_unicode=True)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(workflow_schema_text(), encoding="utf-8")
