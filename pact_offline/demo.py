@@ -21,6 +21,7 @@ from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal
 from pact_offline.files import write_json
 from pact_offline.folders import RUN_FILE, output_aside
+from pact_offline.machine import default_dtype
 from pact_offline.models.load import load_model
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
@@ -115,7 +116,7 @@ def align(
         CheckFailedError: the product refuses too little or too much.
     """
     tokenizer = load_tokenizer(base)
-    untouched = load_model(base, "bfloat16")
+    untouched = load_model(base, default_dtype())
     questions = read_all_rows(benign, needs_response=False)
     answered = _answered_by(untouched, tokenizer, questions, settings.answer_tokens)
     del untouched
@@ -150,14 +151,16 @@ def align(
             )
         ]
         trainer, _ = train(policy, tokenizer, _in_order(examples, settings), training, aside)
-        merged = trainer.model.merge_and_unload().to(torch.bfloat16).eval()
+        # What is kept is bfloat16; it is checked as such, in what this machine computes in.
+        merged = trainer.model.merge_and_unload().to(torch.bfloat16)
+        merged = merged.to(getattr(torch, training.dtype)).eval()
         shares = {
             name: _share_refused(merged, tokenizer, read_rows(path, needs_response=False))
             for name, path in prompts.items()
         }
         log.info("refused: %s", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
         check(shares, settings)
-        merged.save_pretrained(aside, safe_serialization=True)
+        merged.to(torch.bfloat16).save_pretrained(aside, safe_serialization=True)
         tokenizer.save_pretrained(aside)
         write_json(
             aside / RUN_FILE,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from pact_offline.files import read_yaml
 from pact_offline.settings.parse import parse_settings
@@ -56,7 +57,7 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
         for name, info in reversed(cls.model_fields.items()):
-            default = info.default
+            default = None if info.default is PydanticUndefined else info.default
             if isinstance(default, tuple):
                 default = ",".join(default)
             shown = "" if default in (None, "") else f"  [default: {default}]"

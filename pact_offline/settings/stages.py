@@ -12,11 +12,11 @@ from pydantic import (
     Field,
 )
 
+from pact_offline.machine import default_dtype
 from pact_offline.settings.parse import Settings
 
+_DEFAULT = "; default: bfloat16 where the device computes in it, else float32."
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -48,7 +48,9 @@ class ScoreSettings(Settings):
     backend: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="auto: vLLM where it is installed, else transformers."
     )
-    dtype: Dtype = Field("bfloat16", description="Compute dtype of the reference model.")
+    dtype: Dtype = Field(
+        default_factory=default_dtype, description=f"Compute dtype of the reference model{_DEFAULT}"
+    )
     stored_dtype: Literal["uint8", "float16", "float32"] = Field(
         "uint8",
         description="How log-confidences are stored: exactly (float32), or in 2 or 1 bytes each; "
@@ -154,7 +156,9 @@ class FinetuneSettings(ObjectiveSettings):
     gradient_accumulation: int = Field(1, ge=1, description="Batches per optimizer step.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clip.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    dtype: ComputeDtype = Field("bfloat16", description="Compute dtype.")
+    dtype: ComputeDtype = Field(
+        default_factory=default_dtype, description=f"Compute dtype{_DEFAULT}"
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto: sdpa, but on a CPU one for short rows."
     )
@@ -200,7 +204,7 @@ class EvaluateSettings(Settings):
 
     max_new_tokens: int = Field(40, ge=1, description="Longest answer, in tokens.")
     batch_size: int = Field(32, ge=1, description="Prompts per batch.")
-    dtype: Dtype = Field("bfloat16", description="Compute dtype.")
+    dtype: Dtype = Field(default_factory=default_dtype, description=f"Compute dtype{_DEFAULT}")
     drift_steps: int = Field(
         12, ge=1, description="Response steps over which confidences are compared."
     )
