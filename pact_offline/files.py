@@ -159,7 +159,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "not YAML"
         raise InputError(f"{path}:{line} expected YAML, found: {problem}") from None
     except RecursionError:
-        raise InputError(f"{path}: expected YAML, found it too deeply nested") from None
+        raise InputError(f"{path}: expected keys and values, found deeply nested YAML") from None
     except Exception as error:  # of a value that is none of its kind, a date or a number
         raise InputError(f"{path}: expected YAML, found: {first_line(error)}") from None
     if not isinstance(values, dict):
