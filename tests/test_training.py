@@ -6,9 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers import TrainingArguments
 
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import Interrupted
+from pact_offline.memory import peak_resident_mib
 from pact_offline.models.load import load_model
 from pact_offline.objectives.registry import OBJECTIVES
 from pact_offline.rows.chat import load_tokenizer, tokenize
@@ -712,6 +714,60 @@ def test_an_unknown_tracker_is_refused(
     line = fails(*command, "--report-to", "tensorboard,notebook", "-o", tmp_path / "adapter")
     assert "--report-to: expected what the Trainer knows and is installed" in line
     assert "found 'notebook'" in line
+
+
+def test_a_batch_without_cross_entropy_does_not_end_training(tmp_path: Path, aligned: Path) -> None:
+    """The policy is certain of the response; what is held still has a gradient."""
+    policy = load_model(str(aligned), "float32")
+    with torch.no_grad():
+        policy.lm_head.weight *= 1e4
+        prompt = list(range(5, 25))
+        response = int(policy(torch.tensor([prompt])).logits[0, -1].argmax())
+
+    def read(indices: Sequence[int], kind: str) -> np.ndarray:
+        return np.log(np.full((len(indices), 2), 0.4, dtype=np.float32))
+
+    trainer = PactTrainer(
+        policy,
+        TrainingArguments(
+            tmp_path, max_steps=2, per_device_train_batch_size=1, learning_rate=1e-9,
+            logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=[{"input_ids": [*prompt, response], "response_start": 20, "index": 0}] * 2,
+        pad_id=0,
+        objective=FinetuneSettings(objective="pact", gate=False),
+        targets=SimpleNamespace(safety_ids=[response, 1], read=read),
+        weights=torch.ones(2),
+    )  # fmt: skip
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["cross_entropy"] == 0
+    assert first["kl"] > 0
+    assert "kl_ratio" not in first
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
+def test_peak_memory_is_in_the_unit_of_the_system(
+    platform: str, unit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        ru_maxrss = 3 * 2**20 // unit
+
+    monkeypatch.setattr("resource.getrusage", lambda who: Usage)
+    monkeypatch.setattr("sys.platform", platform)
+    assert peak_resident_mib() == 3
+
+
+def test_training_runs_where_peak_memory_cannot_be_told(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, which has no module `resource`."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    result = run(*command, "-o", tmp_path / "adapter", "--epochs", 1, "--json")
+    assert result.exit_code == 0, result.output
+    assert "peak_memory_mib" not in json.loads(result.stdout.splitlines()[-1])
+    (line, *_) = (tmp_path / "adapter" / "training.jsonl").read_text().splitlines()
+    assert "peak_memory_mib" not in json.loads(line)
 
 
 def test_plain_finetuning_needs_no_targets(

@@ -347,10 +347,11 @@ def _final_metrics(trainer: PactTrainer, steps: int, seconds: float) -> dict[str
     metrics = {f"final_{name}": sum(entry[name] for entry in last) / len(last) for name in names}
     per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     rows = steps * per_step * trainer.args.world_size
-    return {
-        **metrics,
+    metrics |= {
         "optimizer_steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "rows_per_second": round(rows / seconds, 3),
-        "peak_memory_mib": round(peak_memory_mib(), 1),
     }
+    if peak := peak_memory_mib():
+        metrics["peak_memory_mib"] = round(peak, 1)
+    return metrics
