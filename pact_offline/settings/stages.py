@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import (
     Field,
+    field_validator,
 )
 
 from pact_offline.machine import default_dtype
@@ -200,6 +201,14 @@ class FinetuneSettings(ObjectiveSettings):
         description="Where targets come from: the cache, or the reference model kept in memory and "
         "run twice for every batch, as the published script does (slow; for proof).",
     )
+
+    @field_validator("lora_modules", "report_to")
+    @classmethod
+    def _without_blanks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        stripped = tuple(name.strip() for name in names)
+        if not all(stripped):
+            raise ValueError(f"expected names, found an empty one in {','.join(names)!r}")
+        return stripped
 
 
 class EvaluateSettings(Settings):
