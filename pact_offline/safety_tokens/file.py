@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,12 @@ class SafetyTokens:
     def weights(self) -> np.ndarray:
         """float32 [ids], at least 0."""
         return np.array([token.weight for token in self.tokens], dtype=np.float32)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the ids (little-endian int64), then the weights (float32); 64 hex digits."""
+        ids, weights = np.array(self.ids, dtype="<i8"), self.weights.astype("<f4")
+        return hashlib.sha256(ids.tobytes() + weights.tobytes()).hexdigest()
 
     def table(self) -> str:
         """The tokens for a person, the heaviest first; spaces are shown as a dot."""
