@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pact_offline.errors import InputError, MissingFileError, PactError
+from pact_offline.errors import InputError, MissingFileError, PactError, first_line
 
 
 @contextmanager
@@ -25,6 +25,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         InputError: the place cannot be written to.
     """
     path = Path(path)
+    require_file_place(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +37,23 @@ def written_aside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def require_file_place(path: Path) -> None:
+    """Refuse a place where no file can be written: a directory, or one below a file.
+
+    Raises:
+        InputError: it is such a place.
+    """
+    try:
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        is_taken = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written: {first_line(error)}") from None
+    if is_taken:
+        raise InputError(f"{path}: expected a file to write, found a directory")
+    if not above.is_dir():
+        raise InputError(f"{path}: expected a file to write, found {above} to be no directory")
 
 
 def to_disk(path: Path) -> None:
