@@ -12,7 +12,7 @@ import click
 from pydantic import BaseModel
 
 from pact_offline.errors import InputError
-from pact_offline.files import require_file_place, check_output_folder, read_yaml, status_of
+from pact_offline.files import check_output_folder, read_yaml, require_file_place, status_of
 from pact_offline.settings.parse import parse_settings
 
 S = TypeVar("S", bound=BaseModel)
