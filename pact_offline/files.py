@@ -26,7 +26,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         InputError: the place cannot be written to.
     """
     path = Path(path)
-    check_output_file(path)
+    require_file_place(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def _short(path: Path) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def check_output_file(path: Path) -> None:
+def require_file_place(path: Path) -> None:
     """Refuse a place where no file could be written in the end.
 
     Raises:

@@ -59,7 +59,12 @@ def bench_equality(
 
 
 @bench.command("cache")
-@click.option("--steps", type=int, default=10_000_000, help="Response steps of the store made.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=32, max=10**9),
+    default=10_000_000,
+    help="Response steps of the store made.",
+)
 @click.option("--targets", type=FILE, help="Targets stored as float32, to compare encodings on.")
 @click.option("--policy", type=FILE, help="Targets of another model for the same rows.")
 @click.option("--safety-tokens", type=FILE, help="safety_tokens.json from `pact-offline tokens`.")
@@ -89,7 +94,6 @@ def bench_cache(
 
     if len({targets is None, policy is None, safety_tokens is None}) == 2:
         raise click.UsageError("expected --targets, --policy and --safety-tokens, or none of them")
-    reading = [measure_reading("uint8", steps), measure_reading("float16", steps)]
     sizes = []
     if targets is not None and policy is not None and safety_tokens is not None:
         import torch
@@ -99,6 +103,7 @@ def bench_cache(
 
         weights = torch.from_numpy(SafetyTokens.load(safety_tokens).weights)
         sizes = measure_encodings(TargetCache.open(targets), TargetCache.open(policy), weights)
+    reading = [measure_reading("uint8", steps), measure_reading("float16", steps)]
     if as_json:
         found = {
             "reading": [asdict(one) for one in reading],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -87,10 +88,11 @@ def parse_part(
     """Read I/N, both from 1."""
     if value is None:
         return None
-    index, slash, count = value.partition("/")
-    if slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
-        return int(index), int(count)
-    raise click.BadParameter(f"expected I/N with 1 <= I <= N, found {value!r}")
+    if found := re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", value):
+        index, count = map(int, found.groups())
+        if 1 <= index <= count:
+            return index, count
+    raise click.BadParameter(f"expected I/N with 1 <= I <= N, found {value!r:.40}")
 
 
 @click.command()
