@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pact_offline.errors import InputError, TargetsMismatchError
 from pact_offline.files import read_json, write_json
+from pact_offline.made_from import MadeFrom
 from pact_offline.rows.chat import tokenizer_fingerprint
-
-if TYPE_CHECKING:
-    pass
-
 
 FORMAT_VERSION = 1
 
@@ -58,12 +55,14 @@ class SafetyTokens:
         tokenizer: fingerprint of the vocabulary the ids belong to.
         settings: how they were found.
         provenance: models, versions and time; does not determine values.
+        made_from: what they were found from; None for a hand-made list, or in an older file.
     """
 
     tokens: tuple[SafetyToken, ...]
     tokenizer: str
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    made_from: MadeFrom | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -99,6 +98,7 @@ class SafetyTokens:
                 "tokenizer": self.tokenizer,
                 "settings": self.settings,
                 "provenance": self.provenance,
+                "made_from": self.made_from and asdict(self.made_from),
                 "tokens": tokens,
             },
         )
@@ -128,8 +128,13 @@ class SafetyTokens:
                 )
                 for token in value["tokens"]
             )
+            made_from = value.get("made_from")
             result = cls(
-                tokens, value["tokenizer"], dict(value["settings"]), dict(value["provenance"])
+                tokens,
+                value["tokenizer"],
+                dict(value["settings"]),
+                dict(value["provenance"]),
+                MadeFrom(**made_from) if made_from else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
