@@ -770,6 +770,140 @@ def test_training_runs_where_peak_memory_cannot_be_told(
     assert "peak_memory_mib" not in json.loads(line)
 
 
+def facts_of(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "pact_offline.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--kl-weight", 0], "--kl-weight is 0 all along"),
+        (["--kl-weight", 0, "--kl-schedule", "cosine"], "--kl-weight is 0 all along"),
+        (
+            ["--first-weight", 0, "--first-steps", 67],
+            "--first-weight is 0 for the first 67 steps, and the longest response has 67",
+        ),
+        (["--kl-weight", 0, "--kl-schedule", "linear", "--kl-weight-end", 1], None),
+        (["--first-weight", 0, "--first-steps", 66], None),
+        ([], None),
+    ],
+)
+def test_a_run_whose_objective_does_nothing_says_so(
+    options: list[Any], reason: str | None, command: list[Any], tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    output = tmp_path / "adapter"
+    result = run(*command, *options, "--epochs", 1, "-o", output)
+    assert result.exit_code == 0, result.output
+    told = [line for line in result.stderr.splitlines() if "does nothing" in line]
+    card = (output / "README.md").read_text()
+    if reason is None:
+        assert not told
+        assert "Supervised fine-tuning with the PACT objective" in card
+    else:
+        assert len(told) == 1
+        assert told[0].startswith(
+            f"--objective pact does nothing, and this is plain fine-tuning: {reason}"
+        )
+        assert "Plain supervised fine-tuning: the objective pact was given and did nothing" in card
+    assert facts_of(output)["holds"] is (reason is None)
+
+
+def test_a_plain_run_holds_nothing_and_no_one_is_warned(
+    aligned: Path, rows_file: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    output = tmp_path / "adapter"
+    words = ["--model", aligned, "--rows", rows_file, "--objective", "none", "--epochs", 1]
+    result = run("finetune", *words, "-o", output)
+    assert "does nothing" not in result.stderr
+    assert facts_of(output)["holds"] is False
+
+
+def test_trained_parameters_and_adapted_modules_are_told(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Two layers of width 64: q_proj of 64 by 64, down_proj of 96 by 64, rank 8."""
+    output = tmp_path / "adapter"
+    result = run(*command, "--epochs", 1, "--lora-modules", "q_proj, down_proj", "-o", output)
+    assert result.exit_code == 0, result.output
+    trained = facts_of(output)["trained"]
+    assert trained["parameters"] == 2 * 8 * (64 + 64 + 96 + 64)
+    assert trained["modules"] == {"down_proj": 2, "q_proj": 2}
+    whole = sum(t.numel() for t in load_model(str(command[2]), "float32").parameters())
+    assert trained["share"] == pytest.approx(4608 / (whole + 4608))
+    share = f"trains 4,608 parameters, {trained['share']:.2%} of all"
+    assert f"{share}: adapters on down_proj (2), q_proj (2)" in result.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("q_proj,w_proj", "v_proj), or all-linear alone; found 'w_proj'"),
+        ("W_pack", "(down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj)"),
+        ("proj", "found 'proj'"),
+        ("q_proj,all-linear", "found 'all-linear'"),
+        ("q_proj,,v_proj", "lora_modules: expected names, found an empty one in 'q_proj,,v_proj'"),
+        (" ", "lora_modules: expected names, found an empty one in ' '"),
+    ],
+)
+def test_a_name_that_no_module_has_is_refused_before_a_model_is_loaded(
+    names: str, expected: str, command: list[Any], tmp_path: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pact_offline.training.policy.load_model", None)
+    assert expected in fails(*command, "--lora-modules", names, "-o", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_names_are_checked_again_in_the_loaded_model(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model cannot be made without its weights."""
+    monkeypatch.setattr("pact_offline.training.policy.AutoConfig", None)
+    line = fails(*command, "--lora-modules", "q_proj,w_proj", "-o", tmp_path / "adapter")
+    assert "found 'w_proj'" in line
+
+
+def test_a_name_of_left_out_layers_alone_is_refused(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    line = fails(*command, "--lora-first-layer", 2, "-o", tmp_path / "adapter")
+    assert "from layer 2 on (lm_head), or all-linear alone; found 'q_proj'" in line
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("as_given", "the last 2 of 12 rows are never trained: they fill no batch"),
+        ("by_length", "2 of 12 rows, drawn anew each time, are left out of each epoch"),
+    ],
+)
+def test_rows_that_fill_no_batch_and_cut_responses_are_counted(
+    order: str, expected: str, aligned: Path, rows_file: Path, tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    """Of 12 rows in batches of 5; the longest responses are those of four rows."""
+    output = tmp_path / "adapter"
+    lengths = [
+        len(e.ids) for e in tokenize(read_rows(rows_file), load_tokenizer(str(aligned)), 512)
+    ]
+    limit = sorted(lengths)[-4] - 1
+    result = run(
+        "finetune", "--model", aligned, "--rows", rows_file, "--objective", "none",
+        "--epochs", 1, "--batch-size", 5, "--row-order", order, "--max-tokens", limit, "-o", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"4 of 12 rows are cut at {limit} tokens (--max-tokens)" in result.stderr
+    assert expected in result.stderr
+    facts = facts_of(output)
+    assert (facts["rows"], facts["rows_cut"], facts["rows_left_out_per_epoch"]) == (12, 4, 2)
+    assert facts["metrics"]["optimizer_steps"] == 2
+    assert (
+        "on 12 rows, 4 of them with a cut response, 2 of them left out"
+        in (output / "README.md").read_text()
+    )
+
+
 def test_plain_finetuning_needs_no_targets(
     aligned: Path, rows_file: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
