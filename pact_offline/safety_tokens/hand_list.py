@@ -12,6 +12,7 @@ from pact_offline.provenance import provenance
 from pact_offline.rows.chat import load_tokenizer, tokenizer_fingerprint
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 
+
 def _only_token(word: Any, tokenizer: Any, place: str) -> int:
     """The id that a word or an id in a hand-made list stands for."""
     if isinstance(word, int) and not isinstance(word, bool):
