@@ -140,19 +140,22 @@ def score(
     from pact_offline.scoring.bind import bind
     from pact_offline.scoring.dataset import prepare
     from pact_offline.scoring.fill import fill
+    from pact_offline.scoring.job import ScoringJob
 
     if (output is None) == (part is None):
         raise click.UsageError("expected either --output or --part I/N")
     files = locate_model(model)
     dataset = prepare(files, rows, safety_tokens, cache, settings)
-    try:
-        summary = fill(dataset, files, settings, part or (1, 1))
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "interrupted; what was scored is in the cache, and the same command goes on from there"
-        ) from None
-    if output is not None:
-        bind(dataset, files, settings, output)
+    with ScoringJob(dataset, part) as job:
+        try:
+            summary = fill(job, files, settings)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted; what was scored is in the cache, and the same command goes on from "
+                "there"
+            ) from None
+        if output is not None:
+            bind(job, files, settings, output)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
     else:
