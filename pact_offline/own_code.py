@@ -11,8 +11,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pact_offline.errors import MissingFileError, SettingError, first_line
-from pact_offline.files import sha256_file
+from pact_offline.errors import SettingError, first_line
+from pact_offline.files import require_file, sha256_file
 
 Kind = Literal["objective", "judge", "rate"]
 
@@ -51,31 +51,28 @@ def content_of(kind: Kind, name: str) -> str | None:
     """What fixes a function: its file's SHA-256, or its package and version; None if it is ours.
 
     Raises:
-        MissingFileError: no such file.
+        MissingFileError, InputError: no such file.
     """
     if found := _in_file(name):
-        _require(found[0])
+        require_file(found[0])
         return sha256_file(found[0])
     point = _entry_point(kind, name)
     return None if point is None else f"{point.value} {getattr(point.dist, 'version', '')}".strip()
-
-
-def _require(file: Path) -> None:
-    if not file.is_file():
-        raise MissingFileError(f"{file}: no such file")
 
 
 def load(kind: Kind, name: str) -> Callable[..., Any]:
     """Import the function that a name stands for.
 
     Raises:
-        MissingFileError: no such file.
+        MissingFileError, InputError: no such file.
         SettingError: no such entry point or function, or its module cannot be imported.
     """
+    found = _in_file(name)
+    if found:
+        require_file(found[0])
     try:
-        if found := _in_file(name):
+        if found:
             file, function = found
-            _require(file)
             spec = importlib.util.spec_from_file_location(f"pact_offline_own_{file.stem}", file)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
@@ -84,8 +81,6 @@ def load(kind: Kind, name: str) -> Callable[..., Any]:
         else:
             point = _entry_point(kind, name)
             made = point.load() if point else None
-    except MissingFileError:
-        raise
     except Exception as error:  # whatever a user's module raises
         raise SettingError(
             f"--{kind} {name}: cannot be imported: {type(error).__name__}: {first_line(error)}"

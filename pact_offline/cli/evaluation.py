@@ -8,6 +8,12 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    FOLDER,
+    MODEL,
+    OUTPUT_FILE,
+    OUTPUT_FOLDER,
+    ROW_SOURCES,
+    ROWS,
     json_option,
     safety_tokens_option,
     settings_options,
@@ -19,27 +25,46 @@ from pact_offline.settings.stages import (
 
 @click.command()
 @click.option("--name", required=True, help="Name of the run in the report.")
-@click.option("--model", required=True, help="Model: hub id or path.")
-@click.option("--adapter", type=FILE, help="Adapter from `pact-offline finetune`.")
-@click.option("--harmful", type=FILE, required=True, help="Held-out harmful prompts.")
-@click.option("--borderline", type=FILE, required=True, help="Benign prompts that look harmful.")
-@click.option("--benign", type=FILE, required=True, help="Plain benign prompts.")
-@click.option("--task", type=FILE, required=True, help="Test rows of the task.")
+@click.option("--model", type=MODEL, required=True, help="Model: hub id or path.")
+@click.option(
+    "--adapter", type=FOLDER, help="Directory of an adapter, from `pact-offline finetune`."
+)
+@click.option(
+    "--harmful", type=ROWS, required=True, help=f"Held-out harmful prompts: {ROW_SOURCES}."
+)
+@click.option(
+    "--borderline", type=ROWS, required=True, help="Benign prompts that look harmful; likewise."
+)
+@click.option("--benign", type=ROWS, required=True, help="Plain benign prompts; likewise.")
+@click.option(
+    "--task",
+    type=ROWS,
+    required=True,
+    help="Test rows of the task, with their right responses; likewise.",
+)
 @safety_tokens_option
 @click.option(
-    "--reference", type=FILE, help="Evaluation of the reference; leave out for the reference."
+    "--reference",
+    type=FOLDER,
+    help="Directory of the reference's own evaluation (its -o); leave out for the reference.",
 )
-@click.option("-o", "--output", type=FILE, required=True, help="Directory of metrics.json.")
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT_FOLDER,
+    required=True,
+    help="Directory to write metrics.json into.",
+)
 @settings_options(EvaluateSettings)
 @json_option
 def evaluate(
     name: str,
     model: str,
     adapter: Path | None,
-    harmful: Path,
-    borderline: Path,
-    benign: Path,
-    task: Path,
+    harmful: str,
+    borderline: str,
+    benign: str,
+    task: str,
     safety_tokens: Path,
     reference: Path | None,
     output: Path,
@@ -78,11 +103,15 @@ def evaluate(
 
 @click.command()
 @click.argument("metrics", type=FILE, nargs=-1, required=True)
-@click.option("-o", "--output", type=FILE, required=True, help="report.html to write.")
+@click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="report.html to write.")
 @click.option("--title", default="PACT from a cache", help="Title of the page.")
-@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
-@click.option("--benchmarks", type=FILE, help="Directory of Snakemake benchmark files.")
-@click.option("--config-file", type=FILE, help="Workflow config to show.")
+@click.option("--safety-tokens", type=FILE, help="safety_tokens.json, to show on the page.")
+@click.option(
+    "--benchmarks",
+    type=FOLDER,
+    help="Directory of Snakemake benchmark files: time and memory of each stage.",
+)
+@click.option("--config-file", type=FILE, help="Workflow config to show on the page.")
 def report(
     metrics: tuple[Path, ...],
     output: Path,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pact_offline.evaluation.prompt_sets import (
     count_rates,
     read_prompts,
 )
-from pact_offline.files import read_json, read_text, write_json, written_aside
+from pact_offline.files import read_json, read_json_lines, write_json, written_aside
 from pact_offline.folders import RUN_FILE
 from pact_offline.models.load import load_model
 from pact_offline.provenance import provenance
@@ -44,7 +44,7 @@ def evaluate(
     name: str,
     model_name: str,
     adapter: Path | None,
-    prompts_paths: dict[PromptSet, Path],
+    prompts_paths: Mapping[PromptSet, str | Path],
     tokens_path: Path,
     output: Path,
     settings: EvaluateSettings,
@@ -145,7 +145,7 @@ class _Reference:
 
 def _read_reference(folder: Path) -> _Reference:
     try:
-        lines = [json.loads(line) for line in read_text(folder / "answers.jsonl").splitlines()]
+        lines = [value for _, value in read_json_lines(folder / "answers.jsonl")]
         values = read_json(folder / "confidences.json")
         answers = [line["answer"] for line in lines if line["prompts"] == "harmful"]
         return _Reference(answers, np.array(values["mean_probability"], dtype=np.float64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -42,7 +42,7 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def read_prompts(paths: dict[PromptSet, Path]) -> dict[PromptSet, list[Row]]:
+def read_prompts(paths: Mapping[PromptSet, str | Path]) -> dict[PromptSet, list[Row]]:
     """The rows of every prompt set; only the task's need responses."""
     return {name: read_rows(path, needs_response=name == "task") for name, path in paths.items()}
 

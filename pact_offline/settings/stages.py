@@ -113,10 +113,11 @@ class ObjectiveSettings(Settings):
         1.0, ge=0, description="Factor on the regulariser at the first first_steps response steps."
     )
     safety_weights: bool = Field(
-        True, description="Safety tokens count by their weights; false: all of them alike."
+        True, description="Safety tokens count by their weights, or all of them alike."
     )
     gate: bool = Field(
-        True, description="pact: mix the response-only context in by the gate; false: full only."
+        True,
+        description="pact: mix the response-only context in by the gate, or read the full one.",
     )
     temperature: float = Field(2.0, gt=0, description="pact: softmax temperature T.")
     alpha: float = Field(2.0, description="pact: slope of the gate.")
@@ -140,7 +141,9 @@ class FinetuneSettings(ObjectiveSettings):
     lora_alpha: float = Field(32, gt=0, description="LoRA alpha.")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
     lora_modules: tuple[str, ...] = Field(
-        ("q_proj", "v_proj"), min_length=1, description="Modules that get an adapter."
+        ("q_proj", "v_proj"),
+        min_length=1,
+        description="Modules that get an adapter, by the ends of their names; or all-linear.",
     )
     lora_first_layer: int = Field(
         0, ge=0, description="Layers before this one get none; nothing is propagated through them."
