@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pact_offline.errors import SettingError
+from pact_offline.objectives.checked import checked
 from pact_offline.objectives.confidence import confidence
 from pact_offline.objectives.pact import pact
 from pact_offline.own_code import installed_names, is_own, load
@@ -59,7 +60,7 @@ def objective_named(name: str) -> Objective | None:
     wants = {
         need: bool(getattr(function, need, False)) for need in ("needs_response_only", "needs_rest")
     }
-    OBJECTIVES[name] = Objective(function, **wants)
+    OBJECTIVES[name] = Objective(checked(name, function), **wants)
     return OBJECTIVES[name]
 
 
