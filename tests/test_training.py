@@ -18,7 +18,7 @@ import torch
 from click.testing import Result
 from conftest import write_rows
 from safetensors.numpy import load_file
-from transformers import TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, Interrupted
@@ -28,6 +28,7 @@ from pact_offline.models.locate import locate_model
 from pact_offline.objectives.registry import OBJECTIVES
 from pact_offline.rows.chat import load_tokenizer, tokenize
 from pact_offline.rows.read import read_rows
+from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.checkpoints import fingerprint
 from pact_offline.training.collator import PassCollator, ResponseCollator
@@ -358,12 +359,40 @@ def test_the_same_seed_gives_the_same_adapter(
         np.testing.assert_array_equal(one[name], two[name])
 
 
-def test_full_finetuning_writes_a_model(
-    command: list[Any], tmp_path: Path, run: Callable[..., Result]
-) -> None:
-    result = run(*command, "-o", tmp_path / "model", "--method", "full", "--epochs", 1)
+def test_full_finetuning_writes_the_model_that_the_same_steps_by_hand_give(
+    command: list[Any], tmp_path: Path, aligned: Path, rows_file: Path, targets: Path,
+    tokens_file: Path, run: Callable[..., Result],
+) -> None:  # fmt: skip
+    """Three steps of four rows in plain PyTorch, with the reference in memory."""
+    result = run(
+        *command, "-o", tmp_path / "model", "--method", "full", "--epochs", 1,
+        "--row-order", "as_given", "--kl-weight", 2,
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
-    load_model(str(tmp_path / "model"), "float32")
+    settings = FinetuneSettings(kl_weight=2)
+    examples = tokenize(read_rows(rows_file), load_tokenizer(str(aligned)), 512)
+    cache, weights = TargetCache.open(targets), SafetyTokens.load(tokens_file).weights
+    policy, untrained = (load_model(str(aligned), "float32") for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
+    for first in range(0, 12, 4):
+        loss = loss_by_hand(
+            policy, untrained, examples[first : first + 4], cache, torch.tensor(weights), settings
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = load_model(str(tmp_path / "model"), "float32")
+    start, by_hand = dict(untrained.named_parameters()), dict(policy.named_parameters())
+    for name, ours in trained.named_parameters():
+        moved = (by_hand[name] - start[name]).norm()
+        assert moved > 0, name
+        assert (ours - by_hand[name]).norm() < 0.01 * moved, name
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        one, other, before = (model(ids).logits for model in (trained, policy, untrained))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert (one - before).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("objective", ["pact", "confidence"])
@@ -902,14 +931,40 @@ def test_rows_that_fill_no_batch_and_cut_responses_are_counted(
     )
 
 
-def test_plain_finetuning_needs_no_targets(
+def test_plain_finetuning_needs_no_targets_and_is_what_the_trainer_of_transformers_does(
     aligned: Path, rows_file: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
+    """Cross-entropy by hand, and their loss of the same batch; then it falls."""
     result = run(
         "finetune", "--model", aligned, "--rows", rows_file, "--objective", "none",
-        "--epochs", 1, "-o", tmp_path / "adapter",
+        "--epochs", 4, "--batch-size", 12, "--dtype", "float32", "--lora-dropout", 0,
+        "--learning-rate", "1e-2", "-o", tmp_path / "adapter",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    lines = (tmp_path / "adapter" / "training.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    tokenizer, model = load_tokenizer(str(aligned)), load_model(str(aligned), "float32")
+    examples = tokenize(read_rows(rows_file), tokenizer, 512)
+    total, rows = 0.0, []
+    for example in examples:
+        ids, start = torch.tensor(example.ids[None]).long(), example.response_start
+        with torch.no_grad():
+            logits = model(ids).logits[0, start - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum").item()
+        labels = [*[-100] * start, *example.ids[start:].tolist()]
+        rows.append({"input_ids": example.ids.tolist(), "labels": labels})
+    by_hand = total / sum(example.steps for example in examples)
+    arguments = TrainingArguments(
+        tmp_path / "theirs", max_steps=1, per_device_train_batch_size=12, logging_steps=1,
+        report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    theirs = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+    theirs.train()
+    assert losses[0] == pytest.approx(by_hand, rel=1e-5)
+    assert losses[0] == pytest.approx(theirs.state.log_history[0]["loss"], rel=1e-4)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_a_diverging_run_stops_with_words(
