@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pact_offline.errors import SettingError
+from pact_offline.objectives.checked import checked
 from pact_offline.objectives.confidence import confidence
 from pact_offline.objectives.pact import pact
 from pact_offline.own_code import installed_names, is_own, load
@@ -62,7 +63,7 @@ def objective_named(name: str) -> Objective | None:
     wants = {
         need: bool(getattr(function, need, False)) for need in ("needs_response_only", "needs_rest")
     }
-    return _own.setdefault(name, Objective(function, **wants))
+    return _own.setdefault(name, Objective(checked(name, function), **wants))
 
 
 def weights_in_use(weights: Tensor, settings: ObjectiveSettings) -> Tensor:

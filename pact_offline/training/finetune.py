@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, SettingError
 from pact_offline.files import write_json
-from pact_offline.folders import RUN_FILE, output_aside, scratch_folder
+from pact_offline.folders import RUN_FILE, output_aside, require_place, scratch_folder
 from pact_offline.models.cpu_dropout import use_fast_dropout
 from pact_offline.models.load import default_device, load_model, require_compiler
 from pact_offline.models.locate import ModelFiles
@@ -81,6 +81,7 @@ def finetune(
     Raises:
         Interrupted: says what is kept.
     """
+    require_place(output)
     _check_report_to(settings)
     objective_named(settings.objective)
     own_content = content_of("objective", settings.objective)
@@ -265,7 +266,7 @@ def train(
     scratch.mkdir(parents=True, exist_ok=True)
     arguments = training_arguments(settings, scratch, output.name if output else None)
     resumed = checkpoints.latest() if checkpoints else None
-    journal = scratch / STEP_LOG
+    journal = Journal(scratch / STEP_LOG)
     trainer = PactTrainer(
         policy,
         arguments,
@@ -276,18 +277,21 @@ def train(
         targets=targets,
         weights=weights,
         pass_tokens=settings.pass_tokens or _default_pass_tokens(),
-        callbacks=[Journal(journal), *([EpochOrder(resumed)] if checkpoints else [])],
+        callbacks=[journal, *([EpochOrder(resumed)] if checkpoints else [])],
     )
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and output:
             callback.logging_dir = str(output.parent / "tensorboard" / output.name)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finally:
+        journal.close()
     seconds = time.monotonic() - started
     before = step_of(resumed) if resumed else 0
     if trainer.is_world_process_zero():
-        shutil.copy(journal, folder / STEP_LOG)
+        shutil.copy(scratch / STEP_LOG, folder / STEP_LOG)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return trainer, _final_metrics(trainer, trainer.state.global_step - before, seconds)
 
