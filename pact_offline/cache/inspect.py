@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from pact_offline.cache.bindings import usages
 from pact_offline.cache.format import SIDECAR, is_committed, shard_folder, shard_ids
 from pact_offline.cache.identity import IDENTITY_FILE, Identity, read_identity
+from pact_offline.cache.leases import marked
 from pact_offline.cache.shard import Shard
-from pact_offline.cache.storage import join, open_storage
+from pact_offline.cache.storage import Storage, join, open_storage
 from pact_offline.cache.targets import Binding, TargetCache
 from pact_offline.errors import DamagedError, MissingFileError, StoreError
 
@@ -89,19 +90,26 @@ def verify_store(place: str) -> Verified:
     good, contexts, bad = 0, 0, {}
     for name in shard_ids(storage):
         try:
-            shard = Shard(storage, name, identity)
-            shard.verify()
-        except (StoreError, FileNotFoundError) as error:
-            if not is_committed(storage, name):
-                continue  # removed meanwhile
-            if not isinstance(error, DamagedError):
-                raise
+            found = _whole_contexts(storage, name, identity)
+        except DamagedError as error:
             bad[name] = str(error)
         else:
-            good, contexts = good + 1, contexts + shard.sidecar.contexts
-        finally:
-            storage.release(shard_folder(name))
+            good, contexts = good + (found > 0), contexts + found
     return Verified(good, contexts, bad)
+
+
+def _whole_contexts(storage: Storage, shard_id: str, identity: Identity) -> int:
+    """The number of a shard's contexts, every byte checked; 0 where it was removed meanwhile."""
+    try:
+        shard = Shard(storage, shard_id, identity)
+        shard.verify()
+    except (StoreError, FileNotFoundError):
+        if is_committed(storage, shard_id):
+            raise
+        return 0
+    finally:
+        storage.release(shard_folder(shard_id))
+    return shard.sidecar.contexts
 
 
 def _is_named_by(place: str, identity: Identity) -> bool:
@@ -112,11 +120,17 @@ def _is_named_by(place: str, identity: Identity) -> bool:
 def drop_shards(place: str, shards: list[str]) -> None:
     """Remove shards that are not whole; the next `score` fills the gap.
 
-    Running jobs keep no damaged shard: a binding that would need one is refused instead.
+    Each is checked once more. Running jobs keep no damaged shard: a binding that would need one is
+    refused instead.
     """
     storage = open_storage(place)
-    for name in shards:
-        storage.remove(shard_folder(name), first=SIDECAR)
+    identity = read_identity(storage)
+    with marked(storage, shards, "cache verify --repair"):
+        for name in shards:
+            try:
+                _whole_contexts(storage, name, identity)
+            except DamagedError:
+                storage.remove(shard_folder(name), first=SIDECAR)
 
 
 def verify_targets(path: Path) -> Verified:

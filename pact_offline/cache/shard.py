@@ -205,26 +205,27 @@ class Shard:
         return chunks
 
     def require_files(self) -> None:
-        """Look that every array file is there, the chunks as long as they were; read no byte.
+        """Look that every file is there, the chunks as long as they were; read no byte.
 
         Raises:
             DamagedError: one is not.
         """
+        sizes = {}
         for name, dtype in array_dtypes(self._identity.stored_dtype).items():
             columns = len(self._identity.safety_ids) if name == "log_confidence" else 2
-            expected = self.sidecar.steps * columns * dtype.itemsize
-            metadata, chunk = array_files(self._identity.stored_dtype)[name]
-            for file in (metadata, chunk):
-                place = f"{self._folder}/{file}"
-                if not self._storage.has(place):
-                    raise DamagedError(
-                        f"{self.place}/{file}: expected a file, found none; {_MENDED_BY}"
-                    )
-                if file == chunk and (found := self._storage.size(place)) != expected:
-                    raise DamagedError(
-                        f"{self.place}/{file}: expected {expected} bytes, found {found}; "
-                        f"{_MENDED_BY}"
-                    )
+            chunk = array_files(self._identity.stored_dtype)[name][1]
+            sizes[chunk] = self.sidecar.steps * columns * dtype.itemsize
+        for name in data_files(self._identity.stored_dtype):
+            place = f"{self._folder}/{name}"
+            if not self._storage.has(place):
+                raise DamagedError(
+                    f"{self.place}/{name}: expected a file, found none; {_MENDED_BY}"
+                )
+            if name in sizes and (found := self._storage.size(place)) != sizes[name]:
+                raise DamagedError(
+                    f"{self.place}/{name}: expected {sizes[name]} bytes, found {found}; "
+                    f"{_MENDED_BY}"
+                )
 
     def _verified(self, name: str) -> Path:
         path = self._storage.local(self._folder, (name,)) / name

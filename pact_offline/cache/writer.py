@@ -125,7 +125,15 @@ class StoreWriter:
                 if not is_committed(self._storage, shard_id):
                     raise
             else:
+                self._require_kept(shard_id)
                 return shard_id
+
+    def _require_kept(self, shard_id: str) -> None:
+        """Look that nobody took this writer for dead, and its files for leftovers."""
+        is_marked = shard_id in marked_shards(self._storage)
+        if is_marked or not is_committed(self._storage, shard_id):
+            raise StoreError("it was removed meanwhile, as by `pact-offline cache gc`")
+        Shard(self._storage, shard_id, self._identity).require_files()
 
     def _is_whole(self, shard_id: str) -> bool:
         try:
