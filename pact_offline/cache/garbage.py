@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pact_offline.cache.bindings import usages
 from pact_offline.cache.format import SHARDS, SIDECAR, is_shard_id, shard_folder, shard_ids
-from pact_offline.cache.storage import Storage
+from pact_offline.cache.storage import OPEN, Storage
 
 
 class Garbage(NamedTuple):
@@ -33,7 +33,7 @@ def find_garbage(storage: Storage, *, forget_missing: bool, older_than: float) -
     whole = shard_ids(storage)
     unused = [shard for shard in whole if shard not in needed]
     leftovers = [shard_folder(name) for name in storage.names(SHARDS) if name not in whole]
-    leftovers += [f"open/{name}" for name in storage.names("open")]
+    leftovers += [f"{OPEN}/{name}" for name in storage.names(OPEN)]
     leftovers = [name for name in leftovers if is_shard_id(name.rpartition("/")[2])]
     shards = [shard for shard in unused if storage.age(shard_folder(shard)) >= older_than]
     leftovers = [name for name in leftovers if storage.age(name) >= older_than]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from pact_offline.cache.format import SIDECAR, shard_folder
-from pact_offline.cache.identity import IDENTITY_FILE, Identity, read_identity
-from pact_offline.cache.shard import write_shard
+from pact_offline.cache.format import IDENTITY_FILE, SIDECAR, shard_folder
+from pact_offline.cache.identity import Identity, read_identity
+from pact_offline.cache.shard import shard_files
 from pact_offline.cache.storage import open_storage
 from pact_offline.errors import ScoringError, StoreError
 from pact_offline.rows.contexts import Context
@@ -75,30 +74,17 @@ class StoreWriter:
             return
         keys, kinds, values = self._keys, self._kinds, self._values
         self._keys, self._kinds, self._values, self._steps = [], [], [], 0
-        folder = None
         try:
-            folder = self._storage.aside()
-            shard_id = write_shard(
-                folder,
-                keys,
-                kinds,
-                values,
-                identity=self._identity,
-                provenance=self._provenance,
+            shard_id, files = shard_files(
+                keys, kinds, values, identity=self._identity, provenance=self._provenance
             )
-            self._storage.commit(folder, shard_folder(shard_id), last=SIDECAR)
+            self._storage.commit(shard_folder(shard_id), files, last=SIDECAR)
         except (OSError, StoreError) as error:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
             raise StoreError(
                 f"{self._storage.url}: shard not written: {reason}; what was committed before is "
                 "safe, and the same command goes on from there"
             ) from None
-        except BaseException:  # Ctrl-C in the middle
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
         self.shards.append(shard_id)
 
     def __enter__(self) -> StoreWriter:

@@ -10,11 +10,13 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    cache_option,
     json_option,
     rows_option,
     safety_tokens_option,
     settings_options,
 )
+from pact_offline.errors import StoreError
 from pact_offline.settings.stages import AuditSettings
 
 
@@ -38,6 +40,9 @@ def cache_ls(directory: str, as_json: bool) -> None:
         click.echo(json.dumps(stores))
         return
     for store in stores:
+        if "error" in store:
+            click.echo(f"{store['name']}  {store['error']}")
+            continue
         click.echo(
             f"{store['name']}  {store['shards']} shards, {store['contexts']} contexts, "
             f"{store['steps']} steps, {store['bytes'] / 2**20:.1f} MiB  ({store['model']}; "
@@ -46,12 +51,15 @@ def cache_ls(directory: str, as_json: bool) -> None:
         for usage in store["used_by"]:
             gone = "  (gone)" if usage["missing"] else ""
             click.echo(f"  used by {usage['targets']}, {usage['rows']} rows{gone}")
+        for line in store["strays"]:
+            click.echo(f"  {line}")
 
 
 @cache.command("show")
 @click.argument("targets", type=FILE)
 @click.argument("row", type=int)
 @safety_tokens_option
+@cache_option
 @click.option("--rows", type=str, multiple=True, help="Row files, to show the response's tokens.")
 @click.option("--model", help="The model whose tokenizer reads them.")
 @click.option("--columns", type=int, default=8, help="Safety tokens to show, the likeliest.")
@@ -59,6 +67,7 @@ def cache_show(
     targets: Path,
     row: int,
     safety_tokens: Path,
+    cache: str | None,
     rows: tuple[str, ...],
     model: str | None,
     columns: int,
@@ -74,7 +83,7 @@ def cache_show(
 
     if bool(rows) != bool(model):
         raise click.UsageError("expected both --rows and --model, or neither")
-    opened = TargetCache.open(targets)
+    opened = TargetCache.open(targets, cache=cache)
     tokens = SafetyTokens.load(safety_tokens)
     opened.check_safety_ids(tokens.ids, str(safety_tokens))
     response: list[str] = []
@@ -95,7 +104,8 @@ def cache_show(
 @cache.command("verify")
 @click.argument("path")
 @click.option("--repair", is_flag=True, help="Drop the shards of a store that are not whole.")
-def cache_verify(path: str, repair: bool) -> None:
+@cache_option
+def cache_verify(path: str, repair: bool, cache: str | None) -> None:
     """Check every byte.
 
     Of a store, of all stores in a directory, or of what a targets.json needs.
@@ -109,15 +119,22 @@ def cache_verify(path: str, repair: bool) -> None:
     if "://" not in path and Path(path).is_file():
         if repair:
             raise click.UsageError("--repair: expected a store or a directory of stores")
-        found = verify_targets(Path(path))
+        found = verify_targets(Path(path), cache)
         click.echo(f"{path}: {found.shards} shards with {found.contexts} contexts are whole")
         return
     is_whole = True
     for place in require_stores(path):
-        found = verify_store(place)
+        try:
+            found = verify_store(place)
+        except StoreError as error:
+            if place == path:
+                raise
+            click.echo(str(error))
+            is_whole = False
+            continue
         click.echo(f"{place}: {found.shards} shards with {found.contexts} contexts are whole")
-        for reason in found.bad.values():
-            click.echo(reason)
+        for line in (*found.bad.values(), *found.strays):
+            click.echo(line)
         if found.bad and repair:
             drop_shards(place, list(found.bad))
             click.echo(
@@ -133,6 +150,7 @@ def cache_verify(path: str, repair: bool) -> None:
 @click.option("--model", required=True, help="The model that was scored.")
 @rows_option
 @safety_tokens_option
+@cache_option
 @settings_options(AuditSettings)
 @json_option
 def cache_audit(
@@ -140,6 +158,7 @@ def cache_audit(
     model: str,
     rows: tuple[str, ...],
     safety_tokens: Path,
+    cache: str | None,
     as_json: bool,
     settings: AuditSettings,
 ) -> None:
@@ -154,7 +173,7 @@ def cache_audit(
     from pact_offline.models.locate import locate_model
     from pact_offline.scoring.audit import audit
 
-    found = audit(locate_model(model), rows, targets, safety_tokens, settings)
+    found = audit(locate_model(model), rows, targets, safety_tokens, settings, cache=cache)
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:
@@ -189,6 +208,7 @@ def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool)
 
     Example: pact-offline cache gc cache
     """
+    from pact_offline.cache.format import strays
     from pact_offline.cache.garbage import find_garbage, remove_garbage
     from pact_offline.cache.inspect import store_places
     from pact_offline.cache.storage import open_storage
@@ -196,7 +216,17 @@ def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool)
     found = {}
     for place in store_places(directory):
         storage = open_storage(place)
-        garbage = find_garbage(storage, forget_missing=forget_missing, older_than=3600 * older_than)
+        try:
+            garbage = find_garbage(
+                storage, forget_missing=forget_missing, older_than=3600 * older_than
+            )
+        except StoreError as error:
+            if place == directory:
+                raise
+            click.echo(str(error), err=True)
+            continue
+        for line in strays(storage):
+            click.echo(line, err=True)
         if garbage.shards or garbage.records or garbage.leftovers:
             found[place] = (storage, garbage)
             click.echo(

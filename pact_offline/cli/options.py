@@ -25,6 +25,10 @@ rows_option = click.option(
 safety_tokens_option = click.option(
     "--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`."
 )
+cache_option = click.option(
+    "--cache",
+    help="Cache of the targets; needed where it is a URL, which a file alone never opens.",
+)
 
 
 def _option_type(annotation: Any) -> Any:

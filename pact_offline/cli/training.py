@@ -9,6 +9,7 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    cache_option,
     json_option,
     rows_option,
     settings_options,
@@ -24,6 +25,7 @@ from pact_offline.settings.stages import (
 @rows_option
 @click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
 @click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
+@cache_option
 @click.option("-o", "--output", type=FILE, required=True, help="Directory of the adapter.")
 @settings_options(FinetuneSettings)
 @json_option
@@ -32,6 +34,7 @@ def finetune(
     rows: tuple[str, ...],
     targets: Path | None,
     safety_tokens: Path | None,
+    cache: str | None,
     output: Path,
     as_json: bool,
     settings: FinetuneSettings,
@@ -54,6 +57,7 @@ def finetune(
         settings,
         targets_path=targets,
         tokens_path=safety_tokens,
+        cache_place=cache,
     )
     if not is_first_process():
         return

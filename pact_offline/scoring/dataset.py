@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pact_offline.cache.format import join_pair, split_pair
-from pact_offline.cache.identity import IDENTITY_FILE, Identity, store_path
+from pact_offline.cache.format import IDENTITY_FILE, join_pair, split_pair
+from pact_offline.cache.identity import Identity, store_path
 from pact_offline.cache.storage import open_storage
 from pact_offline.cache.store import Store
 from pact_offline.models.locate import ModelFiles

@@ -6,6 +6,8 @@ import logging
 from contextlib import closing
 from dataclasses import dataclass
 
+from pact_offline.cache.format import strays
+from pact_offline.cache.storage import open_storage
 from pact_offline.cache.writer import StoreWriter
 from pact_offline.errors import MissingTargetError
 from pact_offline.models.locate import ModelFiles
@@ -43,6 +45,8 @@ def fill(
         settings: dtype, batch and memory.
         part: (i, n) scores the i-th of n parts, split by context key.
     """
+    for line in strays(open_storage(dataset.store)):
+        log.warning(line)
     known = known_keys(dataset)
     index, count = part
     wanted = [k for k in dataset.keys if k not in known and int(k, 16) % count == index - 1]

@@ -49,10 +49,12 @@ def finetune(
     *,
     targets_path: Path | None = None,
     tokens_path: Path | None = None,
+    cache_place: str | None = None,
 ) -> dict[str, Any]:
     """Train a policy and write it, whole or not at all, to `output`.
 
-    Everything that can be refused is refused before any weight is loaded.
+    Everything that can be refused is refused before any weight is loaded. `cache_place` is the
+    `cache` of `TargetCache.open`.
 
     Returns:
         what is written to `pact_offline.json`: settings, targets hash, metrics and provenance.
@@ -71,7 +73,7 @@ def finetune(
             f"every process), found {len(examples)}"
         )
     tokens = _load_safety_tokens(tokens_path, tokenizer, settings)
-    cache = _open_cache(targets_path, settings)
+    cache = _open_cache(targets_path, cache_place, settings)
     if cache is not None and tokens is not None:
         cache.check_model(model)
         cache.check_safety_ids(tokens.ids, str(tokens_path))
@@ -144,7 +146,9 @@ def _load_safety_tokens(
     return tokens
 
 
-def _open_cache(path: Path | None, settings: FinetuneSettings) -> TargetCache | None:
+def _open_cache(
+    path: Path | None, place: str | None, settings: FinetuneSettings
+) -> TargetCache | None:
     if settings.objective == "none":
         return None
     if settings.reference == "live":
@@ -156,7 +160,7 @@ def _open_cache(path: Path | None, settings: FinetuneSettings) -> TargetCache | 
             f"--objective {settings.objective}: expected --targets, found none; only "
             "--objective none and --reference live train without them"
         )
-    return TargetCache.open(path, verify_all=True)
+    return TargetCache.open(path, verify_all=True, cache=place)
 
 
 def train(
