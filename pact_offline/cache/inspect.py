@@ -132,7 +132,10 @@ def _is_named_by(place: str, identity: Identity) -> bool:
 
 
 def drop_shards(place: str, shards: list[str]) -> None:
-    """Remove shards that are not whole; the next `score` fills the gap."""
+    """Remove shards that are not whole; the next `score` fills the gap.
+
+    Running jobs keep no damaged shard: a binding that would need one is refused instead.
+    """
     storage = open_storage(place)
     for name in shards:
         storage.remove(shard_folder(name), first=SIDECAR)

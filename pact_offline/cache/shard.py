@@ -40,7 +40,7 @@ from pact_offline.cache.format import (
 from pact_offline.cache.identity import Identity
 from pact_offline.cache.storage import Storage
 from pact_offline.errors import DamagedError, StoreError
-from pact_offline.files import sha256_file
+from pact_offline.files import parse_json, sha256_file
 
 _MAX_SIDECAR = 1 << 20
 _MENDED_BY = (
@@ -207,6 +207,28 @@ class Shard:
             )
         return chunks
 
+    def require_files(self) -> None:
+        """Look that every array file is there, the chunks as long as they were; read no byte.
+
+        Raises:
+            DamagedError: one is not.
+        """
+        ids, files = len(self._identity.safety_ids), array_files(self._identity.stored_dtype)
+        for name, record in step_records(self._identity.stored_dtype, ids).items():
+            expected = self.sidecar.steps * record.itemsize
+            metadata, chunk = files[name]
+            for file in (metadata, chunk):
+                place = f"{self._folder}/{file}"
+                if not self._storage.has(place):
+                    raise DamagedError(
+                        f"{self.place}/{file}: expected a file, found none; {_MENDED_BY}"
+                    )
+                if file == chunk and (found := self._storage.size(place)) != expected:
+                    raise DamagedError(
+                        f"{self.place}/{file}: expected {expected} bytes, found {found}; "
+                        f"{_MENDED_BY}"
+                    )
+
     def _verified(self, name: str) -> Path:
         path = self._storage.local(self._folder, (name,)) / name
         expected = self.sidecar.files[name]
@@ -230,15 +252,16 @@ def unless_removed(storage: Storage, shard_id: str) -> Iterator[None]:
     """Pass over damage of a shard that another process has removed meanwhile."""
     try:
         yield
-    except DamagedError:
+    except (StoreError, FileNotFoundError):
         if is_committed(storage, shard_id):
             raise
 
 
 def _parse_sidecar(data: bytes, source: str) -> Sidecar:
+    value = parse_json(data, source, DamagedError)
     try:
-        sidecar = Sidecar(**json.loads(data))
-    except (ValueError, TypeError, RecursionError) as error:
+        sidecar = Sidecar(**value)
+    except TypeError as error:
         raise DamagedError(f"{source}: expected a shard's sidecar, found: {error}") from None
     counts = (sidecar.contexts, sidecar.steps)
     right = (

@@ -11,7 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.util import Finalize
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from pact_offline.errors import DamagedError, StoreError
 from pact_offline.files import read_from_disk, to_disk, written_aside
 
-OPEN = "open"  # on a disk: folders in the making
+OPEN = "open"  # on a disk: folders in the making, or being removed
 
 
 class Storage(Protocol):
@@ -64,7 +64,7 @@ class Storage(Protocol):
         ...
 
     def remove(self, name: str, first: str) -> None:
-        """Remove a folder, its file `first` before all others."""
+        """Remove a folder, if it is still there; its file `first` before all others."""
         ...
 
     def remove_file(self, name: str) -> None:
@@ -161,8 +161,12 @@ class LocalStorage:
             if path.is_symlink():
                 path.unlink()  # the link itself, not what it points to
                 return
-            (path / first).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            # At once, so that nobody finds half of it, and only for one of those who try.
+            aside = self._inside(OPEN) / uuid.uuid4().hex
+            aside.parent.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def remove_file(self, name: str) -> None:
         path = self._inside(name)
@@ -269,7 +273,7 @@ class RemoteStorage:
     def remove(self, name: str, first: str) -> None:
         with _failures(f"{self.url}/{name}"):
             self.remove_file(f"{name}/{first}")
-            if self._fs.exists(self._at(name)):
+            with suppress(FileNotFoundError):
                 self._fs.rm(self._at(name), recursive=True)
 
     def remove_file(self, name: str) -> None:

@@ -139,7 +139,7 @@ class TargetCache:
         """
         path = Path(path)
         binding = Binding.load(path)
-        place = _followed(binding.store, path, cache)
+        place = store_place(binding.store, path, cache)
         storage = open_storage(place)
         for shard in binding.shards:
             if not is_committed(storage, shard):
@@ -201,8 +201,12 @@ class TargetCache:
                 )
 
 
-def _followed(store: str, path: Path, cache: str | Path | None) -> str:
-    """The place of a store that a file names: on a disk, or in a cache that the user named."""
+def store_place(store: str, path: Path, cache: str | Path | None) -> str:
+    """The place of the store that a targets.json names: on a disk, or in a cache the user named.
+
+    Raises:
+        StoreError: a URL elsewhere.
+    """
     if is_local(store):
         return store if "://" in store else str(path.resolve().parent / store)
     allowed = "" if cache is None else str(cache).rstrip("/")

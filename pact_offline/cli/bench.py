@@ -9,6 +9,7 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    MODEL,
     cache_option,
     json_option,
     rows_option,
@@ -24,7 +25,9 @@ def bench() -> None:
 
 
 @bench.command("equality")
-@click.option("--model", required=True, help="Reference, and model to fine-tune.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Reference, and model to fine-tune: hub id or path."
+)
 @rows_option
 @click.option(
     "--targets", type=FILE, multiple=True, required=True, help="targets.json; may be repeated."
@@ -59,10 +62,15 @@ def bench_equality(
 
 
 @bench.command("cache")
-@click.option("--steps", type=int, default=10_000_000, help="Response steps of the store made.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=32, max=10**9),
+    default=10_000_000,
+    help="Response steps of the store made.",
+)
 @click.option("--targets", type=FILE, help="Targets stored as float32, to compare encodings on.")
 @click.option("--policy", type=FILE, help="Targets of another model for the same rows.")
-@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
+@click.option("--safety-tokens", type=FILE, help="safety_tokens.json from `pact-offline tokens`.")
 @cache_option
 @json_option
 def bench_cache(
@@ -91,7 +99,6 @@ def bench_cache(
 
     if len({targets is None, policy is None, safety_tokens is None}) == 2:
         raise click.UsageError("expected --targets, --policy and --safety-tokens, or none of them")
-    reading = [measure_reading("uint8", steps), measure_reading("float16", steps)]
     sizes = []
     if targets is not None and policy is not None and safety_tokens is not None:
         import torch
@@ -102,6 +109,7 @@ def bench_cache(
         weights = torch.from_numpy(SafetyTokens.load(safety_tokens).weights)
         opened, ours = (TargetCache.open(path, cache=cache) for path in (targets, policy))
         sizes = measure_encodings(opened, ours, weights)
+    reading = [measure_reading("uint8", steps), measure_reading("float16", steps)]
     if as_json:
         found = {
             "reading": [asdict(one) for one in reading],
@@ -115,7 +123,9 @@ def bench_cache(
 
 
 @bench.command("train")
-@click.option("--model", required=True, help="Reference, and model to fine-tune.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Reference, and model to fine-tune: hub id or path."
+)
 @rows_option
 @click.option("--targets", type=FILE, required=True, help="targets.json of these rows.")
 @safety_tokens_option
@@ -169,7 +179,7 @@ def bench_train(
 
 
 @bench.command("score")
-@click.option("--model", required=True, help="Reference model: hub id or path.")
+@click.option("--model", type=MODEL, required=True, help="Reference model: hub id or path.")
 @rows_option
 @safety_tokens_option
 @settings_options(ScoreSettings)

@@ -10,6 +10,10 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    MODEL,
+    ROW_SOURCES,
+    ROWS,
+    STORES,
     cache_option,
     json_option,
     rows_option,
@@ -26,7 +30,7 @@ def cache() -> None:
 
 
 @cache.command("ls")
-@click.argument("directory")
+@click.argument("directory", type=STORES)
 @json_option
 def cache_ls(directory: str, as_json: bool) -> None:
     """List stores: size, model, and who uses them.
@@ -60,8 +64,13 @@ def cache_ls(directory: str, as_json: bool) -> None:
 @click.argument("row", type=int)
 @safety_tokens_option
 @cache_option
-@click.option("--rows", type=str, multiple=True, help="Row files, to show the response's tokens.")
-@click.option("--model", help="The model whose tokenizer reads them.")
+@click.option(
+    "--rows",
+    type=ROWS,
+    multiple=True,
+    help=f"The targets' rows, to show the response's tokens: {ROW_SOURCES}; may be repeated.",
+)
+@click.option("--model", type=MODEL, help="The model whose tokenizer reads them: hub id or path.")
 @click.option("--columns", type=int, default=8, help="Safety tokens to show, the likeliest.")
 def cache_show(
     targets: Path,
@@ -102,7 +111,7 @@ def cache_show(
 
 
 @cache.command("verify")
-@click.argument("path")
+@click.argument("path", type=STORES)
 @click.option("--repair", is_flag=True, help="Drop the shards of a store that are not whole.")
 @cache_option
 def cache_verify(path: str, repair: bool, cache: str | None) -> None:
@@ -147,7 +156,9 @@ def cache_verify(path: str, repair: bool, cache: str | None) -> None:
 
 @cache.command("audit")
 @click.argument("targets", type=FILE)
-@click.option("--model", required=True, help="The model that was scored.")
+@click.option(
+    "--model", type=MODEL, required=True, help="The model that was scored: hub id or path."
+)
 @rows_option
 @safety_tokens_option
 @cache_option
@@ -192,31 +203,36 @@ def cache_audit(
 
 
 @cache.command("gc")
-@click.argument("directory")
+@click.argument("directory", type=STORES)
 @click.option("--forget-missing", is_flag=True, help="Forget targets.json files that are gone.")
 @click.option(
     "--older-than",
     type=click.FloatRange(min=0),
     default=24,
-    help="Hours; what is younger may be a running job's, and stays.",
+    help="Hours; what is younger stays.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool) -> None:
     """Remove what no targets.json uses, after asking.
 
-    A store remembers each targets.json that was bound to it. Leftovers of killed writers go too.
+    A store remembers each targets.json that was bound to it. Leftovers of killed writers go too. A
+    store that a job is filling or binding is left alone.
 
     Example: pact-offline cache gc cache
     """
     from pact_offline.cache.format import strays
     from pact_offline.cache.garbage import find_garbage, remove_garbage
     from pact_offline.cache.inspect import store_places
+    from pact_offline.cache.leases import users
     from pact_offline.cache.storage import open_storage
 
     found = {}
     for place in store_places(directory):
         storage = open_storage(place)
         try:
+            if using := users(storage):
+                click.echo("\n".join(f"{place}: {user}; left alone" for user in using))
+                continue
             garbage = find_garbage(
                 storage, forget_missing=forget_missing, older_than=3600 * older_than
             )
@@ -227,10 +243,11 @@ def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool)
             continue
         for line in strays(storage):
             click.echo(line, err=True)
-        if garbage.shards or garbage.records or garbage.leftovers:
+        leftovers = len(garbage.leftovers) + len(garbage.signs)
+        if garbage.shards or garbage.records or leftovers:
             found[place] = (storage, garbage)
             click.echo(
-                f"{place}: {len(garbage.shards)} unused shards, {len(garbage.leftovers)} leftovers "
+                f"{place}: {len(garbage.shards)} unused shards, {leftovers} leftovers "
                 f"({garbage.size / 2**20:.1f} MiB), {len(garbage.records)} bindings that are gone"
             )
     if not found:
@@ -239,6 +256,7 @@ def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool)
     if not yes and not click.confirm("Remove them?", err=True):
         click.echo("nothing removed")
         return
-    for storage, garbage in found.values():
-        remove_garbage(storage, garbage)
+    for place, (storage, garbage) in found.items():
+        for user in remove_garbage(storage, garbage).users:
+            click.echo(f"{place}: {user}; what was left is left alone")
     click.echo("removed")

@@ -28,6 +28,11 @@ def require_model(model: str) -> None:
         raise ModelError(f"{model}: expected a model directory with config.json, found none")
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files of a local model that decide what it does, sorted; none where it is no folder."""
+    return sorted({file for pattern in _WANTED for file in folder.glob(pattern)})
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """A model at one fixed state.
