@@ -181,9 +181,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         (made,) = set(list_shards(store)) - known
         if numbers == EARLIER:
             rows = dataset(str(store), EARLIER)
-            binding = Binding(
-                str(store), IDENTITY, "", 9, rows.examples, (made,), rows.sources, {}
-            )
+            binding = Binding(str(store), IDENTITY, "", 9, rows.examples, (made,), rows.sources, {})
             save_binding(str(store), binding, folder / "earlier.json")
         elif numbers == DAMAGED:
             (store / "shards" / made / "log_confidence.zarr" / "c" / "0" / "0").unlink()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pact_offline.cache.bindings import usages
 from pact_offline.cache.format import SHARDS, SIDECAR, is_shard_id, shard_folder, shard_ids
 from pact_offline.cache.leases import marked, old_leases, old_marks, users
-from pact_offline.cache.storage import Storage
+from pact_offline.cache.storage import OPEN, Storage
 from pact_offline.errors import DamagedError
 
 
@@ -52,7 +52,7 @@ def find_garbage(storage: Storage, *, forget_missing: bool, older_than: float) -
     condemned = {shard for shards in marks.values() for shard in shards}
     listed, whole = storage.names(SHARDS), shard_ids(storage)  # in this order: one may appear
     leftovers = [shard_folder(name) for name in listed if name not in whole]
-    leftovers += [f"open/{name}" for name in storage.names("open")]
+    leftovers += [f"{OPEN}/{name}" for name in storage.names(OPEN)]
     leftovers = [name for name in leftovers if is_shard_id(name.rpartition("/")[2])]
     places = {shard_folder(shard): shard for shard in whole if shard not in needed}
     found = {}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pact_offline.cache.format import is_committed
-from pact_offline.cache.identity import IDENTITY_FILE
+from pact_offline.cache.format import IDENTITY_FILE, is_committed
 from pact_offline.cache.storage import open_storage
-from pact_offline.cache.targets import Binding
+from pact_offline.cache.targets import Binding, store_place
 from pact_offline.errors import PactError
 
 
@@ -20,12 +19,7 @@ def is_there(targets: Path, cache: str) -> bool:
     """
     try:
         binding = Binding.load(targets)
-        place = binding.store
-        if "://" not in place:
-            place = str(targets.resolve().parent / place)
-        elif not place.startswith(cache):
-            return False
-        storage = open_storage(place)
+        storage = open_storage(store_place(binding.store, targets, cache))
         return storage.has(IDENTITY_FILE) and all(
             is_committed(storage, shard) for shard in binding.shards
         )
