@@ -61,7 +61,7 @@ def clear_away(file):
     for lock in locks:
         lock.unlink(missing_ok=True)
     for job in jobs_left():
-        print(f"pact-offline: waiting for the end of a job that it left ({job.pid})", file=sys.stderr)
+        print(f"pact-offline: ending a job that it left ({job.pid})", file=sys.stderr)
         with contextlib.suppress(psutil.Error):
             job.terminate()
             job.wait()
@@ -89,6 +89,7 @@ def end_jobs(number, frame):
                         job.terminate()
             time.sleep(0.5)
 
+    print("pact-offline: ending the jobs; the same command goes on from here", file=sys.stderr)
     threading.Thread(target=end, daemon=True).start()
     raise KeyboardInterrupt
 

@@ -23,7 +23,7 @@ def is_there(targets: Path, cache: str) -> bool:
         place = binding.store
         if "://" not in place:
             place = str(targets.resolve().parent / place)
-        elif not place.startswith(cache):
+        elif not place.startswith(cache.rstrip("/") + "/"):
             return False
         storage = open_storage(place)
         return storage.has(IDENTITY_FILE) and all(
