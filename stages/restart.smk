@@ -24,7 +24,7 @@ def jobs_among(processes):
 def jobs_left():
     """Jobs in this directory whose Snakemake is gone."""
     for job in jobs_among(psutil.process_iter()):
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, ValueError):
             owner = job.environ().get("PACT_OFFLINE_ENDS_WITH", "")
             if owner and job.cwd() == os.getcwd() and not psutil.pid_exists(int(owner)):
                 yield job

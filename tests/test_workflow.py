@@ -23,6 +23,7 @@ from pact_offline.files import read_yaml
 from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import WorkflowConfig, workflow_schema_text
+from pact_offline.threads import usable_cores
 
 CONFIGS = ["config.yaml", "sweep.yaml", "llama-3.1-8b.yaml"]
 # On tiny models a job's start is most of its time, so one core each lets two run at once.
@@ -345,9 +346,10 @@ def test_a_bad_config_stops_the_workflow_with_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.workflow
 def test_the_bundled_configs_work_from_anywhere(tmp_path: Path) -> None:
-    demo = plan(None, "--printshellcmds", directory=tmp_path)
+    demo = plan(None, "--printshellcmds", "--cores", "1000", directory=tmp_path)
     assert f"--rows {ROOT / 'data' / 'attack.jsonl'}" in demo
     assert "demo align --base results/models/base" in demo
+    assert f"OMP_NUM_THREADS={usable_cores()} " in demo  # not of the machine, in a container
     assert "--words-only" in demo
     assert "--words-only true" not in demo.lower()
     llama = plan(ROOT / "stages" / "llama-3.1-8b.yaml", "--printshellcmds", directory=tmp_path)
