@@ -21,6 +21,7 @@ from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal
 from pact_offline.files import write_json
 from pact_offline.folders import RUN_FILE, output_aside
+from pact_offline.machine import default_dtype
 from pact_offline.models.load import load_model
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
@@ -119,7 +120,7 @@ def align(
     learnt = read_all_rows(refusals)
     questions = read_all_rows(benign, needs_response=False)
     checks = {name: read_rows(path, needs_response=False) for name, path in prompts.items()}
-    untouched = load_model(base, "bfloat16")
+    untouched = load_model(base, default_dtype())
     answered = _answered_by(untouched, tokenizer, questions, settings.answer_tokens)
     del untouched
     with output_aside(output) as aside:
@@ -153,11 +154,13 @@ def align(
             )
         ]
         trainer, _ = train(policy, tokenizer, _in_order(examples, settings), training, aside)
-        merged = trainer.model.merge_and_unload().to(torch.bfloat16).eval()
+        # What is kept is bfloat16; it is checked as such, in what this machine computes in.
+        merged = trainer.model.merge_and_unload().to(torch.bfloat16)
+        merged = merged.to(getattr(torch, training.dtype)).eval()
         shares = {name: _share_refused(merged, tokenizer, rows) for name, rows in checks.items()}
         log.info("refused: %s", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
         check(shares, settings)
-        merged.save_pretrained(aside, safe_serialization=True)
+        merged.to(torch.bfloat16).save_pretrained(aside, safe_serialization=True)
         tokenizer.save_pretrained(aside)
         write_json(
             aside / RUN_FILE,

@@ -7,8 +7,7 @@ import pytest
 from click.testing import Result
 from conftest import write_rows
 
-from pact_offline.evaluation import evaluate as evaluation
-from pact_offline.evaluation import judges
+from pact_offline.evaluation import judges, subject
 from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal
 from pact_offline.evaluation.metrics import Metrics, Rate
@@ -113,7 +112,7 @@ def test_a_guard_model_judges_the_answers_too(
 def test_a_guard_that_is_not_there_is_refused_before_any_answer(
     command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("a model was loaded"))
     line = fails(*command, "--name", "x", "--guard", "./nowhere", "-o", tmp_path / "out")
     assert "./nowhere: no such model directory" in line
 

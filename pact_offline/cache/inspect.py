@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pact_offline.cache.bindings import usages
-from pact_offline.cache.format import SIDECAR, shard_folder, shard_ids
+from pact_offline.cache.format import SIDECAR, is_committed, shard_folder, shard_ids
 from pact_offline.cache.identity import IDENTITY_FILE, Identity, read_identity
 from pact_offline.cache.shard import Shard
 from pact_offline.cache.storage import join, open_storage
@@ -91,7 +91,11 @@ def verify_store(place: str) -> Verified:
         try:
             shard = Shard(storage, name, identity)
             shard.verify()
-        except DamagedError as error:
+        except (StoreError, FileNotFoundError) as error:
+            if not is_committed(storage, name):
+                continue  # removed meanwhile
+            if not isinstance(error, DamagedError):
+                raise
             bad[name] = str(error)
         else:
             good, contexts = good + 1, contexts + shard.sidecar.contexts
@@ -106,7 +110,10 @@ def _is_named_by(place: str, identity: Identity) -> bool:
 
 
 def drop_shards(place: str, shards: list[str]) -> None:
-    """Remove shards that are not whole; the next `score` fills the gap."""
+    """Remove shards that are not whole; the next `score` fills the gap.
+
+    Running jobs keep no damaged shard: a binding that would need one is refused instead.
+    """
     storage = open_storage(place)
     for name in shards:
         storage.remove(shard_folder(name), first=SIDECAR)

@@ -204,6 +204,28 @@ class Shard:
             )
         return chunks
 
+    def require_files(self) -> None:
+        """Look that every array file is there, the chunks as long as they were; read no byte.
+
+        Raises:
+            DamagedError: one is not.
+        """
+        for name, dtype in array_dtypes(self._identity.stored_dtype).items():
+            columns = len(self._identity.safety_ids) if name == "log_confidence" else 2
+            expected = self.sidecar.steps * columns * dtype.itemsize
+            metadata, chunk = array_files(self._identity.stored_dtype)[name]
+            for file in (metadata, chunk):
+                place = f"{self._folder}/{file}"
+                if not self._storage.has(place):
+                    raise DamagedError(
+                        f"{self.place}/{file}: expected a file, found none; {_MENDED_BY}"
+                    )
+                if file == chunk and (found := self._storage.size(place)) != expected:
+                    raise DamagedError(
+                        f"{self.place}/{file}: expected {expected} bytes, found {found}; "
+                        f"{_MENDED_BY}"
+                    )
+
     def _verified(self, name: str) -> Path:
         path = self._storage.local(self._folder, (name,)) / name
         expected = self.sidecar.files[name]

@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -56,7 +56,7 @@ class Storage(Protocol):
         ...
 
     def remove(self, name: str, first: str) -> None:
-        """Remove a folder, its file `first` before all others."""
+        """Remove a folder, if it is still there; its file `first` before all others."""
         ...
 
     def remove_file(self, name: str) -> None:
@@ -148,8 +148,12 @@ class LocalStorage:
             if path.is_symlink():
                 path.unlink()  # the link itself, not what it points to
                 return
-            (path / first).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            # At once, so that nobody finds half of it, and only for one of those who try.
+            aside = self._inside("open") / uuid.uuid4().hex
+            aside.parent.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def remove_file(self, name: str) -> None:
         path = self._inside(name)
@@ -241,7 +245,7 @@ class RemoteStorage:
     def remove(self, name: str, first: str) -> None:
         with _failures(f"{self.url}/{name}"):
             self.remove_file(f"{name}/{first}")
-            if self._fs.exists(self._at(name)):
+            with suppress(FileNotFoundError):
                 self._fs.rm(self._at(name), recursive=True)
 
     def remove_file(self, name: str) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pact_offline.cache.format import SIDECAR, shard_folder
+from pact_offline.cache.format import SIDECAR, is_committed, shard_folder
 from pact_offline.cache.identity import IDENTITY_FILE, Identity, read_identity
-from pact_offline.cache.shard import write_shard
+from pact_offline.cache.leases import marked_shards
+from pact_offline.cache.shard import Shard, write_shard
 from pact_offline.cache.storage import open_storage
-from pact_offline.errors import ScoringError, StoreError
+from pact_offline.errors import DamagedError, ScoringError, StoreError
 from pact_offline.rows.contexts import Context
 
 
@@ -78,15 +79,7 @@ class StoreWriter:
         folder = None
         try:
             folder = self._storage.aside()
-            shard_id = write_shard(
-                folder,
-                keys,
-                kinds,
-                values,
-                identity=self._identity,
-                provenance=self._provenance,
-            )
-            self._storage.commit(folder, shard_folder(shard_id), last=SIDECAR)
+            shard_id = self._commit(folder, keys, kinds, values)
         except (OSError, StoreError) as error:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -100,6 +93,48 @@ class StoreWriter:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         self.shards.append(shard_id)
+
+    def _commit(
+        self, folder: Path, keys: list[str], kinds: list[str], values: list[np.ndarray]
+    ) -> str:
+        """The id of the shard that holds them: this writer's, or another's of the same bytes.
+
+        What lies under an id is never replaced, or whoever is removing it could remove the new one.
+        A shard whose id is taken by what is not whole says so, and thus gets another.
+        """
+        provenance, shard_id = self._provenance, None
+        while True:
+            if shard_id is None:
+                shard_id = write_shard(
+                    folder, keys, kinds, values, identity=self._identity, provenance=provenance
+                )
+            target = shard_folder(shard_id)
+            is_taken = bool(self._storage.names(target))
+            is_marked = shard_id in marked_shards(self._storage)
+            if is_taken and not is_marked and self._is_whole(shard_id):
+                shutil.rmtree(folder)
+                return shard_id
+            if is_taken or is_marked:
+                provenance, shard_id = {**provenance, "instead_of": shard_id}, None
+                shutil.rmtree(folder)
+                folder.mkdir()
+                continue
+            try:
+                self._storage.commit(folder, target, last=SIDECAR)
+            except StoreError:
+                if not is_committed(self._storage, shard_id):
+                    raise
+            else:
+                return shard_id
+
+    def _is_whole(self, shard_id: str) -> bool:
+        try:
+            Shard(self._storage, shard_id, self._identity).verify()
+        except DamagedError:
+            return False
+        finally:
+            self._storage.release(shard_folder(shard_id))
+        return True
 
     def __enter__(self) -> StoreWriter:
         return self

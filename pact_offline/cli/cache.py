@@ -190,28 +190,34 @@ def cache_audit(
     "--older-than",
     type=click.FloatRange(min=0),
     default=24,
-    help="Hours; what is younger may be a running job's, and stays.",
+    help="Hours; what is younger stays.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool) -> None:
     """Remove what no targets.json uses, after asking.
 
-    A store remembers each targets.json that was bound to it. Leftovers of killed writers go too.
+    A store remembers each targets.json that was bound to it. Leftovers of killed writers go too. A
+    store that a job is filling or binding is left alone.
 
     Example: pact-offline cache gc cache
     """
     from pact_offline.cache.garbage import find_garbage, remove_garbage
     from pact_offline.cache.inspect import store_places
+    from pact_offline.cache.leases import users
     from pact_offline.cache.storage import open_storage
 
     found = {}
     for place in store_places(directory):
         storage = open_storage(place)
+        if using := users(storage):
+            click.echo("\n".join(f"{place}: {user}; left alone" for user in using))
+            continue
         garbage = find_garbage(storage, forget_missing=forget_missing, older_than=3600 * older_than)
-        if garbage.shards or garbage.records or garbage.leftovers:
+        leftovers = len(garbage.leftovers) + len(garbage.signs)
+        if garbage.shards or garbage.records or leftovers:
             found[place] = (storage, garbage)
             click.echo(
-                f"{place}: {len(garbage.shards)} unused shards, {len(garbage.leftovers)} leftovers "
+                f"{place}: {len(garbage.shards)} unused shards, {leftovers} leftovers "
                 f"({garbage.size / 2**20:.1f} MiB), {len(garbage.records)} bindings that are gone"
             )
     if not found:
@@ -220,6 +226,7 @@ def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool)
     if not yes and not click.confirm("Remove them?", err=True):
         click.echo("nothing removed")
         return
-    for storage, garbage in found.values():
-        remove_garbage(storage, garbage)
+    for place, (storage, garbage) in found.items():
+        for user in remove_garbage(storage, garbage).users:
+            click.echo(f"{place}: {user}; what was left is left alone")
     click.echo("removed")

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import click
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from pact_offline.errors import InputError
-from pact_offline.files import require_file_place, check_output_folder, read_yaml, status_of
+from pact_offline.files import check_output_folder, read_yaml, require_file_place, status_of
 from pact_offline.settings.parse import parse_settings
 
 S = TypeVar("S", bound=BaseModel)
@@ -111,7 +112,7 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
         run.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
         for name, info in reversed(cls.model_fields.items()):
             option, is_flag = name.replace("_", "-"), info.annotation is bool
-            default = info.default
+            default = None if info.default is PydanticUndefined else info.default
             if is_flag:
                 default = option if default else f"no-{option}"
             elif isinstance(default, tuple):

@@ -60,11 +60,13 @@ def tokens(
 
     Example: pact-offline tokens --aligned A --base B --refusals refusals.jsonl -o tokens.json
     """
+    from pact_offline.files import require_file_place
     from pact_offline.progress import bar
     from pact_offline.rows.read import read_rows
     from pact_offline.safety_tokens.hand_list import read_hand_list
     from pact_offline.safety_tokens.search import find_safety_tokens
 
+    require_file_place(output)
     if from_list is not None and base is None and refusals is None:
         found = read_hand_list(from_list, aligned)
     elif from_list is None and base is not None and refusals is not None:
@@ -138,19 +140,22 @@ def score(
     from pact_offline.scoring.bind import bind
     from pact_offline.scoring.dataset import prepare
     from pact_offline.scoring.fill import fill
+    from pact_offline.scoring.job import ScoringJob
 
     if (output is None) == (part is None):
         raise click.UsageError("expected either --output or --part I/N")
     files = locate_model(model)
     dataset = prepare(files, rows, safety_tokens, cache, settings)
-    try:
-        summary = fill(dataset, files, settings, part or (1, 1))
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "interrupted; what was scored is in the cache, and the same command goes on from there"
-        ) from None
-    if output is not None:
-        bind(dataset, files, settings, output)
+    with ScoringJob(dataset, part) as job:
+        try:
+            summary = fill(job, files, settings)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted; what was scored is in the cache, and the same command goes on from "
+                "there"
+            ) from None
+        if output is not None:
+            bind(job, files, settings, output)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
     else:
