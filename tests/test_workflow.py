@@ -416,6 +416,7 @@ def test_files_of_a_config_are_found_here_or_else_beside_the_snakefile(
     assert config.run("own").objective == f"{beside / 'own.py'}:loss"
     assert config.run("own").seed == 1
     assert config.evaluate.guard == "meta-llama/Llama-Guard-3-8B"
+    assert config.evaluate.model_fields_set == {"guard"}  # the rest is the machine's own
 
 
 @pytest.mark.parametrize(
