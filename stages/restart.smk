@@ -79,7 +79,7 @@ def end_jobs(number, frame):
 
     def end():
         if number == signal.SIGINT:
-            time.sleep(3)  # Ctrl-C reaches them too: let them end by it
+            time.sleep(2)  # Ctrl-C reaches them too: let them end by it
         ended = set()
         while True:  # a job may be just starting
             for job in jobs_among(psutil.Process().children(recursive=True)):

@@ -201,7 +201,7 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
 
 @pytest.mark.workflow
 def test_after_any_end_no_job_is_left_and_the_same_command_goes_on(moved: Path) -> None:
-    config = with_runs(moved, long={"objective": "none", "epochs": 60, "save_steps": 5})
+    config = with_runs(moved, long={"objective": "none", "epochs": 80, "save_steps": 5})
     checkpoints = moved / "out put" / "adapters" / ".long.checkpoints"
     target = str(Path("out put", "adapters", "long"))
     command = snakemake_command(config, *ONE_CORE_EACH, target)
@@ -222,7 +222,7 @@ def test_after_any_end_no_job_is_left_and_the_same_command_goes_on(moved: Path) 
     assert made.returncode == 0, made.stderr[-4000:]
     assert "going on from here" in made.stderr
     facts = json.loads((moved / target / "pact_offline.json").read_text())
-    assert facts["metrics"]["optimizer_steps"] == 360
+    assert facts["metrics"]["optimizer_steps"] == 480
 
 
 @pytest.mark.workflow
