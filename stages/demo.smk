@@ -31,7 +31,7 @@ if IS_DEMO:
             OUTPUT / "logs" / "demo_aligned.log",
         benchmark:
             OUTPUT / "benchmarks" / "demo_aligned.tsv"
-        threads: all_cores
+        threads: workflow.cores
         resources:
             mem_mb=6000,
             runtime=30,

@@ -23,7 +23,7 @@ rule evaluate_reference:
         OUTPUT / "logs" / "evaluate" / "reference.log",
     benchmark:
         OUTPUT / "benchmarks" / "evaluate" / "reference.tsv"
-    threads: all_cores
+    threads: workflow.cores
     resources:
         mem_mb=6000,
         runtime=120,
@@ -49,7 +49,7 @@ rule evaluate:
         OUTPUT / "logs" / "evaluate" / "{run}.log",
     benchmark:
         OUTPUT / "benchmarks" / "evaluate" / "{run}.tsv"
-    threads: all_cores
+    threads: workflow.cores
     resources:
         mem_mb=6000,
         runtime=120,

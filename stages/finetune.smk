@@ -51,7 +51,7 @@ rule finetune:
         OUTPUT / "logs" / "finetune" / "{run}.log",
     benchmark:
         OUTPUT / "benchmarks" / "finetune" / "{run}.tsv"
-    threads: all_cores
+    threads: workflow.cores
     resources:
         mem_mb=6000,
         runtime=720,

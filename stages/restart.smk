@@ -24,7 +24,7 @@ def jobs_among(processes):
 def jobs_left():
     """Jobs in this directory whose Snakemake is gone."""
     for job in jobs_among(psutil.process_iter()):
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, ValueError):
             owner = job.environ().get("PACT_OFFLINE_ENDS_WITH", "")
             if owner and job.cwd() == os.getcwd() and not psutil.pid_exists(int(owner)):
                 yield job
@@ -61,7 +61,7 @@ def clear_away(file):
     for lock in locks:
         lock.unlink(missing_ok=True)
     for job in jobs_left():
-        print(f"pact-offline: waiting for the end of a job that it left ({job.pid})", file=sys.stderr)
+        print(f"pact-offline: ending a job that it left ({job.pid})", file=sys.stderr)
         with contextlib.suppress(psutil.Error):
             job.terminate()
             job.wait()
@@ -79,7 +79,7 @@ def end_jobs(number, frame):
 
     def end():
         if number == signal.SIGINT:
-            time.sleep(3)  # Ctrl-C reaches them too: let them end by it
+            time.sleep(2)  # Ctrl-C reaches them too: let them end by it
         ended = set()
         while True:  # a job may be just starting
             for job in jobs_among(psutil.Process().children(recursive=True)):
@@ -89,6 +89,7 @@ def end_jobs(number, frame):
                         job.terminate()
             time.sleep(0.5)
 
+    print("pact-offline: ending the jobs; the same command goes on from here", file=sys.stderr)
     threading.Thread(target=end, daemon=True).start()
     raise KeyboardInterrupt
 

@@ -56,7 +56,7 @@ rule score_part:
         OUTPUT / "logs" / "score" / "{dataset}.{scatteritem}.log",
     benchmark:
         OUTPUT / "benchmarks" / "score" / "{dataset}.{scatteritem}.tsv"
-    threads: lambda wildcards: max(1, all_cores(wildcards) // CONFIG.score_parts)
+    threads: max(1, workflow.cores // CONFIG.score_parts)
     resources:
         mem_mb=8000,
         runtime=240,

@@ -32,15 +32,15 @@ BASE = str(OUTPUT / "models" / "base") if IS_DEMO else CONFIG.models.base
 # checkout that was moved has another.
 PACT = f"{shlex.quote(sys.executable)} -m pact_offline"
 
+# `--cores all` counts a machine's cores; in a container with a quota, fewer can be kept busy. On a
+# cluster, the cores are those of a job.
+if workflow.resource_settings.cores and workflow.nodes is None:
+    workflow.register_resource("_cores", min(workflow.resource_settings.cores, usable_cores()))
+
 
 wildcard_constraints:
     run="[A-Za-z0-9][A-Za-z0-9._-]*",
     dataset="[A-Za-z0-9][A-Za-z0-9._-]*",
-
-
-def all_cores(wildcards):
-    """Threads of a job that has the machine to itself; on a cluster, --cores says what a job has."""
-    return min(workflow.cores, usable_cores()) if workflow.local_exec else workflow.cores
 
 
 def options(settings, without=()):

@@ -17,7 +17,7 @@ rule tokens:
         OUTPUT / "logs" / "tokens.log",
     benchmark:
         OUTPUT / "benchmarks" / "tokens.tsv"
-    threads: all_cores
+    threads: workflow.cores
     resources:
         mem_mb=6000,
         runtime=60,

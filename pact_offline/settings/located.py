@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pact_offline.errors import MissingFileError
 from pact_offline.own_code import file_of
+from pact_offline.settings.parse import Settings
 from pact_offline.settings.workflow import WorkflowConfig
+
+S = TypeVar("S", bound=Settings)
 
 
 def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
@@ -47,20 +50,26 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
     def each(find: Any, key: str, values: Any) -> dict[str, Any]:
         return {name: find(f"{key}.{name}", value) for name, value in dict(values).items()}
 
-    align, token_list = config.align_data, config.token_list
-    changed = {
-        "models": config.models.model_copy(update={n: model(v) for n, v in config.models}),
-        "align_data": align and align.model_copy(update=each(rows, "align_data", align)),
-        "refusals": rows("refusals", config.refusals),
-        "token_list": token_list and file("token_list", token_list),
-        "datasets": each(rows, "datasets", config.datasets),
-        "training": each(own, "training", config.training),
-        "runs": {name: each(own, f"runs.{name}", run) for name, run in config.runs.items()},
-        "evaluation": config.evaluation.model_copy(
-            update=each(rows, "evaluation", config.evaluation)
-        ),
-        "evaluate": config.evaluate.model_copy(
-            update=each(own, "evaluate", config.evaluate) | {"guard": model(config.evaluate.guard)}
-        ),
-    }
-    return config.model_copy(update=changed)
+    def placed(settings: S, places: dict[str, Any]) -> S:
+        # Only what is elsewhere is replaced: to replace is to set, and a default that is the
+        # machine's own must stay one.
+        moved = {n: place for n, place in places.items() if place != getattr(settings, n)}
+        return settings.model_copy(update=moved)
+
+    align, token_list, evaluate = config.align_data, config.token_list, config.evaluate
+    return placed(
+        config,
+        {
+            "models": placed(config.models, {n: model(v) for n, v in config.models}),
+            "align_data": align and placed(align, each(rows, "align_data", align)),
+            "refusals": rows("refusals", config.refusals),
+            "token_list": token_list and file("token_list", token_list),
+            "datasets": each(rows, "datasets", config.datasets),
+            "training": each(own, "training", config.training),
+            "runs": {name: each(own, f"runs.{name}", run) for name, run in config.runs.items()},
+            "evaluation": placed(config.evaluation, each(rows, "evaluation", config.evaluation)),
+            "evaluate": placed(
+                evaluate, each(own, "evaluate", evaluate) | {"guard": model(evaluate.guard)}
+            ),
+        },
+    )
