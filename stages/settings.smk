@@ -29,11 +29,15 @@ wildcard_constraints:
 
 
 def options(settings, without=()):
-    """Command-line options for the settings that differ from their defaults."""
+    """Command-line options for the settings that differ from their defaults.
+
+    A default that is the machine's own is left to the machine that the job runs on.
+    """
     parts = []
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
-        if name in without or value is None or value == field.default:
+        is_default = value == field.default or name not in settings.model_fields_set
+        if name in without or value is None or is_default:
             continue
         value = ",".join(value) if isinstance(value, tuple) else value
         parts += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import random
@@ -5,9 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,14 @@ from safetensors.numpy import load_file
 from transformers import TrainingArguments
 
 from pact_offline.cache.targets import TargetCache
+from pact_offline.errors import Interrupted
+from pact_offline.memory import peak_resident_mib
 from pact_offline.models.load import load_model
 from pact_offline.objectives.registry import OBJECTIVES
 from pact_offline.rows.chat import load_tokenizer, tokenize
 from pact_offline.rows.read import read_rows
 from pact_offline.settings.stages import FinetuneSettings
-from pact_offline.training.checkpoints import Checkpoints, fingerprint
+from pact_offline.training.checkpoints import fingerprint
 from pact_offline.training.collator import PassCollator, ResponseCollator
 from pact_offline.training.dataset import as_dataset
 from pact_offline.training.finetune import finetune
@@ -490,7 +494,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_adapter(
 
 
 def test_what_decides_a_run_decides_its_checkpoints(
-    monkeypatch: pytest.MonkeyPatch, aligned: Path, rows_file: Path
+    monkeypatch: pytest.MonkeyPatch, aligned: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     examples = tokenize(read_rows(rows_file), load_tokenizer(str(aligned)), 512)
     settings = FinetuneSettings()
@@ -502,21 +506,145 @@ def test_what_decides_a_run_decides_its_checkpoints(
     assert print_of(save_steps=7) == first
     assert print_of(learning_rate=1.0) != first
     assert fingerprint(settings, {"a": "b"}, "c", examples[1:]) != first
+    assert fingerprint(settings, {"a": "b"}, "c", examples, "tokens") != first
+    own = tmp_path / "own.py"
+    own.write_text("first")
+    before = print_of(objective=f"{own}:mine")
+    own.write_text("second")
+    assert print_of(objective=f"{own}:mine") != before
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert print_of() != first
 
 
-def test_checkpoints_of_other_settings_are_not_taken_up(
-    command: list[Any], tmp_path: Path, run: Callable[..., Result]
-) -> None:
-    output = tmp_path / "adapter"
-    left = Checkpoints(output, "of another run")
-    left.take_up()
-    (left.folder / "checkpoint-3").mkdir()
-    result = run(*command, "-o", output, "--save-steps", 2)
+Stop = Callable[..., KeyboardInterrupt | SystemExit]
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Stop:
+    """Run `finetune`, stopped from outside after 5 steps; gives what it raises."""
+    from pact_offline.cli.training import finetune as finetune_command
+
+    def invoke(
+        name: str, *command: Any, by: BaseException | None = None
+    ) -> KeyboardInterrupt | SystemExit:
+        def stop(journal: Any, args: Any, state: Any, *rest: Any, **extra: Any) -> None:
+            if state.global_step == 5:
+                raise by or KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "on_step_begin", stop)
+            with (
+                finetune_command.make_context(name, [str(word) for word in command]) as context,
+                pytest.raises((KeyboardInterrupt, SystemExit)) as caught,
+            ):
+                finetune_command.invoke(context)
+        return caught.value
+
+    return invoke
+
+
+@pytest.mark.parametrize("reference", ["cache", "live"])
+def test_a_killed_run_does_not_go_on_with_other_safety_tokens(
+    reference: str, command: list[Any], tokens_file: Path, tmp_path: Path, stopped: Stop,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    """Other weights; with a live reference, other ids."""
+    if reference == "live":
+        command = [*command[:5], *command[7:], "--reference", "live"]
+    command = [*command, "--save-steps", 2, "-o", tmp_path / "adapter"]
+    stopped(*command)
+    value = json.loads(tokens_file.read_text())
+    if reference == "live":
+        value["tokens"].pop()
+    else:
+        value["tokens"][0]["direction"] = 0.01
+    tokens_file.write_text(json.dumps(value))
+    result = run(*command)
     assert result.exit_code == 0, result.output
-    assert "starting over" in result.stderr
-    assert not left.folder.exists()
+    assert "going on from here" not in result.stderr
+    assert "checkpoints of killed runs" in result.stderr
+
+
+def test_a_killed_run_does_not_go_on_with_an_objective_of_other_content(
+    command: list[Any], tmp_path: Path, stopped: Stop, run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    own = tmp_path / "own.py"
+    name = f"{own}:gap"
+    monkeypatch.setitem(OBJECTIVES, name, None)  # taken out again afterwards
+    common = [*command, "--save-steps", 2, "--objective", name, "-o", tmp_path / "adapter"]
+    text = "def gap(policy, full, only, weights, steps, settings):\n    return {}\n"
+    first = text.format("((policy - full) ** 2).mean(-1)")
+    for content in (first, text.format("(policy - full).abs().mean(-1)")):
+        own.write_text(content)
+        del OBJECTIVES[name]  # as in another process
+        stopped(*common)
+    own.write_text(first)
+    del OBJECTIVES[name]
+    result = run(*common)
+    assert result.exit_code == 0, result.output
+    assert "checkpoint-4: going on from here" in result.stderr
+    facts = json.loads((tmp_path / "adapter" / "pact_offline.json").read_text())
+    assert facts["settings"]["objective"] == name
+    assert facts["objective_content"] == hashlib.sha256(first.encode()).hexdigest()
+
+
+def test_checkpoints_of_other_settings_stay_until_a_run_is_done(
+    command: list[Any], tmp_path: Path, stopped: Stop, run: Callable[..., Result]
+) -> None:
+    """The first run goes on in spite of the second; when it is done, both have none left."""
+    command = [*command, "-o", tmp_path / "adapter", "--save-steps", 2]
+    stopped(*command)
+    folder = tmp_path / ".adapter.checkpoints"
+    (first,) = folder.iterdir()
+    stopped(*command, "--kl-weight", 7)
+    assert len(list(folder.iterdir())) == 2
+    (second,) = set(folder.iterdir()) - {first}
+    assert {len(path.name) for path in folder.iterdir()} == {12}
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert f"{first / 'checkpoint-4'}: going on from here" in result.stderr
+    told = [line for line in result.stderr.splitlines() if "of killed runs" in line]
+    assert len(told) == 1
+    assert second.name in told[0]
+    assert first.name not in told[0]
+    assert f"{folder}: removed, since {tmp_path / 'adapter'} is done" in result.stderr
+    assert not folder.exists()
+
+
+def test_a_run_without_checkpoints_tells_of_those_of_killed_runs(
+    command: list[Any], tmp_path: Path, stopped: Stop, run: Callable[..., Result]
+) -> None:
+    command = [*command, "-o", tmp_path / "adapter"]
+    stopped(*command, "--save-steps", 2)
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert "going on from here" not in result.stderr
+    assert "checkpoints of killed runs" in result.stderr
+    assert not (tmp_path / ".adapter.checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "text"),
+    [
+        (2, "interrupted at step 5; the same command goes on from step 4"),
+        (6, "interrupted; nothing was kept (--save-steps N keeps checkpoints)"),
+        (0, "interrupted; nothing was kept (--save-steps N keeps checkpoints)"),
+    ],
+)
+def test_an_interrupted_run_says_what_it_goes_on_from(
+    save_steps: int, text: str, command: list[Any], tmp_path: Path, stopped: Stop,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """After Ctrl-C in the error, after SIGTERM in the log."""
+    command = [*command, "--save-steps", save_steps, "-o", tmp_path / "adapter"]
+    error = stopped(*command)
+    assert isinstance(error, Interrupted)
+    assert str(error) == text
+    stop = stopped(*command, by=SystemExit(143))
+    assert isinstance(stop, SystemExit)
+    assert caplog.messages[-1] == text
+    assert not list(tmp_path.glob(".adapter*.partial"))
 
 
 def test_two_processes_give_the_losses_of_one(
@@ -586,6 +714,60 @@ def test_an_unknown_tracker_is_refused(
     line = fails(*command, "--report-to", "tensorboard,notebook", "-o", tmp_path / "adapter")
     assert "--report-to: expected what the Trainer knows and is installed" in line
     assert "found 'notebook'" in line
+
+
+def test_a_batch_without_cross_entropy_does_not_end_training(tmp_path: Path, aligned: Path) -> None:
+    """The policy is certain of the response; what is held still has a gradient."""
+    policy = load_model(str(aligned), "float32")
+    with torch.no_grad():
+        policy.lm_head.weight *= 1e4
+        prompt = list(range(5, 25))
+        response = int(policy(torch.tensor([prompt])).logits[0, -1].argmax())
+
+    def read(indices: Sequence[int], kind: str) -> np.ndarray:
+        return np.log(np.full((len(indices), 2), 0.4, dtype=np.float32))
+
+    trainer = PactTrainer(
+        policy,
+        TrainingArguments(
+            tmp_path, max_steps=2, per_device_train_batch_size=1, learning_rate=1e-9,
+            logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=[{"input_ids": [*prompt, response], "response_start": 20, "index": 0}] * 2,
+        pad_id=0,
+        objective=FinetuneSettings(objective="pact", gate=False),
+        targets=SimpleNamespace(safety_ids=[response, 1], read=read),
+        weights=torch.ones(2),
+    )  # fmt: skip
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["cross_entropy"] == 0
+    assert first["kl"] > 0
+    assert "kl_ratio" not in first
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
+def test_peak_memory_is_in_the_unit_of_the_system(
+    platform: str, unit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        ru_maxrss = 3 * 2**20 // unit
+
+    monkeypatch.setattr("resource.getrusage", lambda who: Usage)
+    monkeypatch.setattr("sys.platform", platform)
+    assert peak_resident_mib() == 3
+
+
+def test_training_runs_where_peak_memory_cannot_be_told(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, which has no module `resource`."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    result = run(*command, "-o", tmp_path / "adapter", "--epochs", 1, "--json")
+    assert result.exit_code == 0, result.output
+    assert "peak_memory_mib" not in json.loads(result.stdout.splitlines()[-1])
+    (line, *_) = (tmp_path / "adapter" / "training.jsonl").read_text().splitlines()
+    assert "peak_memory_mib" not in json.loads(line)
 
 
 def test_plain_finetuning_needs_no_targets(

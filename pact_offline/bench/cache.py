@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from pact_offline.cache.store import Store
 from pact_offline.cache.targets import Binding, TargetCache
 from pact_offline.cache.writer import StoreWriter
 from pact_offline.errors import InputError
+from pact_offline.memory import peak_resident_mib
 from pact_offline.progress import bar
 from pact_offline.rows.contexts import Context
 
@@ -290,9 +289,7 @@ def _read_all(place: str, path: Path) -> _Read:
         store.read(order[first : first + 8])
     times.append(time.perf_counter())
     opened, bound, verified, read = np.diff(times).tolist()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kib = peak / 2**10 if sys.platform == "darwin" else peak
-    return _Read(opened, bound, verified, len(order) / read, kib / 2**10)
+    return _Read(opened, bound, verified, len(order) / read, peak_resident_mib())
 
 
 def size_table(found: list[EncodingSize]) -> str:

@@ -147,7 +147,7 @@ def measure_training(
                 tokens,
                 memory,
                 statistics.median(pairs),
-                memory / statistics.median(t.peak_memory_mib for t in plain),
+                memory and memory / statistics.median(t.peak_memory_mib for t in plain),
                 tokens * per_token / rate,
             )
         )
@@ -186,7 +186,7 @@ def _run(
     seconds = [b["seconds"] - a["seconds"] for a, b in itertools.pairwise(lines)]
     tokens = [line["tokens"] for line in lines[1:]]
     first = _WARM_UP - 1
-    return _Timed(seconds[first:], tokens[first:], facts["metrics"]["peak_memory_mib"])
+    return _Timed(seconds[first:], tokens[first:], facts["metrics"].get("peak_memory_mib", 0.0))
 
 
 def _published(

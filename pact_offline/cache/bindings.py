@@ -15,6 +15,7 @@ from pact_offline.cache.identity import IDENTITY_FILE
 from pact_offline.cache.storage import Storage, join, open_storage
 from pact_offline.cache.targets import Binding
 from pact_offline.errors import DamagedError, StoreError
+from pact_offline.files import parse_json
 
 _FOLDER = "bindings"
 _RECORD = re.compile(r"[0-9a-f]{32}\.json")
@@ -98,8 +99,8 @@ def usages(storage: Storage) -> dict[str, Usage]:
                 f"{storage.url}/{name}: expected the bytes that were written, found others; remove "
                 "it, and run `pact-offline score` again for its targets.json"
             )
+        value = parse_json(data, f"{storage.url}/{name}", StoreError)
         try:
-            value = json.loads(data)
             for shard in value["shards"]:
                 check_shard_id(shard, f"{storage.url}/{name}: shards")
             found[name] = Usage(**{**value, "shards": tuple(value["shards"])})

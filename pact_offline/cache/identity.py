@@ -12,6 +12,7 @@ from typing import Any, get_args
 from pact_offline.cache.encoding import StoredDtype
 from pact_offline.cache.storage import Storage, join, open_storage
 from pact_offline.errors import StoreError
+from pact_offline.files import parse_json
 
 FORMAT_VERSION = 2
 IDENTITY_FILE = "identity.json"
@@ -105,12 +106,7 @@ def read_identity(storage: Storage) -> Identity:
     if not storage.has(IDENTITY_FILE):
         raise StoreError(f"{storage.url}: expected a store with {IDENTITY_FILE}, found none")
     data = storage.read(IDENTITY_FILE, _MAX_BYTES)
-    try:
-        identity = Identity.from_dict(json.loads(data), place)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{place}: expected JSON, found: {error}") from None
+    identity = Identity.from_dict(parse_json(data, place, StoreError), place)
     if identity.to_bytes() != data:
         raise StoreError(f"{place}: expected the bytes that were written, found others")
     return identity

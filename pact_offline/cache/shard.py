@@ -37,7 +37,7 @@ from pact_offline.cache.format import (
 from pact_offline.cache.identity import Identity
 from pact_offline.cache.storage import Storage
 from pact_offline.errors import DamagedError, StoreError
-from pact_offline.files import sha256_file
+from pact_offline.files import parse_json, sha256_file
 from pact_offline.rows.contexts import CONTEXT_KINDS
 
 _MAX_SIDECAR = 1 << 20
@@ -222,9 +222,10 @@ class Shard:
 
 
 def _parse_sidecar(data: bytes, source: str) -> Sidecar:
+    value = parse_json(data, source, DamagedError)
     try:
-        sidecar = Sidecar(**json.loads(data))
-    except (ValueError, TypeError, RecursionError) as error:
+        sidecar = Sidecar(**value)
+    except TypeError as error:
         raise DamagedError(f"{source}: expected a shard's sidecar, found: {error}") from None
     counts = (sidecar.contexts, sidecar.steps)
     right = (

@@ -9,6 +9,7 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    MODEL,
     json_option,
     rows_option,
     safety_tokens_option,
@@ -23,7 +24,9 @@ def bench() -> None:
 
 
 @bench.command("equality")
-@click.option("--model", required=True, help="Reference, and model to fine-tune.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Reference, and model to fine-tune: hub id or path."
+)
 @rows_option
 @click.option(
     "--targets", type=FILE, multiple=True, required=True, help="targets.json; may be repeated."
@@ -59,7 +62,7 @@ def bench_equality(
 @click.option("--steps", type=int, default=10_000_000, help="Response steps of the store made.")
 @click.option("--targets", type=FILE, help="Targets stored as float32, to compare encodings on.")
 @click.option("--policy", type=FILE, help="Targets of another model for the same rows.")
-@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
+@click.option("--safety-tokens", type=FILE, help="safety_tokens.json from `pact-offline tokens`.")
 @json_option
 def bench_cache(
     steps: int,
@@ -109,7 +112,9 @@ def bench_cache(
 
 
 @bench.command("train")
-@click.option("--model", required=True, help="Reference, and model to fine-tune.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Reference, and model to fine-tune: hub id or path."
+)
 @rows_option
 @click.option("--targets", type=FILE, required=True, help="targets.json of these rows.")
 @safety_tokens_option
@@ -160,7 +165,7 @@ def bench_train(
 
 
 @bench.command("score")
-@click.option("--model", required=True, help="Reference model: hub id or path.")
+@click.option("--model", type=MODEL, required=True, help="Reference model: hub id or path.")
 @rows_option
 @safety_tokens_option
 @settings_options(ScoreSettings)

@@ -10,6 +10,10 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    MODEL,
+    ROW_SOURCES,
+    ROWS,
+    STORES,
     json_option,
     rows_option,
     safety_tokens_option,
@@ -24,7 +28,7 @@ def cache() -> None:
 
 
 @cache.command("ls")
-@click.argument("directory")
+@click.argument("directory", type=STORES)
 @json_option
 def cache_ls(directory: str, as_json: bool) -> None:
     """List stores: size, model, and who uses them.
@@ -52,8 +56,13 @@ def cache_ls(directory: str, as_json: bool) -> None:
 @click.argument("targets", type=FILE)
 @click.argument("row", type=int)
 @safety_tokens_option
-@click.option("--rows", type=str, multiple=True, help="Row files, to show the response's tokens.")
-@click.option("--model", help="The model whose tokenizer reads them.")
+@click.option(
+    "--rows",
+    type=ROWS,
+    multiple=True,
+    help=f"The targets' rows, to show the response's tokens: {ROW_SOURCES}; may be repeated.",
+)
+@click.option("--model", type=MODEL, help="The model whose tokenizer reads them: hub id or path.")
 @click.option("--columns", type=int, default=8, help="Safety tokens to show, the likeliest.")
 def cache_show(
     targets: Path,
@@ -93,7 +102,7 @@ def cache_show(
 
 
 @cache.command("verify")
-@click.argument("path")
+@click.argument("path", type=STORES)
 @click.option("--repair", is_flag=True, help="Drop the shards of a store that are not whole.")
 def cache_verify(path: str, repair: bool) -> None:
     """Check every byte.
@@ -130,7 +139,9 @@ def cache_verify(path: str, repair: bool) -> None:
 
 @cache.command("audit")
 @click.argument("targets", type=FILE)
-@click.option("--model", required=True, help="The model that was scored.")
+@click.option(
+    "--model", type=MODEL, required=True, help="The model that was scored: hub id or path."
+)
 @rows_option
 @safety_tokens_option
 @settings_options(AuditSettings)
@@ -173,7 +184,7 @@ def cache_audit(
 
 
 @cache.command("gc")
-@click.argument("directory")
+@click.argument("directory", type=STORES)
 @click.option("--forget-missing", is_flag=True, help="Forget targets.json files that are gone.")
 @click.option(
     "--older-than",

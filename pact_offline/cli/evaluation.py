@@ -9,6 +9,12 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    FOLDER,
+    MODEL,
+    OUTPUT_FILE,
+    OUTPUT_FOLDER,
+    ROW_SOURCES,
+    ROWS,
     F,
     json_option,
     settings_options,
@@ -19,28 +25,38 @@ from pact_offline.settings.stages import (
 
 
 def prompts_option(name: str, description: str) -> Callable[[F], F]:
-    return click.option(f"--{name}", help=f"{description} A row file, or hub:NAME.")
+    return click.option(f"--{name}", type=ROWS, help=f"{description}: {ROW_SOURCES}.")
 
 
 @click.command()
 @click.option("--name", required=True, help="Name of the run in the report.")
-@click.option("--model", required=True, help="Model: hub id or path.")
+@click.option("--model", type=MODEL, required=True, help="Model: hub id or path.")
 @click.option(
     "--adapter",
+    type=FOLDER,
+    help="Directory from `pact-offline finetune` or `merge`: an adapter, or a whole model.",
+)
+@prompts_option("harmful", "Held-out harmful prompts")
+@prompts_option("borderline", "Benign prompts that look harmful")
+@prompts_option("benign", "Plain benign prompts")
+@prompts_option("task", "Test rows of the task, with their right responses")
+@click.option(
+    "--safety-tokens",
     type=FILE,
-    help="From `pact-offline finetune` or `merge`: an adapter, or a whole model.",
-)
-@prompts_option("harmful", "Held-out harmful prompts; a refusal is right.")
-@prompts_option("borderline", "Benign prompts that look harmful; a refusal is wrong.")
-@prompts_option("benign", "Plain benign prompts; a refusal is wrong.")
-@prompts_option("task", "Test rows of the task, with the right responses.")
-@click.option(
-    "--safety-tokens", type=FILE, help="From `pact-offline tokens`; for drift on harmful prompts."
+    help="safety_tokens.json from `pact-offline tokens`; for drift on the harmful prompts.",
 )
 @click.option(
-    "--reference", type=FILE, help="Evaluation of the reference; leave out for the reference."
+    "--reference",
+    type=FOLDER,
+    help="Directory of the reference's own evaluation (its -o); leave out for the reference.",
 )
-@click.option("-o", "--output", type=FILE, required=True, help="Directory of metrics.json.")
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT_FOLDER,
+    required=True,
+    help="Directory to write metrics.json into.",
+)
 @settings_options(EvaluateSettings)
 @json_option
 def evaluate(
@@ -91,11 +107,15 @@ def evaluate(
 
 @click.command()
 @click.argument("metrics", type=FILE, nargs=-1, required=True)
-@click.option("-o", "--output", type=FILE, required=True, help="report.html to write.")
+@click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="report.html to write.")
 @click.option("--title", default="PACT from a cache", help="Title of the page.")
-@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
-@click.option("--benchmarks", type=FILE, help="Directory of Snakemake benchmark files.")
-@click.option("--config-file", type=FILE, help="Workflow config to show.")
+@click.option("--safety-tokens", type=FILE, help="safety_tokens.json, to show on the page.")
+@click.option(
+    "--benchmarks",
+    type=FOLDER,
+    help="Directory of Snakemake benchmark files: time and memory of each stage.",
+)
+@click.option("--config-file", type=FILE, help="Workflow config to show on the page.")
 def report(
     metrics: tuple[Path, ...],
     output: Path,
@@ -110,11 +130,10 @@ def report(
 
     Example: pact-offline report evaluation/*/metrics.json -o report.html
     """
-    from pact_offline.files import read_text, require_file_place
+    from pact_offline.files import read_text
     from pact_offline.report.inputs import read_metrics, read_tokens
     from pact_offline.report.page import headline, write_report
 
-    require_file_place(output)
     loaded = read_metrics(metrics)
     write_report(
         loaded,

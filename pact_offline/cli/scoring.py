@@ -9,11 +9,17 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    MODEL,
+    OUTPUT_FILE,
+    ROW_SOURCES,
+    ROWS,
+    STORES,
     json_option,
     rows_option,
     safety_tokens_option,
     settings_options,
 )
+from pact_offline.errors import Interrupted
 from pact_offline.settings.stages import (
     ScoreSettings,
     TokensSettings,
@@ -21,21 +27,27 @@ from pact_offline.settings.stages import (
 
 
 @click.command()
-@click.option("--aligned", required=True, help="Aligned model: hub id or path.")
-@click.option("--base", help="Its base model: hub id or path.")
-@click.option("--refusals", type=FILE, help="Refusal pairs, JSON lines.")
+@click.option("--aligned", type=MODEL, required=True, help="Aligned model: hub id or path.")
+@click.option("--base", type=MODEL, help="Its base model: hub id or path.")
+@click.option(
+    "--refusals",
+    type=ROWS,
+    help=f"Harmful prompts with refusals as responses: {ROW_SOURCES}.",
+)
 @click.option(
     "--from-list",
     type=FILE,
     help="A hand-made list instead, JSON: words, ids, or pairs of one with its weight.",
 )
-@click.option("-o", "--output", type=FILE, required=True, help="safety_tokens.json to write.")
+@click.option(
+    "-o", "--output", type=OUTPUT_FILE, required=True, help="safety_tokens.json to write."
+)
 @settings_options(TokensSettings)
 @json_option
 def tokens(
     aligned: str,
     base: str | None,
-    refusals: Path | None,
+    refusals: str | None,
     from_list: Path | None,
     output: Path,
     as_json: bool,
@@ -47,13 +59,11 @@ def tokens(
 
     Example: pact-offline tokens --aligned A --base B --refusals refusals.jsonl -o tokens.json
     """
-    from pact_offline.files import require_file_place
     from pact_offline.progress import bar
     from pact_offline.rows.read import read_rows
     from pact_offline.safety_tokens.hand_list import read_hand_list
     from pact_offline.safety_tokens.search import find_safety_tokens
 
-    require_file_place(output)
     if from_list is not None and base is None and refusals is None:
         found = read_hand_list(from_list, aligned)
     elif from_list is None and base is not None and refusals is not None:
@@ -84,17 +94,22 @@ def parse_part(
 
 
 @click.command()
-@click.option("--model", required=True, help="Reference model: hub id or path.")
+@click.option("--model", type=MODEL, required=True, help="Reference model: hub id or path.")
 @rows_option
 @safety_tokens_option
 @click.option(
-    "--cache", required=True, help="Directory of stores, or an fsspec URL (s3://...); shareable."
+    "--cache",
+    type=STORES,
+    required=True,
+    help="Directory of stores, or an fsspec URL (s3://...); shareable.",
 )
-@click.option("-o", "--output", type=FILE, help="targets.json to write.")
+@click.option("-o", "--output", type=OUTPUT_FILE, help="targets.json to write.")
 @click.option(
     "--part",
+    metavar="I/N",
     callback=parse_part,
-    help="Score the I-th of N parts only, and write no targets.json.",
+    help="Score the I-th of N parts only, and write no targets.json: for jobs that share the work; "
+    "a last one without --part writes it.",
 )
 @settings_options(ScoreSettings)
 @json_option
@@ -126,7 +141,12 @@ def score(
         raise click.UsageError("expected either --output or --part I/N")
     files = locate_model(model)
     dataset = prepare(files, rows, safety_tokens, cache, settings)
-    summary = fill(dataset, files, settings, part or (1, 1))
+    try:
+        summary = fill(dataset, files, settings, part or (1, 1))
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; what was scored is in the cache, and the same command goes on from there"
+        ) from None
     if output is not None:
         bind(dataset, files, settings, output)
     if as_json:

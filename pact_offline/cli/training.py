@@ -9,6 +9,9 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    FOLDER,
+    MODEL,
+    OUTPUT_FOLDER,
     json_option,
     rows_option,
     settings_options,
@@ -20,11 +23,18 @@ from pact_offline.settings.stages import (
 
 
 @click.command()
-@click.option("--model", required=True, help="Model to fine-tune: the scored reference itself.")
+@click.option(
+    "--model",
+    type=MODEL,
+    required=True,
+    help="Model to fine-tune, the scored reference itself: hub id or path.",
+)
 @rows_option
 @click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
-@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
-@click.option("-o", "--output", type=FILE, required=True, help="Directory of the adapter.")
+@click.option("--safety-tokens", type=FILE, help="safety_tokens.json from `pact-offline tokens`.")
+@click.option(
+    "-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the adapter, to write."
+)
 @settings_options(FinetuneSettings)
 @json_option
 def finetune(
@@ -65,9 +75,22 @@ def finetune(
 
 
 @click.command()
-@click.option("--model", required=True, help="Model that was fine-tuned: hub id or path.")
-@click.option("--adapter", type=FILE, required=True, help="From `pact-offline finetune`.")
-@click.option("-o", "--output", type=FILE, required=True, help="Directory of the merged model.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Model that was fine-tuned: hub id or path."
+)
+@click.option(
+    "--adapter",
+    type=FOLDER,
+    required=True,
+    help="Directory of the adapter, from `pact-offline finetune`.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT_FOLDER,
+    required=True,
+    help="Directory of the merged model, to write.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

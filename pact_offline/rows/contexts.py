@@ -22,10 +22,12 @@ class TokenizedExample:
     Attributes:
         ids: int32 [tokens], prompt and response.
         response_start: index of the first response token; at least 1.
+        is_cut: whether the response went on, beyond the most tokens of a row.
     """
 
     ids: np.ndarray
     response_start: int
+    is_cut: bool = False
 
     @property
     def steps(self) -> int:

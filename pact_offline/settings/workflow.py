@@ -72,7 +72,7 @@ class WorkflowConfig(Settings):
     )
     models: ModelsConfig = Field(ModelsConfig(aligned=None, base=None), description="The pair.")
     align: AlignSettings = Field(
-        AlignSettings.model_validate({}), description="The demo's reference model."
+        default_factory=AlignSettings, description="The demo's reference model."
     )
     align_data: AlignData | None = Field(None, description="Rows of the demo's reference model.")
     refusals: str | None = Field(
@@ -87,10 +87,10 @@ class WorkflowConfig(Settings):
         min_length=1, description="Name to list of row files, in order."
     )
     tokens: TokensSettings = Field(
-        TokensSettings.model_validate({}), description="Finding safety tokens."
+        default_factory=TokensSettings, description="Finding safety tokens."
     )
     score: ScoreSettings = Field(
-        ScoreSettings.model_validate({}), description="Scoring the reference model."
+        default_factory=ScoreSettings, description="Scoring the reference model."
     )
     score_parts: int = Field(
         1, ge=1, description="Scoring jobs that share a dataset; changing it rescores nothing."
@@ -103,7 +103,7 @@ class WorkflowConfig(Settings):
     )
     evaluation: EvaluationData = Field(description="What the models are judged on.")
     evaluate: EvaluateSettings = Field(
-        EvaluateSettings.model_validate({}), description="How answers are made and judged."
+        default_factory=EvaluateSettings, description="How answers are made and judged."
     )
     title: str = Field("PACT from a cache", description="Title of the report.")
 

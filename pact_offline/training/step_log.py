@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from pact_offline.errors import TrainingError
 from pact_offline.progress import bar
 
+STEP_LOG = "training.jsonl"
+
 
 class Journal(TrainerCallback):  # type: ignore[misc]
     """A progress bar on stderr, and one JSON line a step in `training.jsonl`.
