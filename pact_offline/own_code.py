@@ -25,6 +25,10 @@ def _group(kind: Kind) -> str:
     return f"pact_offline.{kind}s"
 
 
+def _option(kind: Kind) -> str:
+    return "--rates" if kind == "rate" else f"--{kind}"
+
+
 def _in_file(name: str) -> tuple[Path, str] | None:
     """The file and function of `file.py:function`; None for any other name."""
     file, _, function = name.rpartition(":")
@@ -87,10 +91,11 @@ def load(kind: Kind, name: str) -> Callable[..., Any]:
             made = point.load() if point else None
     except Exception as error:  # whatever a user's module raises
         raise SettingError(
-            f"--{kind} {name}: cannot be imported: {type(error).__name__}: {first_line(error)}"
+            f"{_option(kind)} {name}: cannot be imported: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
     if not callable(made):
-        raise SettingError(f"--{kind}: expected a function, found none by the name {name!r}")
+        raise SettingError(f"{_option(kind)}: expected a function, found none by the name {name!r}")
     return cast("Callable[..., Any]", made)
 
 
@@ -104,12 +109,12 @@ def load_verdict(kind: Kind, name: str, arguments: Sequence[str]) -> Callable[..
     Raises:
         MissingFileError, SettingError: as of `load`, or it takes other arguments.
     """
-    function = load(kind, name)
+    function, what = load(kind, name), f"{_option(kind)} {name}"
     try:
         inspect.signature(function).bind(*arguments)
     except (TypeError, ValueError) as error:
         raise SettingError(
-            f"--{kind} {name}: expected a function of {', '.join(arguments)}, found: {error}"
+            f"{what}: expected a function of {', '.join(arguments)}, found: {error}"
         ) from None
 
     @functools.wraps(function)
@@ -118,12 +123,12 @@ def load_verdict(kind: Kind, name: str, arguments: Sequence[str]) -> Callable[..
             verdict = function(*texts)
         except Exception as error:  # whatever a user's function raises
             raise InputError(
-                f"--{kind} {name}: failed on the prompt {texts[0]!r:.60}: "
+                f"{what}: failed on the prompt {texts[0]!r:.60}: "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
         if not isinstance(verdict, bool | np.bool_):
             raise InputError(
-                f"--{kind} {name}: expected True or False, found {verdict!r:.40} on the prompt "
+                f"{what}: expected True or False, found {verdict!r:.40} on the prompt "
                 f"{texts[0]!r:.60}"
             )
         return bool(verdict)

@@ -25,7 +25,7 @@ from pact_offline.settings.stages import (
 
 
 def prompts_option(name: str, description: str) -> Callable[[F], F]:
-    return click.option(f"--{name}", type=ROWS, help=f"{description} {ROW_SOURCES}.")
+    return click.option(f"--{name}", type=ROWS, help=f"{description}: {ROW_SOURCES}.")
 
 
 @click.command()
@@ -34,14 +34,16 @@ def prompts_option(name: str, description: str) -> Callable[[F], F]:
 @click.option(
     "--adapter",
     type=FOLDER,
-    help="From `pact-offline finetune` or `merge`: an adapter, or a whole model.",
+    help="Directory from `pact-offline finetune` or `merge`: an adapter, or a whole model.",
 )
-@prompts_option("harmful", "Held-out harmful prompts; a refusal is right.")
-@prompts_option("borderline", "Benign prompts that look harmful; a refusal is wrong.")
-@prompts_option("benign", "Plain benign prompts; a refusal is wrong.")
-@prompts_option("task", "Test rows of the task, with the right responses.")
+@prompts_option("harmful", "Held-out harmful prompts")
+@prompts_option("borderline", "Benign prompts that look harmful")
+@prompts_option("benign", "Plain benign prompts")
+@prompts_option("task", "Test rows of the task, with their right responses")
 @click.option(
-    "--safety-tokens", type=FILE, help="From `pact-offline tokens`; for drift on harmful prompts."
+    "--safety-tokens",
+    type=FILE,
+    help="safety_tokens.json from `pact-offline tokens`; for drift on the harmful prompts.",
 )
 @click.option(
     "--reference",
@@ -128,11 +130,10 @@ def report(
 
     Example: pact-offline report evaluation/*/metrics.json -o report.html
     """
-    from pact_offline.files import read_text, require_file_place
+    from pact_offline.files import read_text
     from pact_offline.report.inputs import read_metrics, read_tokens
     from pact_offline.report.page import headline, write_report
 
-    require_file_place(output)
     loaded = read_metrics(metrics)
     write_report(
         loaded,

@@ -60,13 +60,11 @@ def tokens(
 
     Example: pact-offline tokens --aligned A --base B --refusals refusals.jsonl -o tokens.json
     """
-    from pact_offline.files import require_file_place
     from pact_offline.progress import bar
     from pact_offline.rows.read import read_rows
     from pact_offline.safety_tokens.hand_list import read_hand_list
     from pact_offline.safety_tokens.search import find_safety_tokens
 
-    require_file_place(output)
     if from_list is not None and base is None and refusals is None:
         found = read_hand_list(from_list, aligned)
     elif from_list is None and base is not None and refusals is not None:

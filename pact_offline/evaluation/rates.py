@@ -39,10 +39,10 @@ def load_rates(settings: EvaluateSettings, asked: Collection[PromptSet]) -> list
         holds = load_verdict("rate", source, ("prompt", "answer", "expected"))
         name, prompts = source.rpartition(":")[2], getattr(holds, "prompts", "task")
         if name in (*BUILT_IN_RATES, *loaded):
-            raise SettingError(f"--rate {source}: expected a name of its own, found {name} again")
+            raise SettingError(f"--rates {source}: expected a name of its own, found {name} again")
         if prompts not in asked:
             raise SettingError(
-                f"--rate {source}: expected prompts of a set that is asked ({', '.join(asked)}), "
+                f"--rates {source}: expected prompts of a set that is asked ({', '.join(asked)}), "
                 f"found none: it is of the set {prompts!r:.40}"
             )
         facts = OwnRate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from pact_offline.errors import InputError
 from pact_offline.evaluation.metrics import METRICS_FILE, Metrics
-from pact_offline.files import read_json, read_text
+from pact_offline.files import read_json, read_json_lines, read_text
 from pact_offline.made_from import MadeFrom
 
 ANSWERS_FILE, CONFIDENCES_FILE = "answers.jsonl", "confidences.json"
@@ -65,7 +64,7 @@ def read_reference(folder: Path, run: MadeFrom) -> Reference:
             f"{folder}: expected the answers of its {METRICS_FILE}, found others; evaluate the "
             "reference again"
         )
-    lines = [json.loads(line) for line in answers.split("\n") if line]
+    lines = [line for _, line in read_json_lines(folder / ANSWERS_FILE)]
     return Reference(
         metrics.answers_sha256,
         [line["answer"] for line in lines if line["prompts"] == "harmful"],

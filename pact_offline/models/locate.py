@@ -24,6 +24,8 @@ def require_model(model: str) -> None:
     path = Path(model)
     if not path.exists():
         raise MissingFileError(f"{model}: no such model directory")
+    if (path / "adapter_config.json").is_file():  # transformers would load it, pickled or not
+        raise ModelError(f"{model}: expected a model directory, found an adapter; see --adapter")
     if not (path / "config.json").is_file():
         raise ModelError(f"{model}: expected a model directory with config.json, found none")
 
