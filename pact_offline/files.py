@@ -51,6 +51,16 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def read_from_disk(path: Path) -> bytes:
+    """A file's bytes, after it has gone to disk, and not from memory where the system can."""
+    to_disk(path)
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a file system that cannot
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.read()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
     with written_aside(path) as aside:

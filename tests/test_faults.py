@@ -162,7 +162,7 @@ def test_a_place_with_no_room_is_one_line_and_stays_whole(
     fact(f"writes cut short by the system at {len(limits)} sizes: 0 stores damaged")
 
 
-@pytest.mark.parametrize("step", ["zarr", "arrow", "sidecar", "rename"])
+@pytest.mark.parametrize("step", ["zarr", "file", "sync", "read back", "rename"])
 def test_a_full_disk_at_any_step_is_one_line(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,8 +173,9 @@ def test_a_full_disk_at_any_step_is_one_line(
     fill(store, range(20), shard_steps=20)
     place = {
         "zarr": "zarr.create_array",
-        "arrow": "pact_offline.cache.shard.pa.OSFile",
-        "sidecar": "pact_offline.cache.shard.sha256_file",
+        "file": "pathlib.Path.write_bytes",
+        "sync": "pact_offline.files.os.fsync",
+        "read back": "pact_offline.cache.storage.read_from_disk",
         "rename": "pathlib.Path.rename",
     }[step]
     with monkeypatch.context() as patch:

@@ -11,15 +11,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pact_offline.cache.format import check_shard_id, is_committed
-from pact_offline.cache.identity import IDENTITY_FILE
+from pact_offline.cache.format import BINDINGS, check_shard_id, is_committed, is_store
 from pact_offline.cache.leases import marked_shards
 from pact_offline.cache.storage import Storage, join, open_storage
 from pact_offline.cache.targets import Binding
 from pact_offline.errors import DamagedError, MissingTargetError, PactError, StoreError
 from pact_offline.files import parse_json
 
-_FOLDER = "bindings"
 _RECORD = re.compile(r"[0-9a-f]{32}\.json")
 _MAX_BYTES = 64 << 20
 
@@ -46,7 +44,7 @@ class Usage:
 
 
 def _name_of(data: bytes) -> str:
-    return f"{_FOLDER}/{hashlib.sha256(data).hexdigest()[:32]}.json"
+    return f"{BINDINGS}/{hashlib.sha256(data).hexdigest()[:32]}.json"
 
 
 def save_binding(place: str, binding: Binding, targets: Path) -> None:
@@ -127,8 +125,8 @@ def _neighbours(place: str) -> list[Storage]:
     if "://" not in place:
         parent, own = str(Path(place).parent), Path(place).name
     cache = open_storage(parent)
-    names = [n for n in cache.names() if n == own or cache.has(f"{n}/{IDENTITY_FILE}")]
-    return [open_storage(place if name == own else join(parent, name)) for name in names]
+    stores = [open_storage(place if n == own else join(parent, n)) for n in cache.names()]
+    return [store for store in stores if is_store(store)]
 
 
 def usages(storage: Storage) -> dict[str, Usage]:
@@ -138,8 +136,8 @@ def usages(storage: Storage) -> dict[str, Usage]:
         StoreError: a record is damaged.
     """
     found = {}
-    for entry in storage.names(_FOLDER):
-        name = f"{_FOLDER}/{entry}"
+    for entry in storage.names(BINDINGS):
+        name = f"{BINDINGS}/{entry}"
         if not _RECORD.fullmatch(entry):
             continue  # one that another process is writing
         try:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pact_offline.cache.bindings import usages
 from pact_offline.cache.format import SHARDS, SIDECAR, is_shard_id, shard_folder, shard_ids
 from pact_offline.cache.leases import marked, old_leases, old_marks, users
-from pact_offline.cache.storage import Storage
+from pact_offline.cache.storage import OPEN, Storage
 from pact_offline.errors import DamagedError
 
 
@@ -50,9 +50,9 @@ def find_garbage(storage: Storage, *, forget_missing: bool, older_than: float) -
     needed = {shard for usage in kept for shard in usage.shards}
     marks = old_marks(storage)
     condemned = {shard for shards in marks.values() for shard in shards}
-    whole = shard_ids(storage)
-    leftovers = [shard_folder(name) for name in storage.names(SHARDS) if name not in whole]
-    leftovers += [f"open/{name}" for name in storage.names("open")]
+    listed, whole = storage.names(SHARDS), shard_ids(storage)  # in this order: one may appear
+    leftovers = [shard_folder(name) for name in listed if name not in whole]
+    leftovers += [f"{OPEN}/{name}" for name in storage.names(OPEN)]
     leftovers = [name for name in leftovers if is_shard_id(name.rpartition("/")[2])]
     places = {shard_folder(shard): shard for shard in whole if shard not in needed}
     found = {}
@@ -81,7 +81,7 @@ def remove_garbage(storage: Storage, garbage: Garbage) -> Removed:
     """
     removed: list[str] = []
     ids = [*garbage.shards, *(name.rpartition("/")[2] for name in garbage.leftovers)]
-    with marked(storage, ids):
+    with marked(storage, ids, "cache gc"):
         for name in garbage.records:
             if found := users(storage):
                 return Removed(removed, found)
@@ -97,7 +97,8 @@ def remove_garbage(storage: Storage, garbage: Garbage) -> Removed:
         for name in garbage.leftovers:
             if found := users(storage):
                 return Removed(removed, found)
-            storage.remove(name, first=SIDECAR)
+            if not storage.has(f"{name}/{SIDECAR}"):
+                storage.remove(name, first=SIDECAR)
         _remove_signs(storage, garbage.signs)
     return Removed(removed, [])
 

@@ -15,11 +15,11 @@ import json
 import logging
 import platform
 import re
-import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from threading import Event, Thread
 from time import sleep
 from typing import Any, TypeVar
 
@@ -74,9 +74,9 @@ class _Kept:
     def __init__(self, storage: Storage, name: str, value: Holder | _Removal) -> None:
         self._storage, self._name, self._every = storage, name, value.life / _BEATS
         self._data = _to_bytes(value)
-        self._is_over = threading.Event()
+        self._is_over = Event()
         storage.write(name, self._data)
-        self._thread = threading.Thread(target=self._beat, name=name, daemon=True)
+        self._thread = Thread(target=self._beat, name=name, daemon=True)
         self._thread.start()
 
     def _beat(self) -> None:
@@ -134,7 +134,7 @@ class Lease:
     def end_parts(self) -> None:
         """Remove what the parts of the same dataset left to stand."""
         with suppress(PactError):
-            for name, holder in _read(self._storage, _LEASES, Holder):
+            for name, holder, _ in _read(self._storage, _LEASES, Holder):
                 if holder.is_part and name.startswith(f"{_LEASES}/{self._dataset}-"):
                     self._storage.remove_file(name)
 
@@ -147,15 +147,15 @@ def users(storage: Storage) -> list[str]:
     """
     return [
         f"in use by {holder.job} on {holder.machine} since {holder.since} ({storage.url}/{name})"
-        for name, holder in _read(storage, _LEASES, Holder)
-        if _is_live(storage, name, holder)
+        for name, holder, is_live in _read(storage, _LEASES, Holder)
+        if is_live
     ]
 
 
 @contextmanager
-def marked(storage: Storage, shards: list[str]) -> Iterator[None]:
+def marked(storage: Storage, shards: Sequence[str], by: str) -> Iterator[None]:
     """Mark shards for removal in this block: from now on nobody binds to them."""
-    removal = _Removal("cache gc", platform.node(), _now(), tuple(shards))
+    removal = _Removal(by, platform.node(), _now(), tuple(shards))
     name = f"{_REMOVALS}/{uuid.uuid4().hex}.json"
     kept = _Kept(storage, name, removal)
     try:
@@ -176,9 +176,9 @@ def marked_shards(storage: Storage) -> set[str]:
     is_told = False
     while True:
         marks = list(_read(storage, _REMOVALS, _Removal))
-        live = [mark for name, mark in marks if _is_live(storage, name, mark)]
+        live = [mark for _, mark, is_live in marks if is_live]
         if not live:
-            return {shard for _, mark in marks for shard in mark.shards}
+            return {shard for _, mark, _ in marks for shard in mark.shards}
         if not is_told:
             log.info("waiting for %s on %s, since %s", live[0].by, live[0].machine, live[0].since)
             is_told = True
@@ -187,14 +187,13 @@ def marked_shards(storage: Storage) -> set[str]:
 
 def old_leases(storage: Storage) -> list[str]:
     """Names of the leases of jobs that ended without giving them back."""
-    leases = _read(storage, _LEASES, Holder)
-    return [name for name, holder in leases if not _is_live(storage, name, holder)]
+    return [name for name, _, is_live in _read(storage, _LEASES, Holder) if not is_live]
 
 
 def old_marks(storage: Storage) -> dict[str, tuple[str, ...]]:
     """Marks of removals that were cut short, by name, and the shards they were for."""
     marks = _read(storage, _REMOVALS, _Removal)
-    return {name: mark.shards for name, mark in marks if not _is_live(storage, name, mark)}
+    return {name: mark.shards for name, mark, is_live in marks if not is_live}
 
 
 def _now() -> str:
@@ -208,27 +207,21 @@ def _to_bytes(value: Holder | _Removal) -> bytes:
 _Sign = TypeVar("_Sign", Holder, _Removal)
 
 
-def _is_live(storage: Storage, name: str, sign: Holder | _Removal) -> bool:
-    try:
-        return storage.age(name) < sign.life
-    except DamagedError:
-        if storage.has(name):
-            raise
-        return False  # given back just now
-
-
-def _read(storage: Storage, folder: str, kind: type[_Sign]) -> Iterator[tuple[str, _Sign]]:
+def _read(storage: Storage, folder: str, kind: type[_Sign]) -> Iterator[tuple[str, _Sign, bool]]:
+    """Name, content and whether its process lives, of each that is not taken back meanwhile."""
     for entry in storage.names(folder):
         name = f"{folder}/{entry}"
         if not _NAME.fullmatch(entry):
             continue  # one that another process is writing
         try:
+            age = storage.age(name)  # first: what is gone is very old in some places
             data = storage.read(name, _MAX_BYTES)
         except DamagedError:
             if storage.has(name):
                 raise
-            continue  # given back just now
-        yield name, _parse(data, kind, f"{storage.url}/{name}")
+            continue
+        sign = _parse(data, kind, f"{storage.url}/{name}")
+        yield name, sign, age < sign.life
 
 
 def _parse(data: bytes, kind: type[_Sign], source: str) -> _Sign:

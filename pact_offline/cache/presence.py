@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pact_offline.cache.format import is_committed
-from pact_offline.cache.identity import IDENTITY_FILE
+from pact_offline.cache.format import IDENTITY_FILE, is_committed
 from pact_offline.cache.storage import open_storage
-from pact_offline.cache.targets import Binding
+from pact_offline.cache.targets import Binding, store_place
 from pact_offline.errors import PactError
 
 
@@ -16,16 +15,11 @@ def is_there(targets: Path, cache: str) -> bool:
 
     Args:
         targets: a targets.json; one that cannot be read names nothing that is there.
-        cache: the only place, other than a disk, that is asked: a directory, or a URL.
+        cache: the cache, a directory or a URL; no other URL is asked.
     """
     try:
         binding = Binding.load(targets)
-        place = binding.store
-        if "://" not in place:
-            place = str(targets.resolve().parent / place)
-        elif not place.startswith(cache.rstrip("/") + "/"):
-            return False
-        storage = open_storage(place)
+        storage = open_storage(store_place(binding.store, targets, cache))
         return storage.has(IDENTITY_FILE) and all(
             is_committed(storage, shard) for shard in binding.shards
         )

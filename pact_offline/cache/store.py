@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pact_offline.cache.encoding import array_dtypes, decode
+from pact_offline.cache.encoding import decode, step_records
 from pact_offline.cache.format import find_keys, is_committed, join_keys, pack_keys, shard_ids
 from pact_offline.cache.identity import read_identity
 from pact_offline.cache.shard import Shard
@@ -105,11 +105,9 @@ class Store:
         The bytes of a shard are checked before its first value is used.
         """
         ids, records = len(self.identity.safety_ids), {}
-        for name, dtype in array_dtypes(self.identity.stored_dtype).items():
-            columns = ids if name == "log_confidence" else 2
-            width = columns * dtype.itemsize
-            parts = [self._records(name, width, int(position)) for position in positions]
-            records[name] = np.frombuffer(b"".join(parts), dtype=dtype).reshape(-1, columns)
+        for name, record in step_records(self.identity.stored_dtype, ids).items():
+            parts = [self._records(name, record.itemsize, int(place)) for place in positions]
+            records[name] = np.frombuffer(b"".join(parts), dtype=record)
         return decode(records)
 
     def verify(self) -> None:
@@ -127,13 +125,20 @@ class Store:
     def _open(self, shard: int, name: str) -> int:
         handle = self._files.get((shard, name))
         if handle is None:
-            if shard not in self._chunks:
-                self._chunks[shard] = self.shards[shard].arrays()
-            handle = os.open(self._chunks[shard][name], os.O_RDONLY)
-            self._files[shard, name] = handle
+            handle = self._files[shard, name] = self._open_chunk(shard, name)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         return handle
+
+    def _open_chunk(self, shard: int, name: str) -> int:
+        try:
+            path = self._chunks.get(shard, {}).get(name)
+            if path is None or not path.exists():  # a copy that went with its process
+                self._chunks[shard] = self.shards[shard].arrays()
+            return os.open(self._chunks[shard][name], os.O_RDONLY)
+        except OSError as error:
+            place = f"{self.shards[shard].place}/{name}.zarr"
+            raise StoreError(f"{place}: cannot be read: {error.strerror}") from None
 
     def close(self) -> None:
         """Close the files that are open."""

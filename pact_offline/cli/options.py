@@ -80,6 +80,10 @@ safety_tokens_option = click.option(
     required=True,
     help="safety_tokens.json from `pact-offline tokens`.",
 )
+cache_option = click.option(
+    "--cache",
+    help="Cache of the targets; needed where it is a URL, which a file alone never opens.",
+)
 
 
 def _option_type(annotation: Any) -> Any:

@@ -6,8 +6,7 @@ import hashlib
 import logging
 from types import TracebackType
 
-from pact_offline.cache.format import shard_ids
-from pact_offline.cache.identity import IDENTITY_FILE
+from pact_offline.cache.format import IDENTITY_FILE, shard_ids, strays
 from pact_offline.cache.leases import Lease, marked_shards
 from pact_offline.cache.storage import open_storage
 from pact_offline.cache.store import Store
@@ -84,8 +83,8 @@ class ScoringJob:
             self.store.add([shard for shard in shards if shard not in known])
 
     def _warn(self, damaged: list[DamagedError]) -> None:
-        for error in damaged:
-            log.warning("%s", error)
+        for line in (*damaged, *strays(self._storage)):
+            log.warning("%s", line)
         if damaged:
             log.warning(
                 "%d damaged shards are left out, and scored again where they are needed; "
