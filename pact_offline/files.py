@@ -26,7 +26,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         InputError: the place cannot be written to.
     """
     path = Path(path)
-    check_output_file(path)
+    require_file_place(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +49,16 @@ def to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_from_disk(path: Path) -> bytes:
+    """A file's bytes, after it has gone to disk, and not from memory where the system can."""
+    to_disk(path)
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a file system that cannot
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.read()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,7 +103,7 @@ def _short(path: Path) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def check_output_file(path: Path) -> None:
+def require_file_place(path: Path) -> None:
     """Refuse a place where no file could be written in the end.
 
     Raises:

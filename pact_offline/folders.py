@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pact_offline.errors import InputError, PactError, first_line
+from pact_offline.errors import InputError, PactError
+from pact_offline.files import check_output_folder
 
 RUN_FILE = "pact_offline.json"
 
@@ -38,14 +39,13 @@ def require_place(output: Path, mark: str = RUN_FILE) -> Path:
         InputError: it is a file, lies in one, holds something that this project did not write, or
             is the current directory or one above it.
     """
+    check_output_folder(output)
+    place = Path(os.path.realpath(output))
     try:
-        place = Path(os.path.realpath(output))
         is_around_us = place in (Path.cwd(), *Path.cwd().parents)
-        is_taken = place.exists() and (not place.is_dir() or _is_foreign(place, mark))
-        above = next(parent for parent in (place, *place.parents) if parent.exists())
-        is_closed = not (above.is_dir() and os.access(above, os.W_OK))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{output}: cannot be written: {first_line(error)}") from None
+        is_taken = place.exists() and _is_foreign(place, mark)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be used: {error.strerror}") from None
     if is_around_us:
         raise InputError(
             f"{output}: expected a directory of the output's own, found the current directory or "
@@ -55,8 +55,6 @@ def require_place(output: Path, mark: str = RUN_FILE) -> Path:
         raise InputError(
             f"{output}: expected an empty or earlier output directory, found other files"
         )
-    if is_closed:
-        raise InputError(f"{output}: expected a directory to write to, found {above}")
     return place
 
 

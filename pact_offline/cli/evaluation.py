@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -14,8 +15,8 @@ from pact_offline.cli.options import (
     OUTPUT_FOLDER,
     ROW_SOURCES,
     ROWS,
+    F,
     json_option,
-    safety_tokens_option,
     settings_options,
 )
 from pact_offline.settings.stages import (
@@ -23,26 +24,27 @@ from pact_offline.settings.stages import (
 )
 
 
+def prompts_option(name: str, description: str) -> Callable[[F], F]:
+    return click.option(f"--{name}", type=ROWS, help=f"{description}: {ROW_SOURCES}.")
+
+
 @click.command()
 @click.option("--name", required=True, help="Name of the run in the report.")
 @click.option("--model", type=MODEL, required=True, help="Model: hub id or path.")
 @click.option(
-    "--adapter", type=FOLDER, help="Directory of an adapter, from `pact-offline finetune`."
+    "--adapter",
+    type=FOLDER,
+    help="Directory from `pact-offline finetune` or `merge`: an adapter, or a whole model.",
 )
+@prompts_option("harmful", "Held-out harmful prompts")
+@prompts_option("borderline", "Benign prompts that look harmful")
+@prompts_option("benign", "Plain benign prompts")
+@prompts_option("task", "Test rows of the task, with their right responses")
 @click.option(
-    "--harmful", type=ROWS, required=True, help=f"Held-out harmful prompts: {ROW_SOURCES}."
+    "--safety-tokens",
+    type=FILE,
+    help="safety_tokens.json from `pact-offline tokens`; for drift on the harmful prompts.",
 )
-@click.option(
-    "--borderline", type=ROWS, required=True, help="Benign prompts that look harmful; likewise."
-)
-@click.option("--benign", type=ROWS, required=True, help="Plain benign prompts; likewise.")
-@click.option(
-    "--task",
-    type=ROWS,
-    required=True,
-    help="Test rows of the task, with their right responses; likewise.",
-)
-@safety_tokens_option
 @click.option(
     "--reference",
     type=FOLDER,
@@ -61,11 +63,11 @@ def evaluate(
     name: str,
     model: str,
     adapter: Path | None,
-    harmful: str,
-    borderline: str,
-    benign: str,
-    task: str,
-    safety_tokens: Path,
+    harmful: str | None,
+    borderline: str | None,
+    benign: str | None,
+    task: str | None,
+    safety_tokens: Path | None,
     reference: Path | None,
     output: Path,
     as_json: bool,
@@ -73,7 +75,8 @@ def evaluate(
 ) -> None:
     """Measure a model's safety, utility and drift.
 
-    Refusals of four kinds of prompts, task accuracy, and confidences against the reference's.
+    Refusals of up to four kinds of prompts, task accuracy, and confidences against the reference's;
+    what no prompts or safety tokens are given for is not measured.
 
     Example: pact-offline evaluate --name sft --model A --adapter adapter --harmful harmful.jsonl
     --borderline borderline.jsonl --benign benign.jsonl --task test.jsonl
@@ -94,9 +97,10 @@ def evaluate(
     if as_json:
         click.echo(metrics.model_dump_json())
     else:
+        width = max(20, *map(len, metrics.rates))
         for rate, found in metrics.rates.items():
             click.echo(
-                f"{rate:20} {found.value:7.1%}  [{found.low:.1%}, {found.high:.1%}]  "
+                f"{rate:{width}} {found.value:7.1%}  [{found.low:.1%}, {found.high:.1%}]  "
                 f"{found.count}/{found.total}"
             )
 
@@ -126,17 +130,16 @@ def report(
 
     Example: pact-offline report evaluation/*/metrics.json -o report.html
     """
-    from pact_offline.evaluation.metrics import Metrics
     from pact_offline.files import read_text
+    from pact_offline.report.inputs import read_metrics, read_tokens
     from pact_offline.report.page import headline, write_report
-    from pact_offline.safety_tokens.file import SafetyTokens
 
-    loaded = [Metrics.load(path) for path in metrics]
+    loaded = read_metrics(metrics)
     write_report(
         loaded,
         output,
         title=title,
-        safety_tokens=SafetyTokens.load(safety_tokens) if safety_tokens else None,
+        safety_tokens=read_tokens(safety_tokens, loaded) if safety_tokens else None,
         benchmarks=benchmarks,
         config_text=read_text(config_file) if config_file else None,
     )

@@ -22,6 +22,7 @@ ComputeDtype = Literal["float32", "bfloat16"]
 
 
 BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
+BUILT_IN_JUDGE = "phrases"
 
 
 class TokensSettings(Settings):
@@ -219,6 +220,16 @@ class EvaluateSettings(Settings):
     dtype: Dtype = Field(default_factory=default_dtype, description=f"Compute dtype{_DEFAULT}")
     drift_steps: int = Field(
         12, ge=1, description="Response steps over which confidences are compared."
+    )
+    judge: str = Field(
+        BUILT_IN_JUDGE,
+        description="What a refusal is: phrases (a list of them), or your own: "
+        "path/to/file.py:function, or an entry point of pact_offline.judges.",
+    )
+    rates: tuple[str, ...] = Field(
+        (),
+        description="Your own rates to count: path/to/file.py:function, or entry points of "
+        "pact_offline.rates.",
     )
     guard: str | None = Field(
         None, description="Guard model (Llama-Guard chat format) that also judges the answers."

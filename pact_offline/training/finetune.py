@@ -69,10 +69,12 @@ def finetune(
     *,
     targets_path: Path | None = None,
     tokens_path: Path | None = None,
+    cache_place: str | None = None,
 ) -> dict[str, Any]:
     """Train a policy and write it, whole or not at all, to `output`.
 
-    Everything that can be refused is refused before any weight is loaded.
+    Everything that can be refused is refused before any weight is loaded. `cache_place` is the
+    `cache` of `TargetCache.open`.
 
     Returns:
         what is written to `pact_offline.json`: settings, targets hash, metrics and provenance;
@@ -88,7 +90,7 @@ def finetune(
     check_lora_modules(str(model.path), settings)
     if settings.compile:
         require_compiler()
-    inputs = _read_inputs(model, sources, settings, targets_path, tokens_path)
+    inputs = _read_inputs(model, sources, settings, targets_path, cache_place, tokens_path)
     tokenizer, examples, tokens, cache = inputs
     counts = count_rows(examples, _rows_per_batch(settings))
     unheld = why_nothing_is_held(settings, examples)
@@ -150,6 +152,7 @@ def _read_inputs(
     sources: Sequence[str | Path],
     settings: FinetuneSettings,
     targets_path: Path | None,
+    cache_place: str | None,
     tokens_path: Path | None,
 ) -> _Inputs:
     """Read what a run needs beside the model, and refuse what does not belong together."""
@@ -163,7 +166,7 @@ def _read_inputs(
             f"every process), found {len(examples)}"
         )
     tokens = _load_safety_tokens(tokens_path, tokenizer, settings)
-    cache = _open_cache(targets_path, settings)
+    cache = _open_cache(targets_path, cache_place, settings)
     if cache is not None and tokens is not None:
         cache.check_model(model)
         cache.check_safety_ids(tokens.ids, str(tokens_path))
@@ -216,7 +219,9 @@ def _load_safety_tokens(
     return tokens
 
 
-def _open_cache(path: Path | None, settings: FinetuneSettings) -> TargetCache | None:
+def _open_cache(
+    path: Path | None, place: str | None, settings: FinetuneSettings
+) -> TargetCache | None:
     if settings.objective == "none":
         return None
     if settings.reference == "live":
@@ -228,7 +233,7 @@ def _open_cache(path: Path | None, settings: FinetuneSettings) -> TargetCache | 
             f"--objective {settings.objective}: expected --targets, found none; only "
             "--objective none and --reference live train without them"
         )
-    return TargetCache.open(path, verify_all=True)
+    return TargetCache.open(path, verify_all=True, cache=place)
 
 
 def train(
