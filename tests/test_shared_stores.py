@@ -4,30 +4,40 @@ They run as threads that take turns at every call of the storage, in an order dr
 """
 
 import itertools
+import json
+import multiprocessing
 import os
+import platform
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from click.testing import Result
 from schedules import Schedule, TurnStorage
-from stores import IDENTITY, context, fill, list_shards, named, values
+from stores import IDENTITY, commit_together, context, fill, list_shards, named, values
 
 from pact_offline.cache import leases, shard
 from pact_offline.cache.bindings import save_binding, usages
 from pact_offline.cache.format import join_pair
 from pact_offline.cache.garbage import find_garbage, remove_garbage
 from pact_offline.cache.inspect import drop_shards, verify_store
-from pact_offline.cache.leases import users
-from pact_offline.cache.storage import open_storage
+from pact_offline.cache.leases import Lease, users
+from pact_offline.cache.shard import Shard
+from pact_offline.cache.storage import LocalStorage, open_storage
+from pact_offline.cache.store import Store
 from pact_offline.cache.targets import Binding, TargetCache
 from pact_offline.cache.writer import StoreWriter
-from pact_offline.errors import PactError
+from pact_offline.errors import MissingTargetError, PactError, StoreError
 from pact_offline.models.locate import ModelFiles
 from pact_offline.scoring.bind import bind
 from pact_offline.scoring.dataset import Dataset
@@ -285,3 +295,218 @@ def test_suspended_and_killed_processes_break_no_binding(
         f"1,000 schedules with processes that are suspended past their leases, or killed: "
         f"{counts['one line']} ended with one line, {counts['whole']} bindings whole, 0 broken"
     )
+
+
+def test_two_writers_of_the_same_shard_both_succeed(tmp_path: Path) -> None:
+    store = named(tmp_path)
+    writers = [StoreWriter(store, IDENTITY, 1000, {"made_at": "now"}) for _ in range(2)]
+    for writer in writers:
+        for number in range(5):
+            writer.add(context(number), values(number))
+        writer.commit()
+    assert writers[0].shards == writers[1].shards == list_shards(store)
+    assert list((store / "open").iterdir()) == []
+    assert verify_store(str(store))[:2] == (1, 5)
+
+
+@pytest.mark.parametrize("what", ["damaged", "without a sidecar"])
+def test_what_lies_under_a_shards_id_counts_only_if_it_is_whole(what: str, tmp_path: Path) -> None:
+    store = named(tmp_path)
+    fill(store, range(5))
+    (taken,) = list_shards(store)
+    folder = store / "shards" / taken
+    if what == "damaged":
+        (folder / "log_confidence.zarr" / "c" / "0" / "0").write_bytes(b"x")
+    else:
+        (folder / "shard.json").unlink()
+    (made,) = fill(store, range(5)).shards
+    assert made != taken
+    Shard(open_storage(store), made, IDENTITY).verify()
+    assert json.loads((store / "shards" / made / "shard.json").read_text())["provenance"] == {
+        "by": "test",
+        "instead_of": taken,
+    }
+
+
+def test_two_jobs_that_score_the_same_rows_both_succeed(tmp_path: Path) -> None:
+    """Processes of their own, which come to the rename in the same moment, time after time."""
+    work = multiprocessing.get_context("forkserver")
+    store, jobs = named(tmp_path), 2
+    gate = work.Barrier(jobs)
+    started = [work.Process(target=commit_together, args=(store, gate, 10)) for _ in range(jobs)]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join()
+        assert one.exitcode == 0
+    assert verify_store(str(store))[:2] == (10, 10)
+
+
+def test_gc_leaves_a_store_alone_that_a_job_works_on_however_long(
+    tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    store = named(tmp_path)
+    gc = ["cache", "gc", tmp_path, "--older-than", 0, "--yes"]
+    with ScoringJob(dataset(str(store), (1, 2))) as job:
+        writer = fill(store, range(1, 3))
+        job.lease.take()
+        for path in (store / "shards").rglob("*"):
+            os.utime(path, (1, 1))
+        said = run(*gc).stdout
+        assert f"in use by score rows.jsonl on {platform.node()} since 20" in said
+        assert list_shards(store) == writer.shards
+    said = run(*gc).stdout  # given back, and nothing was bound
+    assert "1 unused shards" in said
+    assert list_shards(store) == []
+
+
+def test_the_lease_of_a_part_stands_until_its_dataset_is_bound(
+    tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    store, rows = named(tmp_path), dataset(str(named(tmp_path)), (1, 2))
+    gc = ["cache", "gc", tmp_path, "--older-than", 0, "--yes"]
+    for part in ((1, 2), (2, 2)):
+        with ScoringJob(rows, part) as job:
+            fill(store, range(part[0], part[0] + 1))
+            job.lease.take()
+        for path in (store / "leases").iterdir():
+            os.utime(path, (time.time() - 24 * 3600,) * 2)
+    assert "--part 2/2" in run(*gc).stdout
+    with ScoringJob(rows) as job:
+        bind(job, MODEL, SETTINGS, tmp_path / "targets.json")
+    assert list((store / "leases").iterdir()) == []
+    assert "nothing to remove" in run(*gc).stdout
+    read_all(tmp_path / "targets.json", (1, 2))
+
+
+def test_the_lease_of_a_killed_job_grows_old(tmp_path: Path, run: Callable[..., Result]) -> None:
+    store = named(tmp_path)
+    gc = ["cache", "gc", tmp_path, "--older-than", 0, "--yes"]
+    fill(store, range(3))
+    Lease(open_storage(store), "0" * 32, "score").take()
+    (lease,) = (store / "leases").iterdir()
+    assert "in use by score" in run(*gc).stdout
+    os.utime(lease, (time.time() - 3700,) * 2)
+    assert "1 unused shards, 1 leftovers" in run(*gc).stdout
+    assert list_shards(store) == list((store / "leases").iterdir()) == []
+
+
+def test_a_lease_is_kept_fresh_through_faults_and_keeps_no_process_alive(tmp_path: Path) -> None:
+    """A process that takes a lease and ends without giving it back; its storage fails at times."""
+    code = f"""
+import sys, time
+from pact_offline.cache import leases
+from pact_offline.cache.storage import open_storage
+from pact_offline.errors import StoreError
+leases._JOB_LIFE = 0.2
+storage = open_storage({str(tmp_path)!r})
+written, write = [], storage.write
+def flaky(name, data):
+    written.append(name)
+    if len(written) % 2:
+        raise StoreError("busy")
+    write(name, data)
+lease = leases.Lease(storage, "0" * 32, "score")
+lease.take()
+storage.write = flaky
+while len(written) < 9:
+    time.sleep(0.01)
+assert leases.users(storage)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "leases").glob("*.json"))) == 1
+
+
+def test_a_store_that_cannot_be_written_to_is_still_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To where it was bound before: a new record has to be written."""
+    store, targets = named(tmp_path), tmp_path / "targets.json"
+    score(str(store), (1, 2), targets)
+    targets.unlink()
+
+    def refuse(self: LocalStorage, name: str, data: bytes) -> None:
+        raise StoreError(f"{self.url}/{name}: cannot be used: Read-only file system")
+
+    monkeypatch.setattr(LocalStorage, "write", refuse)
+    score(str(store), (1, 2), targets)
+    read_all(targets, (1, 2))
+    assert "Read-only file system; without a lease" in caplog.text
+
+
+def test_a_binding_of_what_gc_is_removing_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job whose lease has grown old: between gc's look and its removal, it binds."""
+    store, targets = named(tmp_path), tmp_path / "targets.json"
+    fill(store, range(2))
+    storage = open_storage(store)
+    garbage = find_garbage(storage, forget_missing=False, older_than=0)
+    job = ScoringJob(dataset(str(store), (0, 1)))
+    job.store = Store(store)
+    waits, removed, remove = Event(), Event(), LocalStorage.remove
+    found: list[PactError] = []
+
+    def wait(seconds: float) -> None:
+        waits.set()
+        removed.wait(10)
+
+    def binding() -> None:
+        try:
+            bind(job, MODEL, SETTINGS, targets)
+        except PactError as error:
+            found.append(error)
+
+    def remove_late(self: LocalStorage, name: str, first: str) -> None:
+        binder.start()
+        assert waits.wait(10)  # it has recorded its binding, and sees the mark
+        remove(self, name, first)
+        removed.set()
+
+    binder = Thread(target=binding)
+    monkeypatch.setattr(leases, "sleep", wait)
+    monkeypatch.setattr(LocalStorage, "remove", remove_late)
+    assert len(remove_garbage(storage, garbage).shards) == 1
+    binder.join()
+    assert "removed meanwhile" in str(found[0])
+    assert not targets.exists()
+    assert list((store / "bindings").iterdir()) == []
+
+
+def test_a_binding_that_fails_leaves_the_one_before_it(tmp_path: Path) -> None:
+    store, targets = named(tmp_path), tmp_path / "targets.json"
+    score(str(store), (1, 2), targets)
+    records = list((store / "bindings").iterdir())
+    with ScoringJob(dataset(str(store), (3,))) as job:
+        job.add(fill(store, range(3, 4)).shards)
+        shutil.rmtree(store / "shards" / job.store.shards[-1].id)
+        with pytest.raises(MissingTargetError, match="removed meanwhile"):
+            bind(job, MODEL, SETTINGS, targets)
+    read_all(targets, (1, 2))
+    assert list((store / "bindings").iterdir()) == records
+
+
+def test_a_store_is_opened_once_in_a_scoring_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, hashed = named(tmp_path), []
+    fill(store, range(3))
+    contexts = Shard.contexts
+    monkeypatch.setattr(Shard, "contexts", lambda self: hashed.append(self.id) or contexts(self))
+    score(str(store), (1, 2, 5), tmp_path / "targets.json")
+    assert sorted(hashed) == list_shards(store)
+
+
+@pytest.mark.parametrize("folder", ["leases", "removals"])
+def test_a_damaged_lease_or_mark_is_one_line(
+    folder: str, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    store = named(tmp_path)
+    fill(store, range(3))
+    (store / folder).mkdir()
+    (store / folder / f"{'0' * 32}.json").write_text("[" * 9)
+    (store / folder / ".half.json.1234.tmp").write_text("{")
+    line = fails("cache", "gc", store, "--older-than", 0, "--yes")
+    assert f"{folder}/{'0' * 32}.json: expected what a running job writes" in line
+    assert len(list_shards(store)) == 1
