@@ -231,7 +231,7 @@ def test_ten_thousand_random_schedules_lose_nothing(
     """Every pair of operations, interleaved at every call of the storage; some with all at once."""
     pairs: Counter[frozenset[str]] = Counter()
     steps = bound = 0
-    for seed in range(int(os.environ.get("N", "10000"))):
+    for seed in range(10_000):
         turns = Schedule(seed)
         TurnStorage.restart(cache.files, turns, is_disk=seed % 2 == 0)
         operations, written = draw_operations(cache, turns.draw)
@@ -259,7 +259,7 @@ def test_suspended_and_killed_processes_break_no_binding(
 ) -> None:
     """Leases and marks grow old between any two steps, and processes end at any."""
     counts: Counter[str] = Counter()
-    for seed in range(int(os.environ.get("N2", "1000"))):
+    for seed in range(1000):
         turns = Schedule(seed, seconds=(seed % 5 + 1) * 60, kills=seed % 3 * 0.2)
         TurnStorage.restart(cache.files, turns, is_disk=seed % 2 == 0)
         operations, written = draw_operations(cache, turns.draw, forgets=not seed % 3)
