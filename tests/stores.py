@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.random  # before a writer becomes a user who may not read it
@@ -80,6 +81,15 @@ def write_missing(store: Path, seed: int, pause: float) -> None:
         for number in numbers:
             writer.add(context(number), values(number))
             time.sleep(pause)
+
+
+def commit_together(store: Path, gate: Any, count: int) -> None:
+    """Commit shards at the same moments as others do that hold the same."""
+    writer = StoreWriter(store, IDENTITY, 10**6, {"by": "test"})
+    for number in range(count):
+        writer.add(context(number), values(number))
+        gate.wait(60)
+        writer.commit()
 
 
 def holds_all(store: Path, numbers: range) -> None:
