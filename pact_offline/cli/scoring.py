@@ -116,17 +116,19 @@ def score(
     from dataclasses import asdict
 
     from pact_offline.models.locate import locate_model
-    from pact_offline.scoring.bind import bind
-    from pact_offline.scoring.dataset import prepare
-    from pact_offline.scoring.fill import fill
+    from pact_offline.scoring.score import score as run
 
     if (output is None) == (part is None):
         raise click.UsageError("expected either --output or --part I/N")
-    files = locate_model(model)
-    dataset = prepare(files, rows, safety_tokens, cache, settings)
-    summary = fill(dataset, files, settings, part or (1, 1))
-    if output is not None:
-        bind(dataset, files, settings, output)
+    summary = run(
+        locate_model(model),
+        rows,
+        safety_tokens,
+        cache,
+        settings,
+        output=output,
+        part=part or (1, 1),
+    )
     if as_json:
         click.echo(json.dumps(asdict(summary)))
     else:

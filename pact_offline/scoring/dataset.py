@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def prepare(
             model, sources, [r for r in recalled if r], {}, safety_tokens, cache, settings
         )
         is_right = dataset.tokenizer == safety_tokens.tokenizer
-        if is_right and known_keys(dataset) == set(dataset.keys):
+        if is_right and knows_all(dataset):
             return dataset
     tokenizer = load_tokenizer(str(model.path))
     safety_tokens = SafetyTokens.load(tokens_path, tokenizer)
@@ -107,7 +107,7 @@ def _assemble(
         stored_dtype=settings.stored_dtype,
     )
     counts = zip(sources, parts, strict=True)
-    return Dataset(
+    dataset = Dataset(
         contexts=contexts,
         examples=tuple(keys for part in parts for keys in part.examples),
         sources=tuple({"source": str(s), "rows": len(p.examples)} for s, p in counts),
@@ -117,6 +117,27 @@ def _assemble(
         backend=backend,
         backend_reason=reason,
     )
+    if settings.backend == "auto" and backend == "vllm":
+        other = on_transformers(dataset, model, cache, "its store knows every context")
+        if knows_all(other) and not knows_all(dataset):
+            return other
+    return dataset
+
+
+def on_transformers(
+    dataset: Dataset, model: ModelFiles, cache: str | Path, reason: str
+) -> Dataset:
+    """The same contexts, and the store of what transformers computes for them."""
+    identity = replace(dataset.identity, engine=engine_name("transformers"))
+    store = store_path(cache, model.name, identity)
+    return replace(
+        dataset, identity=identity, store=store, backend="transformers", backend_reason=reason
+    )
+
+
+def knows_all(dataset: Dataset) -> bool:
+    """Whether the store holds every context of a dataset."""
+    return known_keys(dataset) == set(dataset.keys)
 
 
 def known_keys(dataset: Dataset) -> set[str]:
