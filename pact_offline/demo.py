@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal
 from pact_offline.files import write_json
 from pact_offline.folders import RUN_FILE, output_aside
+from pact_offline.machine import default_dtype
 from pact_offline.models.load import load_model
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import load_tokenizer, tokenize
+from pact_offline.rows.chat import load_tokenizer, require_chat_template, tokenize
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.read import Row, read_all_rows, read_rows
 from pact_offline.settings.stages import AlignSettings, FinetuneSettings
@@ -90,9 +91,9 @@ def extract(output: Path) -> None:
 
 def align(
     base: str,
-    refusals: Sequence[Path],
-    benign: Sequence[Path],
-    prompts: dict[str, Path],
+    refusals: Sequence[str | Path],
+    benign: Sequence[str | Path],
+    prompts: Mapping[str, str | Path],
     output: Path,
     settings: AlignSettings,
 ) -> dict[str, float]:
@@ -115,8 +116,11 @@ def align(
         CheckFailedError: the product refuses too little or too much.
     """
     tokenizer = load_tokenizer(base)
-    untouched = load_model(base, "bfloat16")
+    require_chat_template(tokenizer)
+    learnt = read_all_rows(refusals)
     questions = read_all_rows(benign, needs_response=False)
+    checks = {name: read_rows(path, needs_response=False) for name, path in prompts.items()}
+    untouched = load_model(base, default_dtype())
     answered = _answered_by(untouched, tokenizer, questions, settings.answer_tokens)
     del untouched
     with output_aside(output) as aside:
@@ -144,20 +148,19 @@ def align(
                 example.response_start,
             )
             for example in tokenize(
-                [*read_all_rows(refusals) * settings.refusal_copies, *answered],
+                [*learnt * settings.refusal_copies, *answered],
                 tokenizer,
                 training.max_tokens,
             )
         ]
         trainer, _ = train(policy, tokenizer, _in_order(examples, settings), training, aside)
-        merged = trainer.model.merge_and_unload().to(torch.bfloat16).eval()
-        shares = {
-            name: _share_refused(merged, tokenizer, read_rows(path, needs_response=False))
-            for name, path in prompts.items()
-        }
+        # What is kept is bfloat16; it is checked as such, in what this machine computes in.
+        merged = trainer.model.merge_and_unload().to(torch.bfloat16)
+        merged = merged.to(getattr(torch, training.dtype)).eval()
+        shares = {name: _share_refused(merged, tokenizer, rows) for name, rows in checks.items()}
         log.info("refused: %s", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
         check(shares, settings)
-        merged.save_pretrained(aside, safe_serialization=True)
+        merged.to(torch.bfloat16).save_pretrained(aside, safe_serialization=True)
         tokenizer.save_pretrained(aside)
         write_json(
             aside / RUN_FILE,

@@ -58,6 +58,10 @@ class TrainingError(PactError, RuntimeError):
     """Training cannot go on."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A command was stopped by Ctrl-C; its text says what was kept, and where it goes on."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its kind."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

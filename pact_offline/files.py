@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Reading files with errors of one line, and writing them whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from pact_offline.errors import InputError, MissingFileError, PactError
+from pact_offline.errors import InputError, MissingFileError, PactError, first_line
 
 
 @contextmanager
@@ -25,6 +26,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         InputError: the place cannot be written to.
     """
     path = Path(path)
+    require_file_place(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,16 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def read_from_disk(path: Path) -> bytes:
+    """A file's bytes, after it has gone to disk, and not from memory where the system can."""
+    to_disk(path)
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a file system that cannot
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.read()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
     with written_aside(path) as aside:
@@ -70,6 +82,82 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def status_of(path: Path) -> os.stat_result | None:
+    """What the system says of a place; None where nothing is there.
+
+    Raises:
+        InputError: it says nothing: no permission, too long a name, a loop of links.
+    """
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InputError(f"{_short(path)}: cannot be used: {error.strerror}") from None
+    except ValueError as error:  # a NUL in it
+        raise InputError(f"{_short(path)}: expected a path, found: {error}") from None
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def require_file_place(path: Path) -> None:
+    """Refuse a place where no file could be written in the end.
+
+    Raises:
+        InputError: a directory or a device, a file among its parents, or nobody may write there.
+    """
+    found = status_of(path)
+    if path.name in ("", "..") or (found and stat.S_ISDIR(found.st_mode)):
+        raise InputError(f"{path}: expected a file to write, found a directory")
+    if found and not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: expected a file to write, found a pipe or a device")
+    _check_parents(path)
+
+
+def check_output_folder(path: Path) -> None:
+    """Refuse a place where no directory could be made, or replaced, in the end.
+
+    Raises:
+        InputError: no name of its own, a file in its place or among its parents, or nobody may
+            write there.
+    """
+    found = status_of(path)
+    if path.name in ("", ".."):
+        raise InputError(f"{path}: expected a directory with a name of its own, to be replaced")
+    if found and not stat.S_ISDIR(found.st_mode):
+        raise InputError(f"{path}: expected a directory to write, found a file")
+    _check_parents(path)
+
+
+def _check_parents(path: Path) -> None:
+    for parent in path.parents:
+        if found := status_of(parent):
+            if not stat.S_ISDIR(found.st_mode):
+                raise InputError(f"{path}: expected a directory at {parent}, found a file")
+            if not os.access(parent, os.W_OK | os.X_OK):
+                raise InputError(f"{path}: cannot be written: no permission in {parent}")
+            return
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is no file to read, before it is opened: a pipe would be waited on.
+
+    Raises:
+        MissingFileError: nothing is there.
+        InputError: a directory, a pipe or a device.
+    """
+    found = status_of(path)
+    if found is None:
+        raise MissingFileError(f"{path}: no such file")
+    if stat.S_ISDIR(found.st_mode):
+        raise InputError(f"{path}: expected a file, found a directory")
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: expected a file, found a pipe or a device")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; `MissingFileError` or `InputError` where there is none."""
     text = read_text(path)
@@ -80,6 +168,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise InputError(f"{path}:{line} expected YAML, found: {problem}") from None
+    except RecursionError:
+        raise InputError(f"{path}: expected keys and values, found deeply nested YAML") from None
+    except Exception as error:  # of a value that is none of its kind, a date or a number
+        raise InputError(f"{path}: expected YAML, found: {first_line(error)}") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise InputError(f"{path}: expected keys and values, found {found}")
@@ -87,27 +179,61 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, with one-line errors for what is missing, no file, or not UTF-8."""
-    if not path.exists():
-        raise MissingFileError(f"{path}: no such file")
-    if path.is_dir():
-        raise InputError(f"{path}: expected a file, found a directory")
+    """A file's text, less a byte order mark.
+
+    Raises:
+        MissingFileError, InputError: no file, not UTF-8, or not to be read.
+    """
+    require_file(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, found byte {error.start} invalid") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def parse_json(
+    text: str | bytes, place: str, kind: type[PactError] = InputError, *, line: int | None = None
+) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: the whole of it.
+        place: file, for the message.
+        kind: of the error.
+        line: of the file, where the text is one line of it.
+
+    Raises:
+        PactError: of `kind`, in one line, where it is not JSON or not to be held.
+    """
+    here = f"{place}:{line}" if line else place
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if line:
+            problem = f"{error.msg} at column {error.colno}"
+            raise kind(f"{here}: expected a JSON object, found: {problem}") from None
+        raise kind(f"{place}:{error.lineno}: expected JSON, found: {error.msg}") from None
+    except RecursionError:
+        what = "a row" if line else "a value"
+        raise kind(f"{here}: expected {what}, found deeply nested JSON") from None
+    except UnicodeDecodeError as error:
+        raise kind(f"{here}: expected UTF-8 text, found byte {error.start} invalid") from None
+    except ValueError:  # Python reads no number of more than some thousand digits
+        raise kind(f"{here}: expected JSON, found a number of too many digits") from None
+
+
 def read_json(path: Path, kind: type[PactError] = InputError) -> Any:
     """The value in a JSON file; `kind`, in one line with the file's, where it is not JSON."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise kind(f"{path}:{error.lineno}: expected JSON, found: {error.msg}") from None
-    except RecursionError:
-        raise kind(f"{path}: expected JSON, found it too deeply nested") from None
+    return parse_json(read_text(path), str(path), kind)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number, from 1, and the value of each line of JSON; blank lines are left out."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield number, parse_json(line, str(path), line=number)
 
 
 def remembered_checksum(file: Path) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import platform
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pact_offline.errors import InputError
+from pact_offline.errors import InputError, PactError
+from pact_offline.files import check_output_folder
 
 RUN_FILE = "pact_offline.json"
 
@@ -22,32 +25,113 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@contextmanager
-def output_aside(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` that takes its place when the block ends well.
+def require_place(output: Path, mark: str = RUN_FILE) -> Path:
+    """Refuse a place where no output directory can be put.
+
+    Args:
+        output: the directory.
+        mark: the file that tells an earlier output, which is replaced.
+
+    Returns:
+        where it really is, links followed.
 
     Raises:
-        InputError: `output` holds something that this project did not write.
+        InputError: it is a file, lies in one, holds something that this project did not write, or
+            is the current directory or one above it.
     """
-    if output.exists() and (not output.is_dir() or _is_foreign(output)):
+    check_output_folder(output)
+    place = Path(os.path.realpath(output))
+    try:
+        is_around_us = place in (Path.cwd(), *Path.cwd().parents)
+        is_taken = place.exists() and _is_foreign(place, mark)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be used: {error.strerror}") from None
+    if is_around_us:
+        raise InputError(
+            f"{output}: expected a directory of the output's own, found the current directory or "
+            "one above it"
+        )
+    if is_taken:
         raise InputError(
             f"{output}: expected an empty or earlier output directory, found other files"
         )
+    return place
+
+
+@contextmanager
+def output_aside(output: Path, mark: str = RUN_FILE) -> Iterator[Path]:
+    """Yield a folder beside `output` that takes its place when the block ends well.
+
+    An earlier output stays until the new one is whole; where a job is killed between the two, the
+    next one puts it back.
+
+    Args:
+        output: the directory.
+        mark: the file that tells an earlier output, which is replaced.
+
+    Raises:
+        InputError: as of `require_place`, or the place cannot be written to.
+    """
+    place = require_place(output, mark)
     machine = platform.node() or "here"
-    aside = output.with_name(f".{output.name}.{machine}.{os.getpid()}.partial")
-    for left in output.parent.glob(f".{output.name}.{machine}.*.partial"):
-        if not _is_running(left.name.split(".")[-2]):
-            shutil.rmtree(left, ignore_errors=True)
+    aside = place.with_name(f".{place.name}.{machine}.{os.getpid()}.partial")
     try:
+        _tidy(place)
+        for left in _beside(place, f"{machine}.*.partial"):
+            pid = left.name.split(".")[-2]
+            if pid == str(os.getpid()) or not _is_running(pid):
+                shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
+        _put_in_place(aside, place)
     except OSError as error:
+        if isinstance(error, PactError):
+            raise
         raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _beside(place: Path, rest: str) -> list[Path]:
+    return [*place.parent.glob(f".{glob.escape(place.name)}.{rest}")]
+
+
+def _name_beside(place: Path, end: str) -> Path:
+    """A name that nobody has used: who saw a folder there may drop it at any later time."""
+    return place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.{end}")
+
+
+def _put_in_place(aside: Path, place: Path, attempts: int = 5) -> None:
+    old = _name_beside(place, "replaced")
+    with suppress(FileNotFoundError):
+        place.rename(old)
+    try:
+        aside.rename(place)
+    except OSError:
+        if attempts == 1 or not place.exists():
+            raise
+        _put_in_place(aside, place, attempts - 1)  # another job has put its own there
+    _drop(old, place)
+
+
+def _tidy(place: Path) -> None:
+    """Undo what a killed job left between its renames, and remove what it replaced."""
+    replaced = _beside(place, "*.replaced")
+    if replaced and not place.exists():
+        with suppress(FileNotFoundError):  # another job has done so
+            replaced.pop().rename(place)
+    for old in replaced:
+        _drop(old, place)
+    for left in _beside(place, "*.dropped"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _drop(old: Path, place: Path) -> None:
+    """Remove a folder under a name that is never put back: half of it may stay."""
+    dropped = _name_beside(place, "dropped")
+    with suppress(FileNotFoundError):
+        old.rename(dropped)
+    shutil.rmtree(dropped, ignore_errors=True)
 
 
 def _is_running(pid: str) -> bool:
@@ -61,5 +145,5 @@ def _is_running(pid: str) -> bool:
     return True
 
 
-def _is_foreign(folder: Path) -> bool:
-    return any(folder.iterdir()) and not (folder / RUN_FILE).is_file()
+def _is_foreign(folder: Path, mark: str) -> bool:
+    return any(folder.iterdir()) and not (folder / mark).is_file()

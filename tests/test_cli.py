@@ -1,13 +1,20 @@
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 from pact_offline.cli import cli
+from pact_offline.cli.options import settings_options
+from pact_offline.scoring.transformers import TransformersScorer
+from pact_offline.settings.stages import FinetuneSettings
+from pact_offline.threads import allowed_cores, usable_cores
 
 
 def commands(group: click.Group = cli, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -24,6 +31,60 @@ def test_help_is_a_sentence_and_an_example(
 ) -> None:
     text = run(*command, "--help").output
     assert f"Example: pact-offline {' '.join(command)}" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("score", "--rows ROWS Rows: JSON lines, Parquet, or hub:NAME[:SPLIT] of the Hugging Face"),
+        ("score", "may be repeated. Each row has messages; or prompt and response; or instruction"),
+        ("score", "--compile / --no-compile"),
+        ("evaluate", "--harmful ROWS Held-out harmful prompts: JSON lines, Parquet, or hub:NAME"),
+        ("finetune", "--lora-modules NAME,... Modules that get an adapter, by the ends of their"),
+        ("finetune", "--gate / --no-gate"),
+    ],
+)
+def test_help_says_what_an_option_takes(
+    command: str, said: str, run: Callable[..., Result]
+) -> None:
+    assert said in " ".join(run(command, "--help").output.split())
+
+
+def settings_from(*args: str) -> FinetuneSettings:
+    """What a command gets of its options."""
+    seen = []
+
+    @click.command()
+    @settings_options(FinetuneSettings)
+    def command(settings: FinetuneSettings) -> None:
+        seen.append(settings)
+
+    result = CliRunner().invoke(command, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "expected"),
+    [
+        ("{}", [], (True, False)),
+        ("{}", ["--no-gate", "--compile"], (False, True)),
+        ("{gate: false, compile: true}", [], (False, True)),
+        ("{gate: false, compile: true}", ["--gate", "--no-compile"], (True, False)),
+    ],
+)
+def test_a_flag_wins_both_ways_and_is_silent_where_not_given(
+    file: str, flags: list[str], expected: tuple[bool, bool], tmp_path: Path
+) -> None:
+    (tmp_path / "settings.yaml").write_text(file)
+    settings = settings_from("--config", str(tmp_path / "settings.yaml"), *flags)
+    assert (settings.gate, settings.compile) == expected
+
+
+def test_blanks_in_a_list_are_taken_off() -> None:
+    settings = settings_from("--lora-modules", " q_proj, v_proj ", "--report-to", "")
+    assert settings.lora_modules == ("q_proj", "v_proj")
+    assert settings.report_to == ()
 
 
 @pytest.fixture
@@ -111,3 +172,161 @@ def test_tokens_command_prints_a_table(
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 8
     assert len(json.loads((tmp_path / "tokens.json").read_text())["tokens"]) == 7
+
+
+def commandline(code: str, *args: str, **environment: str) -> subprocess.Popen[str]:
+    """A process of its own that runs `code` and then the command line."""
+    run = f"import sys, pact_offline.cli as c; sys.argv = ['pact-offline', *{args!r}]\n{code}"
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("OMP_", "PACT_OFFLINE_"))}
+    return subprocess.Popen(
+        [sys.executable, "-c", run], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**clean, **environment},
+    )  # fmt: skip
+
+
+SHOW_ENVIRONMENT = """
+import atexit, json, os
+c.usable_cores = lambda: {cores}
+atexit.register(lambda: print(json.dumps(dict(os.environ))))
+c.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("cores", "given", "policy", "threads"),
+    [
+        (10**6, {}, "passive", None),
+        (0, {}, "passive", "0"),
+        (0, {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "7"}, "active", "7"),
+    ],
+    ids=["no quota", "a quota", "chosen by the user"],
+)
+def test_threads_are_set_up_before_torch_where_the_user_has_not(
+    cores: int, given: dict[str, str], policy: str, threads: str | None
+) -> None:
+    process = commandline(SHOW_ENVIRONMENT.format(cores=cores), "--version", **given)
+    found = json.loads(process.communicate()[0].splitlines()[-1])
+    assert found["OMP_WAIT_POLICY"] == policy
+    assert found.get("OMP_NUM_THREADS") == threads
+
+
+def test_importing_the_library_leaves_the_environment_alone() -> None:
+    code = "import os; before = dict(os.environ); import pact_offline, pact_offline.cli"
+    subprocess.run([sys.executable, "-c", f"{code}; assert before == os.environ"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        ("0::/", {}, 1000),
+        ("0::/", {"cpu.max": "max 100000"}, 1000),
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/", {"cpu.max": "10000 100000"}, 1),
+        ("0::/", {"cpu.max": "nonsense"}, 1000),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/a/b", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/a", {"b/cpu.max": "100000 100000"}, 1000),
+        ("0::/a", {"unified/a/cpu.max": "200000 100000"}, 2),
+        (
+            "12:memory:/m\n4:cpu,cpuacct:/docker/x\n0::/",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "250000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        (
+            "4:cpuacct,cpu:/a",
+            {"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "100000"},
+            1,
+        ),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 1000),
+        ("4:cpuset:/", {"cpuset/cpu.cfs_quota_us": "1", "cpuset/cpu.cfs_period_us": "1"}, 1000),
+    ],
+)
+def test_cores_follow_the_quota_of_a_container(
+    group: str, files: dict[str, str], expected: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pact_offline.threads.allowed_cores", lambda: 1000)
+    for name, text in {
+        "proc/self/cgroup": group,
+        **{f"sys/fs/cgroup/{n}": t for n, t in files.items()},
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert usable_cores(tmp_path) == expected
+
+
+def test_cores_are_at_most_those_allowed(tmp_path: Path) -> None:
+    assert usable_cores(tmp_path) == allowed_cores()
+    assert 1 <= usable_cores() <= allowed_cores()
+
+
+WAIT = """
+import time
+@c.cli.command()
+def wait():
+    print("waiting", flush=True)
+    time.sleep(600)
+c.main()
+"""
+
+
+@pytest.fixture
+def another() -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(["sleep", "600"], text=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("is_there_at_first", [True, False])
+def test_a_command_ends_with_the_process_that_it_is_told_of(
+    is_there_at_first: bool, another: subprocess.Popen[str]
+) -> None:
+    if not is_there_at_first:
+        another.kill()
+    process = commandline(WAIT, "wait", PACT_OFFLINE_ENDS_WITH=str(another.pid))
+    try:
+        assert process.stdout is not None
+        if is_there_at_first:
+            assert process.stdout.readline() == "waiting\n"
+            another.kill()  # and nobody has asked for its exit status yet
+        assert process.wait(timeout=60) == 128 + 15
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "0", "9" * 5000])
+def test_only_a_process_can_be_ended_with(
+    text: str, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACT_OFFLINE_ENDS_WITH", text)
+    assert "PACT_OFFLINE_ENDS_WITH: expected the number of a process" in fails("cache", "ls", ".")
+
+
+def test_interrupted_scoring_goes_on_from_there_and_says_so(
+    score: list[Any], run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: TransformersScorer, contexts: Any) -> Iterator[Any]:
+        yield from every(self, contexts[:3])
+        raise KeyboardInterrupt
+
+    every = TransformersScorer.score
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersScorer, "score", interrupted)
+        stopped = run(*score)
+    assert stopped.exit_code == 130
+    assert "the same command goes on from there" in stopped.stderr
+    assert json.loads(run(*score, "--json").stdout)["known"] == 3
+
+
+def test_any_other_interrupted_command_promises_nothing(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pact_offline.evaluation.metrics.Metrics.load", interrupted)
+    stopped = run("report", "metrics.json", "-o", tmp_path / "report.html")
+    assert stopped.exit_code == 130
+    assert stopped.stderr.splitlines()[-1] == "pact-offline: interrupted"

@@ -7,8 +7,7 @@ import pytest
 from click.testing import Result
 from conftest import write_rows
 
-from pact_offline.evaluation import evaluate as evaluation
-from pact_offline.evaluation import judges
+from pact_offline.evaluation import subject
 from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal
 from pact_offline.evaluation.metrics import Metrics, Rate
@@ -92,28 +91,10 @@ def test_a_run_equal_to_the_reference_shows_no_drift(
     assert len(same.samples) == 10
 
 
-def test_a_guard_model_judges_the_answers_too(
-    command: list[Any], aligned: Path, tmp_path: Path, run: Callable[..., Result],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    asked: list[Any] = []
-
-    def verdicts(model: Any, tokenizer: Any, chats: list[Any], **_: Any) -> list[str]:
-        asked.extend(chats)
-        return ["unsafe\nS9", "safe"] * (len(chats) // 2)
-
-    monkeypatch.setattr(judges, "generate", verdicts)
-    result = run(*command, "--name", "guarded", "--guard", aligned, "-o", tmp_path / "guarded")
-    assert result.exit_code == 0, result.output
-    found = Metrics.load(tmp_path / "guarded" / "metrics.json").rates["harmful_unsafe"]
-    assert (found.count, found.total) == (3, 6)
-    assert [turn["role"] for turn in asked[0]] == ["user", "assistant"]
-
-
 def test_a_guard_that_is_not_there_is_refused_before_any_answer(
     command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("a model was loaded"))
     line = fails(*command, "--name", "x", "--guard", "./nowhere", "-o", tmp_path / "out")
     assert "./nowhere: no such model directory" in line
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from pact_offline.models import lm_head as head_module
 from pact_offline.models.lm_head import step_log_probabilities
 from pact_offline.models.load import load_model
+from pact_offline.objectives.confidence import confidence
 from pact_offline.settings.stages import ObjectiveSettings
 from pact_offline.training.collator import ResponseCollator
 from pact_offline.training.loss import batch_loss
@@ -97,12 +98,13 @@ def test_a_head_with_an_unknown_treatment_runs_inside_the_model(
     batch = make_batch()
     is_step = batch["labels"][:, 1:] != -100
     labels = batch["labels"][:, 1:][is_step]
-    picked, safety = step_log_probabilities(model, batch, is_step, labels, IDS)
+    found = step_log_probabilities(model, batch, is_step, labels, IDS, IDS)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     columns = batch["logits_to_keep"]
     expected = model(**inputs).logits[:, columns][is_step].log_softmax(-1)
-    torch.testing.assert_close(picked, expected.gather(-1, labels[:, None])[:, 0])
-    torch.testing.assert_close(safety, expected[:, IDS])
+    torch.testing.assert_close(found.labels, expected.gather(-1, labels[:, None])[:, 0])
+    torch.testing.assert_close(found.safety, expected[:, IDS])
+    torch.testing.assert_close(found.rest, (1 - expected[:, IDS].exp().sum(-1)).log())
 
 
 @pytest.fixture
@@ -125,3 +127,60 @@ def test_a_sharded_head_runs_inside_the_model(
     fully_shard(model, mesh=one_process)
     loss, gradients = loss_and_gradients(model)
     assert_same((loss, {name: g.full_tensor() for name, g in gradients.items()}), expected)
+
+
+def closed_form(policy: torch.Tensor, reference: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """KL(reference || policy) over some ids and the rest, from logits in float64; [steps]."""
+
+    def classes(logits: torch.Tensor) -> torch.Tensor:
+        logs = logits.double().log_softmax(-1)
+        rest = logs.index_fill(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat((logs[:, ids], rest), -1)
+
+    ours, theirs = classes(policy), classes(reference)
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def test_confidence_has_its_gradient_however_sure_the_policy_is() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits, reference = (torch.rand(2, 400, 300, generator=random) * 80 - 40).unbind()
+    logits[:100, IDS] = 40  # it refuses for sure: 1e-9 and less are left for all other ids
+    logits[:100].clamp_(min=-40).masked_fill_(logits[:100] < 40, -40)
+    logits[100:200, IDS[1]] = 40
+    reference[::2, IDS[0]] = 30
+    logits.requires_grad_()
+    found = head_module._log_probabilities(logits, torch.zeros(400, dtype=torch.long), IDS, IDS)
+    full = reference.double().log_softmax(-1)[:, IDS].float()
+    value = confidence(found.safety, full, None, WEIGHTS, torch.zeros(400), policy_rest=found.rest)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    exact = logits.detach().double().requires_grad_()
+    expected = closed_form(exact, reference, IDS)
+    (right,) = torch.autograd.grad(expected.sum(), exact)
+    assert (right[:200].abs().sum(-1) > 1e-3).float().mean() > 0.9
+    torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.9])
+def test_the_rest_is_what_the_other_ids_hold(mass: float) -> None:
+    shares = torch.full((2, 50), (1 - mass) / 47)
+    shares[:, [3, 5, 7]] = mass / 3
+    logits = shares.log() + 4
+    rest = head_module.log_probability_outside(
+        logits, torch.tensor([3, 5, 7]), logits.logsumexp(-1, keepdim=True)
+    )
+    torch.testing.assert_close(rest.exp(), torch.full((2,), 1 - mass))
+
+
+def test_a_policy_that_refuses_for_sure_is_pulled_back(aligned: Path) -> None:
+    """Through the model and its head, as in training; the reference does not refuse."""
+    model = load_model(str(aligned), "float32")
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]))
+    with torch.no_grad():
+        head.bias[IDS[0]] = 60
+    batch = make_batch()
+    settings = ObjectiveSettings(objective="confidence")
+    parts = batch_loss(model, batch, IDS, WEIGHTS, settings)
+    (pull,) = torch.autograd.grad(parts.loss - batch_loss(model, batch).loss, head.bias)
+    assert pull[IDS[0]] > 0.9 * parts.steps

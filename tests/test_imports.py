@@ -22,11 +22,12 @@ def imports(path: Path) -> set[str]:
 
 # Each layer's rooms may import those of the layers above, and nothing else of the package.
 LAYERS = [
-    ["errors", "progress", "provenance"],
+    ["errors", "machine", "memory", "progress", "provenance", "threads"],
     ["files"],
     ["own_code"],
     ["folders", "settings", "models"],
-    ["rows", "objectives"],
+    ["rows", "objectives", "fine_tuned"],
+    ["made_from"],
     ["safety_tokens"],
     ["cache"],
     ["scoring", "training", "evaluation"],

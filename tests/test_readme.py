@@ -11,8 +11,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pact_offline.objectives.registry import OBJECTIVES
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -58,23 +56,25 @@ def test_the_loops_of_pytorch_and_trl_train(readers_folder: Path) -> None:
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def own_code(name: str, folder: Path) -> Path:
+    """A file of docs/own-code.md, which its first line names."""
+    page = (ROOT / "docs" / "own-code.md").read_text(encoding="utf-8")
+    codes = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (code,) = (code for code in codes if code.startswith(f"# {name}\n"))
+    (folder / name).write_text(code, encoding="utf-8")
+    return folder / name
+
+
 def test_an_objective_of_ones_own_trains(
-    aligned: Path,
-    rows_file: Path,
-    tokens_file: Path,
-    tmp_path: Path,
-    run: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
-    monkeypatch.setitem(OBJECTIVES, "probability_gap", None)  # taken out again afterwards
-    exec(block("python", "Objective("), {})
+    name = f"{own_code('gap.py', tmp_path)}:probability_gap"
     result = run(
         "finetune", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file,
-        "--reference", "live", "--objective", "probability_gap", "--epochs", 1,
-        "-o", tmp_path / "adapter",
+        "--reference", "live", "--objective", name, "--epochs", 1, "-o", tmp_path / "adapter",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "the objective probability_gap" in (tmp_path / "adapter" / "README.md").read_text()
+    assert f"the objective {name}" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("stored", ["uint8", "float16", "float32"])

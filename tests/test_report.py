@@ -11,6 +11,7 @@ import pytest
 
 from pact_offline.errors import InputError
 from pact_offline.evaluation.metrics import Drift, Metrics, Rate, Sample, TokenCurve
+from pact_offline.made_from import MadeFrom
 from pact_offline.report.finding import finding
 from pact_offline.report.page import headline, write_report
 from pact_offline.report.plots import nice_ticks, styles_of
@@ -67,6 +68,10 @@ def make_metrics(
         "is_reference": is_reference,
         "model": "some/model",
         "adapter": None,
+        "made_from": MadeFrom({"evaluated": {"w": "1"}}, {"harmful": "2"}, "3", "4"),
+        "answers_sha256": f"answers of {name}",
+        "reference_sha256": None if is_reference else "answers of reference",
+        "own_rates": [],
         "rates": {key: rate for key, rate in rates.items() if rate},
         "drift": None if is_reference else make_drift(),
         "samples": [

@@ -16,7 +16,7 @@ from pact_offline.errors import InputError, ModelError, TargetsMismatchError
 from pact_offline.models.load import load_model
 from pact_offline.rows.chat import load_tokenizer, render
 from pact_offline.rows.read import read_rows
-from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 from pact_offline.safety_tokens.hand_list import read_hand_list
 from pact_offline.safety_tokens.search import find_safety_tokens, likeliest, safety_direction
 from pact_offline.settings.stages import TokensSettings
@@ -89,6 +89,18 @@ def test_saved_tokens_load_as_they_were(tmp_path: Path) -> None:
     loaded = SafetyTokens.load(tmp_path / "safety_tokens.json")
     assert loaded == found
     assert "\u00b7" in found.table()
+
+
+def test_the_digest_of_tokens_is_of_their_ids_and_weights_alone() -> None:
+    def digest(first: tuple[int, float], second: tuple[int, float], text: str = "no") -> str:
+        tokens = tuple(SafetyToken(i, text, weight) for i, weight in (first, second))
+        return SafetyTokens(tokens, text, {"made": text}).digest
+
+    same = digest((5, 0.5), (7, -0.2))
+    assert digest((5, 0.5), (7, -0.3), "yes") == same  # either direction weighs 0
+    assert digest((5, 0.5), (7, 0.2)) != same
+    assert digest((5, 0.5), (8, -0.2)) != same
+    assert len(same) == 64
 
 
 def test_tokens_of_another_tokenizer_are_refused(tokens_file: Path, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,12 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import numpy as np
 
 from pact_offline.cache.encoding import StoredDtype, decode, encode
-from pact_offline.cache.format import split_pair
+from pact_offline.cache.format import join_pair, split_pair
 from pact_offline.cache.identity import Identity, store_path
 from pact_offline.cache.store import Store
 from pact_offline.cache.targets import Binding, TargetCache
 from pact_offline.cache.writer import StoreWriter
 from pact_offline.errors import InputError
+from pact_offline.memory import peak_resident_mib
 from pact_offline.progress import bar
 from pact_offline.rows.contexts import Context
 
@@ -259,7 +258,7 @@ def measure_reading(stored_dtype: StoredDtype, steps: int) -> Reading:
                 writer.add(context, values)
                 progress.update(1)
         written = time.perf_counter() - started
-        pairs = tuple(one + other for one, other in zip(keys[::2], keys[1::2], strict=True))
+        pairs = tuple(map(join_pair, keys[::2], keys[1::2]))
         path, shards = Path(scratch, "targets.json"), tuple(writer.shards)
         Binding(place, identity, "", 1, pairs, shards, (), {}).save(path)
         size = sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())
@@ -290,9 +289,7 @@ def _read_all(place: str, path: Path) -> _Read:
         store.read(order[first : first + 8])
     times.append(time.perf_counter())
     opened, bound, verified, read = np.diff(times).tolist()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kib = peak / 2**10 if sys.platform == "darwin" else peak
-    return _Read(opened, bound, verified, len(order) / read, kib / 2**10)
+    return _Read(opened, bound, verified, len(order) / read, peak_resident_mib())
 
 
 def size_table(found: list[EncodingSize]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from typing import Any
@@ -13,7 +14,10 @@ import click
 
 from pact_offline import __version__
 from pact_offline.cli import bench, cache, demo, evaluation, scoring, training
-from pact_offline.errors import PactError
+from pact_offline.cli.lifetime import end_with_another
+from pact_offline.errors import Interrupted, PactError
+from pact_offline.settings.parse import is_text
+from pact_offline.threads import allowed_cores, usable_cores
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
@@ -21,17 +25,29 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sho
 class Commands(click.Group):
     """Turns errors that a user can mend into one line and exit code 2."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for text in args:
+            if not is_text(text):
+                raise click.UsageError(f"expected Unicode text without NUL, found {text!r:.80}")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except PactError as error:
             if ctx.params.get("verbose"):
                 raise
-            click.echo(f"pact-offline: {error}", err=True)
+            click.echo(f"pact-offline: {one_line(str(error))}", err=True)
             ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("pact-offline: interrupted; the same command goes on from here", err=True)
+        except KeyboardInterrupt as stop:
+            said = str(stop) if isinstance(stop, Interrupted) else "interrupted"
+            click.echo(f"pact-offline: {one_line(said)}", err=True)
             ctx.exit(130)
+
+
+def one_line(text: str) -> str:
+    """A text with what would break its line, or play with a terminal, written out."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda odd: repr(odd[0])[1:-1], text)
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -42,6 +58,7 @@ def cli(verbose: bool) -> None:
 
     The usual order: tokens, score, finetune, evaluate, report.
     """
+    end_with_another()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("pact_offline").setLevel(logging.DEBUG if verbose else logging.INFO)
 
@@ -60,14 +77,27 @@ for command in (
     cli.add_command(command)
 
 
+def prepare_environment() -> None:
+    """Set, before torch loads, what serves its threads on a machine that others use too.
+
+    What the user or a scheduler has set stays.
+    """
+    # Threads that wait by spinning make a step ten times as long where another process has a core.
+    chosen = {"OMP_WAIT_POLICY": "passive"}
+    if (cores := usable_cores()) < allowed_cores():
+        chosen["OMP_NUM_THREADS"] = str(cores)
+    # On a CPU, oneDNN keeps scratch memory for each of the last 1024 shapes of products, and every
+    # batch has another. 64 serve a pass through a model.
+    chosen |= dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "64")
+    for variable, value in chosen.items():
+        os.environ.setdefault(variable, value)
+
+
 def main() -> None:
     """Entry point of the console script."""
     # A job that is cancelled still closes what it opened: a shard, an engine's processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # On a CPU, oneDNN keeps scratch memory for each of the last 1024 shapes of products, and every
-    # batch has another. 64 serve a pass through a model.
-    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(variable, "64")
+    prepare_environment()
     try:
         cli(prog_name="pact-offline")
     except SystemExit as done:

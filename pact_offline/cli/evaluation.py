@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from pact_offline.cli.options import (
     FILE,
+    FOLDER,
+    MODEL,
+    OUTPUT_FILE,
+    OUTPUT_FOLDER,
+    ROW_SOURCES,
+    ROWS,
+    F,
     json_option,
-    safety_tokens_option,
     settings_options,
 )
 from pact_offline.settings.stages import (
@@ -17,30 +24,50 @@ from pact_offline.settings.stages import (
 )
 
 
+def prompts_option(name: str, description: str) -> Callable[[F], F]:
+    return click.option(f"--{name}", type=ROWS, help=f"{description}: {ROW_SOURCES}.")
+
+
 @click.command()
 @click.option("--name", required=True, help="Name of the run in the report.")
-@click.option("--model", required=True, help="Model: hub id or path.")
-@click.option("--adapter", type=FILE, help="Adapter from `pact-offline finetune`.")
-@click.option("--harmful", type=FILE, required=True, help="Held-out harmful prompts.")
-@click.option("--borderline", type=FILE, required=True, help="Benign prompts that look harmful.")
-@click.option("--benign", type=FILE, required=True, help="Plain benign prompts.")
-@click.option("--task", type=FILE, required=True, help="Test rows of the task.")
-@safety_tokens_option
+@click.option("--model", type=MODEL, required=True, help="Model: hub id or path.")
 @click.option(
-    "--reference", type=FILE, help="Evaluation of the reference; leave out for the reference."
+    "--adapter",
+    type=FOLDER,
+    help="Directory from `pact-offline finetune` or `merge`: an adapter, or a whole model.",
 )
-@click.option("-o", "--output", type=FILE, required=True, help="Directory of metrics.json.")
+@prompts_option("harmful", "Held-out harmful prompts")
+@prompts_option("borderline", "Benign prompts that look harmful")
+@prompts_option("benign", "Plain benign prompts")
+@prompts_option("task", "Test rows of the task, with their right responses")
+@click.option(
+    "--safety-tokens",
+    type=FILE,
+    help="safety_tokens.json from `pact-offline tokens`; for drift on the harmful prompts.",
+)
+@click.option(
+    "--reference",
+    type=FOLDER,
+    help="Directory of the reference's own evaluation (its -o); leave out for the reference.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT_FOLDER,
+    required=True,
+    help="Directory to write metrics.json into.",
+)
 @settings_options(EvaluateSettings)
 @json_option
 def evaluate(
     name: str,
     model: str,
     adapter: Path | None,
-    harmful: Path,
-    borderline: Path,
-    benign: Path,
-    task: Path,
-    safety_tokens: Path,
+    harmful: str | None,
+    borderline: str | None,
+    benign: str | None,
+    task: str | None,
+    safety_tokens: Path | None,
     reference: Path | None,
     output: Path,
     as_json: bool,
@@ -48,7 +75,8 @@ def evaluate(
 ) -> None:
     """Measure a model's safety, utility and drift.
 
-    Refusals of four kinds of prompts, task accuracy, and confidences against the reference's.
+    Refusals of up to four kinds of prompts, task accuracy, and confidences against the reference's;
+    what no prompts or safety tokens are given for is not measured.
 
     Example: pact-offline evaluate --name sft --model A --adapter adapter --harmful harmful.jsonl
     --borderline borderline.jsonl --benign benign.jsonl --task test.jsonl
@@ -69,20 +97,25 @@ def evaluate(
     if as_json:
         click.echo(metrics.model_dump_json())
     else:
+        width = max(20, *map(len, metrics.rates))
         for rate, found in metrics.rates.items():
             click.echo(
-                f"{rate:20} {found.value:7.1%}  [{found.low:.1%}, {found.high:.1%}]  "
+                f"{rate:{width}} {found.value:7.1%}  [{found.low:.1%}, {found.high:.1%}]  "
                 f"{found.count}/{found.total}"
             )
 
 
 @click.command()
 @click.argument("metrics", type=FILE, nargs=-1, required=True)
-@click.option("-o", "--output", type=FILE, required=True, help="report.html to write.")
+@click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="report.html to write.")
 @click.option("--title", default="PACT from a cache", help="Title of the page.")
-@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
-@click.option("--benchmarks", type=FILE, help="Directory of Snakemake benchmark files.")
-@click.option("--config-file", type=FILE, help="Workflow config to show.")
+@click.option("--safety-tokens", type=FILE, help="safety_tokens.json, to show on the page.")
+@click.option(
+    "--benchmarks",
+    type=FOLDER,
+    help="Directory of Snakemake benchmark files: time and memory of each stage.",
+)
+@click.option("--config-file", type=FILE, help="Workflow config to show on the page.")
 def report(
     metrics: tuple[Path, ...],
     output: Path,
@@ -97,17 +130,16 @@ def report(
 
     Example: pact-offline report evaluation/*/metrics.json -o report.html
     """
-    from pact_offline.evaluation.metrics import Metrics
     from pact_offline.files import read_text
+    from pact_offline.report.inputs import read_metrics, read_tokens
     from pact_offline.report.page import headline, write_report
-    from pact_offline.safety_tokens.file import SafetyTokens
 
-    loaded = [Metrics.load(path) for path in metrics]
+    loaded = read_metrics(metrics)
     write_report(
         loaded,
         output,
         title=title,
-        safety_tokens=SafetyTokens.load(safety_tokens) if safety_tokens else None,
+        safety_tokens=read_tokens(safety_tokens, loaded) if safety_tokens else None,
         benchmarks=benchmarks,
         config_text=read_text(config_file) if config_file else None,
     )

@@ -10,20 +10,79 @@ from typing import Any, TypeVar
 
 import click
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
-from pact_offline.files import read_yaml
+from pact_offline.errors import InputError
+from pact_offline.files import check_output_folder, read_yaml, require_file_place, status_of
 from pact_offline.settings.parse import parse_settings
 
 S = TypeVar("S", bound=BaseModel)
 F = TypeVar("F", bound=Callable[..., Any])
 
-FILE = click.Path(path_type=Path)
 
+class Place(click.Path):
+    """A path that the system can take, checked before any work.
+
+    Places to write are looked at here, because a command writes them at its end.
+    """
+
+    def __init__(self, name: str, check: Callable[[Path], object] = status_of) -> None:
+        super().__init__(path_type=Path)
+        self.name, self._check = name, check
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        path = Path(_given(value, param))
+        self._check(path)
+        return path
+
+
+class Name(click.Path):
+    """What may be a path, or a name or URL of the network; it stays text."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        text = _given(value, param)
+        if "://" not in text and not text.startswith("hub:"):
+            status_of(Path(text))
+        return text
+
+
+def _given(value: Any, param: click.Parameter | None) -> str:
+    text = str(value)
+    if not text.strip():
+        raise InputError(f"{param.opts[0] if param else ''}: expected a name, found nothing")
+    return text
+
+
+FILE = Place("file")
+FOLDER = Place("folder")
+OUTPUT_FILE = Place("file", require_file_place)
+OUTPUT_FOLDER = Place("folder", check_output_folder)
+MODEL = Name("model")
+ROWS = Name("rows")
+STORES = Name("place")
+
+ROW_SOURCES = "JSON lines, Parquet, or hub:NAME[:SPLIT] of the Hugging Face hub"
 rows_option = click.option(
-    "--rows", type=str, multiple=True, required=True, help="Row file; may be repeated."
+    "--rows",
+    type=ROWS,
+    multiple=True,
+    required=True,
+    help=f"Rows: {ROW_SOURCES}; may be repeated. Each row has messages; or prompt and response; "
+    "or instruction, output and perhaps input.",
 )
 safety_tokens_option = click.option(
-    "--safety-tokens", type=FILE, required=True, help="From `pact-offline tokens`."
+    "--safety-tokens",
+    type=FILE,
+    required=True,
+    help="safety_tokens.json from `pact-offline tokens`.",
+)
+cache_option = click.option(
+    "--cache",
+    help="Cache of the targets; needed where it is a URL, which a file alone never opens.",
 )
 
 
@@ -47,7 +106,7 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
             given = {name: value for name, value in given.items() if value is not None}
             for name, value in given.items():
                 if typing.get_origin(cls.model_fields[name].annotation) is tuple:
-                    given[name] = tuple(value.split(","))
+                    given[name] = tuple(map(str.strip, value.split(","))) if value.strip() else ()
             values = read_yaml(config) if config else {}
             parse_settings(cls, values, str(config))
             settings = parse_settings(cls, {**values, **given}, "options")
@@ -56,19 +115,26 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
         for name, info in reversed(cls.model_fields.items()):
-            default = info.default
-            if isinstance(default, tuple):
+            option, is_flag = name.replace("_", "-"), info.annotation is bool
+            default = None if info.default is PydanticUndefined else info.default
+            if is_flag:
+                default = option if default else f"no-{option}"
+            elif isinstance(default, tuple):
                 default = ",".join(default)
             shown = "" if default in (None, "") else f"  [default: {default}]"
+            is_list = typing.get_origin(info.annotation) is tuple
             run = click.option(
-                f"--{name.replace('_', '-')}",
+                f"--{option}/--no-{option}" if is_flag else f"--{option}",
                 name,
                 type=_option_type(info.annotation),
-                default=None,
+                metavar="NAME,..." if is_list else None,
+                default=None,  # what the settings or --config say
                 help=f"{info.description}{shown}",
             )(run)
         config_option = click.option(
-            "--config", type=FILE, help="YAML file with any of the settings below."
+            "--config",
+            type=FILE,
+            help="YAML file with any of the settings below, as max_tokens for --max-tokens.",
         )
         return typing.cast("F", config_option(run))
 

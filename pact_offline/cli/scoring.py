@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
 
 from pact_offline.cli.options import (
     FILE,
+    MODEL,
+    OUTPUT_FILE,
+    ROW_SOURCES,
+    ROWS,
+    STORES,
     json_option,
     rows_option,
     safety_tokens_option,
     settings_options,
 )
+from pact_offline.errors import Interrupted
 from pact_offline.settings.stages import (
     ScoreSettings,
     TokensSettings,
@@ -21,21 +28,27 @@ from pact_offline.settings.stages import (
 
 
 @click.command()
-@click.option("--aligned", required=True, help="Aligned model: hub id or path.")
-@click.option("--base", help="Its base model: hub id or path.")
-@click.option("--refusals", type=FILE, help="Refusal pairs, JSON lines.")
+@click.option("--aligned", type=MODEL, required=True, help="Aligned model: hub id or path.")
+@click.option("--base", type=MODEL, help="Its base model: hub id or path.")
+@click.option(
+    "--refusals",
+    type=ROWS,
+    help=f"Harmful prompts with refusals as responses: {ROW_SOURCES}.",
+)
 @click.option(
     "--from-list",
     type=FILE,
     help="A hand-made list instead, JSON: words, ids, or pairs of one with its weight.",
 )
-@click.option("-o", "--output", type=FILE, required=True, help="safety_tokens.json to write.")
+@click.option(
+    "-o", "--output", type=OUTPUT_FILE, required=True, help="safety_tokens.json to write."
+)
 @settings_options(TokensSettings)
 @json_option
 def tokens(
     aligned: str,
     base: str | None,
-    refusals: Path | None,
+    refusals: str | None,
     from_list: Path | None,
     output: Path,
     as_json: bool,
@@ -75,24 +88,30 @@ def parse_part(
     """Read I/N, both from 1."""
     if value is None:
         return None
-    index, slash, count = value.partition("/")
-    if slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
-        return int(index), int(count)
-    raise click.BadParameter(f"expected I/N with 1 <= I <= N, found {value!r}")
+    if found := re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", value):
+        index, count = map(int, found.groups())
+        if 1 <= index <= count:
+            return index, count
+    raise click.BadParameter(f"expected I/N with 1 <= I <= N, found {value!r:.40}")
 
 
 @click.command()
-@click.option("--model", required=True, help="Reference model: hub id or path.")
+@click.option("--model", type=MODEL, required=True, help="Reference model: hub id or path.")
 @rows_option
 @safety_tokens_option
 @click.option(
-    "--cache", required=True, help="Directory of stores, or an fsspec URL (s3://...); shareable."
+    "--cache",
+    type=STORES,
+    required=True,
+    help="Directory of stores, or an fsspec URL (s3://...); shareable.",
 )
-@click.option("-o", "--output", type=FILE, help="targets.json to write.")
+@click.option("-o", "--output", type=OUTPUT_FILE, help="targets.json to write.")
 @click.option(
     "--part",
+    metavar="I/N",
     callback=parse_part,
-    help="Score the I-th of N parts only, and write no targets.json.",
+    help="Score the I-th of N parts only, and write no targets.json: for jobs that share the work; "
+    "a last one without --part writes it.",
 )
 @settings_options(ScoreSettings)
 @json_option
@@ -120,15 +139,13 @@ def score(
 
     if (output is None) == (part is None):
         raise click.UsageError("expected either --output or --part I/N")
-    summary = run(
-        locate_model(model),
-        rows,
-        safety_tokens,
-        cache,
-        settings,
-        output=output,
-        part=part or (1, 1),
-    )
+    files = locate_model(model)
+    try:
+        summary = run(files, rows, safety_tokens, cache, settings, output=output, part=part)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; what was scored is in the cache, and the same command goes on from there"
+        ) from None
     if as_json:
         click.echo(json.dumps(asdict(summary)))
     else:

@@ -9,6 +9,10 @@ import click
 
 from pact_offline.cli.options import (
     FILE,
+    FOLDER,
+    MODEL,
+    OUTPUT_FOLDER,
+    cache_option,
     json_option,
     rows_option,
     settings_options,
@@ -20,11 +24,19 @@ from pact_offline.settings.stages import (
 
 
 @click.command()
-@click.option("--model", required=True, help="Model to fine-tune: the scored reference itself.")
+@click.option(
+    "--model",
+    type=MODEL,
+    required=True,
+    help="Model to fine-tune, the scored reference itself: hub id or path.",
+)
 @rows_option
 @click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
-@click.option("--safety-tokens", type=FILE, help="From `pact-offline tokens`.")
-@click.option("-o", "--output", type=FILE, required=True, help="Directory of the adapter.")
+@click.option("--safety-tokens", type=FILE, help="safety_tokens.json from `pact-offline tokens`.")
+@cache_option
+@click.option(
+    "-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the adapter, to write."
+)
 @settings_options(FinetuneSettings)
 @json_option
 def finetune(
@@ -32,6 +44,7 @@ def finetune(
     rows: tuple[str, ...],
     targets: Path | None,
     safety_tokens: Path | None,
+    cache: str | None,
     output: Path,
     as_json: bool,
     settings: FinetuneSettings,
@@ -54,6 +67,7 @@ def finetune(
         settings,
         targets_path=targets,
         tokens_path=safety_tokens,
+        cache_place=cache,
     )
     if not is_first_process():
         return
@@ -65,9 +79,22 @@ def finetune(
 
 
 @click.command()
-@click.option("--model", required=True, help="Model that was fine-tuned: hub id or path.")
-@click.option("--adapter", type=FILE, required=True, help="From `pact-offline finetune`.")
-@click.option("-o", "--output", type=FILE, required=True, help="Directory of the merged model.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Model that was fine-tuned: hub id or path."
+)
+@click.option(
+    "--adapter",
+    type=FOLDER,
+    required=True,
+    help="Directory of the adapter, from `pact-offline finetune`.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT_FOLDER,
+    required=True,
+    help="Directory of the merged model, to write.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

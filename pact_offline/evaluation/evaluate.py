@@ -8,167 +8,183 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pact_offline.errors import InputError, MissingFileError, first_line
+from pact_offline.errors import InputError
 from pact_offline.evaluation.drift import compare, confidences_by_step
-from pact_offline.evaluation.judges import REFUSAL_PHRASES, judge_with_guard
-from pact_offline.evaluation.metrics import Drift, Metrics, Rate, Sample
-from pact_offline.evaluation.prompt_sets import (
-    Answer,
-    PromptSet,
-    answer_all,
-    count_rates,
-    read_prompts,
+from pact_offline.evaluation.judges import Judge, judge_with_guard, load_judge
+from pact_offline.evaluation.metrics import METRICS_FILE, Metrics, PromptSet, Rate, Sample
+from pact_offline.evaluation.prompt_sets import Answer, answer_all, read_prompts
+from pact_offline.evaluation.rates import OwnRateFunction, count_rates, load_rates
+from pact_offline.evaluation.reference import (
+    ANSWERS_FILE,
+    CONFIDENCES_FILE,
+    Reference,
+    answers_sha256,
+    read_reference,
 )
-from pact_offline.files import read_json, read_text, write_json, written_aside
-from pact_offline.folders import RUN_FILE
-from pact_offline.models.load import load_model
+from pact_offline.evaluation.subject import Subject, find_subject
+from pact_offline.files import to_disk
+from pact_offline.folders import output_aside, require_place
+from pact_offline.made_from import MadeFrom, rows_sha256, template_sha256
+from pact_offline.models.locate import locate_model
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import load_tokenizer, require_chat_template
+from pact_offline.rows.chat import load_tokenizer, require_chat_template, tokenizer_fingerprint
+from pact_offline.rows.read import Row
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import EvaluateSettings
 
 log = logging.getLogger(__name__)
 
-
 _SHOWN: dict[PromptSet, int] = {"harmful": 5, "borderline": 2, "benign": 2, "task": 1}
+_DECIDING = {"max_new_tokens", "dtype", "drift_steps"}  # of the settings that are no model or code
 
 
 def evaluate(
     name: str,
     model_name: str,
     adapter: Path | None,
-    prompts_paths: dict[PromptSet, Path],
-    tokens_path: Path,
+    sources: Mapping[PromptSet, str | Path | None],
+    tokens_path: Path | None,
     output: Path,
     settings: EvaluateSettings,
     reference: Path | None,
 ) -> Metrics:
     """Evaluate a model and write metrics.json, answers.jsonl and confidences.json to `output`.
 
+    What does not belong together is refused before a model is loaded; the output is whole or not
+    there.
+
     Args:
         name: of the run in the report.
-        model_name: hub id or path.
-        adapter: peft adapter on top, if any.
-        prompts_paths: a file for each prompt set.
-        tokens_path: safety_tokens.json.
+        model_name: hub id or path; a model that `finetune` or `merge` wrote counts as a run.
+        adapter: peft adapter on top, or a whole model that was made of the model; None for neither.
+        sources: a file or `hub:NAME` for each prompt set, at least one.
+        tokens_path: safety_tokens.json; None: confidences and drift are not measured.
         output: directory.
-        settings: lengths and judge.
+        settings: lengths, judges and rates.
         reference: output directory of the reference's evaluation; None for the reference itself.
     """
-    tokenizer = load_tokenizer(model_name)
-    require_chat_template(tokenizer)
-    guard_tokenizer = load_tokenizer(settings.guard) if settings.guard is not None else None
-    tokens = SafetyTokens.load(tokens_path, tokenizer)
-    prompts = read_prompts(prompts_paths)
-    baseline = None if reference is None else _read_reference(reference)
-    run = _read_run(adapter)
-    model = load_model(model_name, settings.dtype)
-    if adapter is not None:
-        model = add_adapter(model, adapter)
-    answers = answer_all(model, tokenizer, prompts, settings)
-    rates = count_rates(answers)
-    harmful = [answer for answer in answers if answer.prompts == "harmful"]
-    own = [answer.text for answer in harmful]
-    forced = own if baseline is None else baseline.answers
-    if len(forced) != len(harmful):
-        raise InputError(
-            f"{reference}: expected answers to {len(harmful)} harmful prompts, "
-            f"found {len(forced)}; evaluate the reference on the same prompts"
-        )
-    confidences = confidences_by_step(
-        model,
-        tokenizer,
-        [answer.row.prompt for answer in harmful],
-        forced,
-        tokens.ids,
-        settings.drift_steps,
-        settings.batch_size,
-    )
-    drift: Drift | None = None
-    if baseline is not None:
-        drift = compare(baseline.confidences, confidences, tokens, len(harmful))
+    require_place(output, METRICS_FILE)
+    plan = _prepare(model_name, adapter, sources, tokens_path, settings, reference)
+    model = plan.subject.load(settings.dtype)
+    answers = answer_all(model, plan.tokenizer, plan.prompts, settings, plan.judge)
+    rates = count_rates(answers, plan.rates)
+    confidences = _confidences(model, plan, answers, settings)
     del model
-    if settings.guard is not None:
-        unsafe = judge_with_guard(
-            settings.guard,
-            guard_tokenizer,
-            [answer.row.prompt[-1]["content"] for answer in harmful],
-            own,
-            settings.dtype,
-        )
+    harmful = [answer for answer in answers if answer.prompts == "harmful"]
+    if plan.guard is not None and harmful:
+        texts = [answer.text for answer in harmful]
+        prompts = [answer.prompt for answer in harmful]
+        unsafe = judge_with_guard(*plan.guard, prompts, texts, settings.dtype)
         rates["harmful_unsafe"] = Rate.of(sum(unsafe), len(unsafe))
+    drift = None
+    if confidences is not None and plan.tokens is not None and plan.baseline is not None:
+        assert plan.baseline.confidences is not None
+        drift = compare(plan.baseline.confidences, confidences, plan.tokens, len(harmful))
+    files = _files(answers, confidences)
     metrics = Metrics(
         name=name,
-        is_reference=baseline is None,
-        model=model_name,
-        adapter=None if adapter is None else str(adapter),
+        is_reference=plan.baseline is None and plan.subject.tuned is None,
+        model=plan.subject.model,
+        adapter=str(plan.subject.tuned.folder) if plan.subject.tuned else None,
+        made_from=plan.made_from,
+        answers_sha256=answers_sha256(files[ANSWERS_FILE], files.get(CONFIDENCES_FILE)),
+        reference_sha256=plan.baseline.sha256 if plan.baseline else None,
         rates=rates,
+        own_rates=[rate.facts for rate in plan.rates],
         drift=drift,
         samples=_samples(answers),
-        run=run,
+        run=plan.subject.run,
         settings=settings.model_dump(mode="json"),
-        judge={
-            "name": "refusal phrases",
-            "phrases": list(REFUSAL_PHRASES),
-            "guard": settings.guard,
-        },
+        judge={**plan.judge.facts, "guard": settings.guard},
         provenance=provenance(),
     )
-    _write(output, metrics, answers, confidences)
+    write_evaluation(output, metrics, files)
     return metrics
 
 
-def add_adapter(model: Any, adapter: Path) -> Any:
-    """The model with a peft adapter merged in."""
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
-    except Exception as error:
-        raise InputError(
-            f"{adapter}: expected a peft adapter, found: {first_line(error)}"
-        ) from None
-
-
 @dataclass(frozen=True)
-class _Reference:
-    answers: list[str]
-    confidences: np.ndarray
+class _Plan:
+    """What is evaluated, on what and by what: all of it checked, nothing loaded."""
+
+    subject: Subject
+    tokenizer: Any
+    prompts: dict[PromptSet, list[Row]]
+    tokens: SafetyTokens | None
+    judge: Judge
+    rates: list[OwnRateFunction]
+    guard: tuple[str, Any] | None  # directory and tokenizer
+    made_from: MadeFrom
+    baseline: Reference | None
 
 
-def _read_reference(folder: Path) -> _Reference:
-    try:
-        lines = [json.loads(line) for line in read_text(folder / "answers.jsonl").splitlines()]
-        values = read_json(folder / "confidences.json")
-        answers = [line["answer"] for line in lines if line["prompts"] == "harmful"]
-        return _Reference(answers, np.array(values["mean_probability"], dtype=np.float64))
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder}: expected the reference's evaluation, found: {error}") from None
+def _prepare(
+    model: str,
+    adapter: Path | None,
+    sources: Mapping[PromptSet, str | Path | None],
+    tokens_path: Path | None,
+    settings: EvaluateSettings,
+    reference: Path | None,
+) -> _Plan:
+    judge = load_judge(settings.judge)
+    prompts = read_prompts(sources)
+    rates = load_rates(settings, prompts)
+    subject = find_subject(model, adapter)
+    tokenizer = load_tokenizer(str(subject.folder))
+    require_chat_template(tokenizer)
+    tokens = SafetyTokens.load(tokens_path, tokenizer) if tokens_path is not None else None
+    models, guard = {"evaluated": subject.identity}, None
+    if settings.guard is not None:
+        files = locate_model(settings.guard)
+        models["guard"] = files.identity
+        guard = str(files.path), load_tokenizer(str(files.path))
+    made_from = MadeFrom(
+        models=models,
+        rows={name: rows_sha256(rows) for name, rows in prompts.items()},
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        template=template_sha256(tokenizer),
+        adapter=subject.tuned.sha256 if subject.tuned else None,
+        safety_tokens=tokens.digest if tokens else None,
+        code={"refusals": judge.content, **{rate.facts.name: rate.facts.content for rate in rates}},
+        settings=settings.model_dump(mode="json", include=_DECIDING),
+    )
+    baseline = None if reference is None else read_reference(reference, made_from)
+    if baseline is not None and tokens and "harmful" in prompts and baseline.confidences is None:
+        raise InputError(
+            f"{reference}: expected confidences on harmful prompts, found none; evaluate the "
+            "reference with --harmful and --safety-tokens"
+        )
+    if baseline is None and subject.tuned is not None:
+        log.warning(
+            "%s is a fine-tuned run, and no reference: without --reference, its drift is not "
+            "measured",
+            subject.tuned.folder,
+        )
+    return _Plan(subject, tokenizer, prompts, tokens, judge, rates, guard, made_from, baseline)
 
 
-def _read_run(adapter: Path | None) -> dict[str, Any]:
-    if adapter is None:
-        return {}
-    if not adapter.is_dir():
-        raise MissingFileError(f"{adapter}: no such adapter directory")
-    facts = adapter / RUN_FILE
-    if not facts.is_file():
-        return {}
-    value = read_json(facts)
-    try:
-        run = {name: value[name] for name in ("targets_sha256", "metrics")}
-        return {**value["settings"], **run}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{facts}: expected the facts of a run, found none of: {error}") from None
+def _confidences(
+    model: Any, plan: _Plan, answers: Sequence[Answer], settings: EvaluateSettings
+) -> np.ndarray | None:
+    """On the reference's answers, or else the model's own; None where they cannot be measured."""
+    harmful = [answer for answer in answers if answer.prompts == "harmful"]
+    if plan.tokens is None or not harmful:
+        return None
+    return confidences_by_step(
+        model,
+        plan.tokenizer,
+        [answer.row.prompt for answer in harmful],
+        plan.baseline.answers if plan.baseline else [answer.text for answer in harmful],
+        plan.tokens.ids,
+        settings.drift_steps,
+        settings.batch_size,
+    )
 
 
 def _samples(answers: Sequence[Answer]) -> list[Sample]:
@@ -177,35 +193,44 @@ def _samples(answers: Sequence[Answer]) -> list[Sample]:
         of_set = [answer for answer in answers if answer.prompts == name]
         stride = max(1, len(of_set) // count)
         samples += [
-            Sample(
-                prompts=name,
-                prompt=answer.row.prompt[-1]["content"],
-                answer=answer.text,
-                refused=answer.refused,
-            )
+            Sample(prompts=name, prompt=answer.prompt, answer=answer.text, refused=answer.refused)
             for answer in of_set[::stride][:count]
         ]
     return samples
 
 
-def _write(
-    output: Path, metrics: Metrics, answers: Sequence[Answer], confidences: np.ndarray
-) -> None:
-    with written_aside(output / "answers.jsonl") as aside:
-        lines = [
-            {
-                "prompts": answer.prompts,
-                "prompt": answer.row.prompt[-1]["content"],
-                "answer": answer.text,
-                "refused": answer.refused,
-                **({"expected": answer.row.response} if answer.row.response else {}),
-            }
-            for answer in answers
-        ]
-        aside.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-            encoding="utf-8",
-        )
-    reached = confidences[~np.isnan(confidences).any(axis=1)]
-    write_json(output / "confidences.json", {"mean_probability": reached.tolist()})
-    metrics.save(output / "metrics.json")  # last: it says that the evaluation is whole
+def _files(answers: Sequence[Answer], confidences: np.ndarray | None) -> dict[str, str]:
+    """The text of each file beside metrics.json."""
+    lines = [
+        {
+            "prompts": answer.prompts,
+            "prompt": answer.prompt,
+            "answer": answer.text,
+            "refused": answer.refused,
+            **({"expected": answer.row.response} if answer.row.response else {}),
+        }
+        for answer in answers
+    ]
+    files = {ANSWERS_FILE: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)}
+    if confidences is not None:
+        reached = confidences[~np.isnan(confidences).any(axis=1)]
+        files[CONFIDENCES_FILE] = json.dumps({"mean_probability": reached.tolist()}, indent=1)
+    return files
+
+
+def write_evaluation(output: Path, metrics: Metrics, files: Mapping[str, str]) -> None:
+    """Put an evaluation in its place: all of its files, or none.
+
+    Args:
+        output: its directory; an earlier evaluation there stays until this one is whole.
+        metrics: for metrics.json.
+        files: text of the others, by name.
+
+    Raises:
+        InputError: the place is taken, or cannot be written to.
+    """
+    with output_aside(output, METRICS_FILE) as aside:
+        for name, text in files.items():
+            (aside / name).write_text(text, encoding="utf-8")
+            to_disk(aside / name)
+        metrics.save(aside / METRICS_FILE)

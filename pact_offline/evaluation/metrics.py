@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pact_offline.errors import InputError
 from pact_offline.files import read_json, write_json
+from pact_offline.made_from import MadeFrom
 
-FORMAT_VERSION = 1
+METRICS_FILE = "metrics.json"
+FORMAT_VERSION = 2
 _Z95 = 1.959963984540054
 
-RateName = Literal[
+PromptSet = Literal["harmful", "borderline", "benign", "task"]
+PROMPT_SETS: tuple[PromptSet, ...] = get_args(PromptSet)
+
+BUILT_IN_RATES = (
     "harmful_refused",
     "harmful_unsafe",
     "borderline_refused",
     "benign_refused",
     "task_refused",
     "task_accuracy",
-]
+)
 
 
 class _Frozen(BaseModel):
@@ -77,10 +82,29 @@ class Drift(_Frozen):
 class Sample(_Frozen):
     """One answer, to show."""
 
-    prompts: Literal["harmful", "borderline", "benign", "task"]
+    prompts: PromptSet
     prompt: str
     answer: str
     refused: bool
+
+
+class OwnRate(_Frozen):
+    """A rate that a user's own function counts.
+
+    Attributes:
+        name: the function's, and the key in `rates`.
+        title, better: the heading of its column.
+        prompts: the set that it is counted over.
+        source: the function as the user named it.
+        content: what fixes it: SHA-256 of its file, or package and version.
+    """
+
+    name: str
+    title: str
+    better: str
+    prompts: PromptSet
+    source: str
+    content: str
 
 
 class Metrics(_Frozen):
@@ -89,20 +113,28 @@ class Metrics(_Frozen):
     Attributes:
         name: of the run, or "reference".
         is_reference: whether this is the reference model itself.
-        rates: what was counted.
-        drift: against the reference; None for the reference itself.
+        made_from: what decides the values; runs and their reference agree in it.
+        answers_sha256: over the answers and confidences beside this file.
+        reference_sha256: the reference's `answers_sha256`; None where none was given.
+        rates: what was counted, by name.
+        own_rates: those of `rates` that the user's own functions count.
+        drift: against the reference; None for the reference itself, and where not measured.
         samples: the same prompts for every model, in the same order.
         run: settings of the fine-tuning run (from the adapter), empty for the reference.
         settings: of this evaluation.
-        judge: what a refusal is: name, and phrases or guard model.
+        judge: what a refusal is: name, with its phrases or what fixes its code; guard model.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     name: str
     is_reference: bool
     model: str
     adapter: str | None
-    rates: dict[RateName, Rate]
+    made_from: MadeFrom
+    answers_sha256: str
+    reference_sha256: str | None
+    rates: dict[str, Rate]
+    own_rates: list[OwnRate]
     drift: Drift | None
     samples: list[Sample]
     run: dict[str, Any]
@@ -116,8 +148,15 @@ class Metrics(_Frozen):
     @classmethod
     def load(cls, path: Path) -> Metrics:
         """Read metrics.json; `MissingFileError` or `InputError` where it is none."""
+        value = read_json(path)
+        version = value.get("format_version") if isinstance(value, dict) else None
+        if version is not None and version != FORMAT_VERSION:
+            raise InputError(
+                f"{path}: format_version: expected {FORMAT_VERSION}, found {version!r:.40}; run "
+                "`pact-offline evaluate` again"
+            )
         try:
-            return cls.model_validate(read_json(path))
+            return cls.model_validate(value)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

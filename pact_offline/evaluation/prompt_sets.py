@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from pact_offline.errors import SettingError
 from pact_offline.evaluation.generate import generate
-from pact_offline.evaluation.judges import is_refusal
-from pact_offline.evaluation.metrics import Rate, RateName
+from pact_offline.evaluation.judges import Judge
+from pact_offline.evaluation.metrics import PROMPT_SETS, PromptSet
 from pact_offline.progress import bar
 from pact_offline.rows.read import Row, read_rows
 from pact_offline.settings.stages import EvaluateSettings
 
-PromptSet = Literal["harmful", "borderline", "benign", "task"]
-
-
-PROMPT_SETS: tuple[PromptSet, ...] = get_args(PromptSet)
-
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt and a model's answer to it."""
+    """One prompt, a model's answer to it, and the judge's verdict."""
 
     prompts: PromptSet
     row: Row
     text: str
+    refused: bool
 
     @property
-    def refused(self) -> bool:
-        return is_refusal(self.text)
+    def prompt(self) -> str:
+        """The last turn of the prompt."""
+        return self.row.prompt[-1]["content"]
 
     @property
     def correct(self) -> bool:
@@ -42,15 +40,30 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def read_prompts(paths: dict[PromptSet, Path]) -> dict[PromptSet, list[Row]]:
-    """The rows of every prompt set; only the task's need responses."""
-    return {name: read_rows(path, needs_response=name == "task") for name, path in paths.items()}
+def read_prompts(sources: Mapping[PromptSet, str | Path | None]) -> dict[PromptSet, list[Row]]:
+    """The rows of every prompt set that is given; only the task's need responses.
+
+    Raises:
+        SettingError: none is given.
+        MissingFileError, InputError: names file and line.
+    """
+    given = {name: source for name in PROMPT_SETS if (source := sources.get(name)) is not None}
+    if not given:
+        options = ", ".join(f"--{name}" for name in PROMPT_SETS)
+        raise SettingError(f"expected at least one set of prompts ({options}), found none")
+    return {
+        name: read_rows(source, needs_response=name == "task") for name, source in given.items()
+    }
 
 
 def answer_all(
-    model: Any, tokenizer: Any, prompts: dict[PromptSet, list[Row]], settings: EvaluateSettings
+    model: Any,
+    tokenizer: Any,
+    prompts: dict[PromptSet, list[Row]],
+    settings: EvaluateSettings,
+    judge: Judge,
 ) -> list[Answer]:
-    """Greedy answers to every prompt, in order."""
+    """Greedy answers to every prompt, in order, and what the judge says of them."""
     answers = []
     total = sum(len(rows) for rows in prompts.values())
     with bar("answering", total, "prompts") as progress:
@@ -63,23 +76,8 @@ def answer_all(
                 batch_size=settings.batch_size,
                 progress=progress.update,
             )
-            answers += [Answer(name, row, text) for row, text in zip(rows, texts, strict=True)]
+            answers += [
+                Answer(name, row, text, judge.is_refusal(row.prompt[-1]["content"], text))
+                for row, text in zip(rows, texts, strict=True)
+            ]
     return answers
-
-
-def count_rates(answers: Sequence[Answer]) -> dict[RateName, Rate]:
-    """Refusals in every prompt set, and right answers in the task."""
-    rates: dict[RateName, Rate] = {}
-    names: dict[PromptSet, RateName] = {
-        "harmful": "harmful_refused",
-        "borderline": "borderline_refused",
-        "benign": "benign_refused",
-        "task": "task_refused",
-    }
-    for prompts, name in names.items():
-        of_set = [answer for answer in answers if answer.prompts == prompts]
-        if of_set:
-            rates[name] = Rate.of(sum(answer.refused for answer in of_set), len(of_set))
-        if of_set and prompts == "task":
-            rates["task_accuracy"] = Rate.of(sum(a.correct for a in of_set), len(of_set))
-    return rates

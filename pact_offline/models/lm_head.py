@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,7 +12,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
+_HALF = math.log(0.5)
 _is_known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # heads that were compared
+
+
+class StepLogProbabilities(NamedTuple):
+    """Full-vocabulary log-probabilities at response steps.
+
+    Attributes:
+        labels: fp32 [steps], of the tokens that follow.
+        safety: fp32 [steps, ids], of the safety tokens.
+        rest: fp32 [steps], of all ids but those left out; None where it was not wanted.
+    """
+
+    labels: Tensor
+    safety: Tensor
+    rest: Tensor | None
 
 
 def step_log_probabilities(
@@ -20,7 +36,8 @@ def step_log_probabilities(
     is_step: Tensor,
     labels: Tensor,
     safety_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    outside: Tensor | None = None,
+) -> StepLogProbabilities:
     """The policy's log-probabilities of the labels, and of the safety tokens, at response steps.
 
     The model's forward runs as it is wrapped (DDP, autocast); its LM head is held back and runs on
@@ -34,9 +51,7 @@ def step_log_probabilities(
         is_step: bool [rows, columns], where a response step is.
         labels: int64 [steps], the tokens that follow.
         safety_ids: int64 [ids], or None.
-
-    Returns:
-        fp32 [steps] and fp32 [steps, ids].
+        outside: int64 [some], ids that `rest` leaves out; None: no rest is wanted.
     """
     inputs: dict[str, Any] = {
         name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")
@@ -46,10 +61,10 @@ def step_log_probabilities(
     inner = getattr(model, "module", model)
     head = inner.get_output_embeddings()
     if head is None or _is_sharded(model, head) or not _is_known.get(head, True):
-        return _log_probabilities(model(**inputs).logits[is_step], labels, ids)
+        return _log_probabilities(model(**inputs).logits[is_step], labels, ids, outside)
     outputs, hidden, mode = _without_head(model, head, inputs)
     if hidden is None:  # compiled: hooks are not heard
-        return _log_probabilities(outputs.logits[is_step], labels, ids)
+        return _log_probabilities(outputs.logits[is_step], labels, ids, outside)
 
     def logits_of(states: Tensor) -> Tensor:
         with mode:
@@ -60,10 +75,10 @@ def step_log_probabilities(
             found = logits_of(hidden[:, :1]).float()
         _is_known[head] = torch.allclose(found, outputs.logits.float(), rtol=1e-3, atol=1e-3)
         if not _is_known[head]:
-            return step_log_probabilities(model, batch, is_step, labels, safety_ids)
+            return step_log_probabilities(model, batch, is_step, labels, safety_ids, outside)
 
-    def part(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return _log_probabilities(logits_of(states), labels, ids)
+    def part(states: Tensor, labels: Tensor) -> StepLogProbabilities:
+        return _log_probabilities(logits_of(states), labels, ids, outside)
 
     states = hidden[is_step]
     size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
@@ -73,15 +88,44 @@ def step_log_probabilities(
         checkpoint(part, some, theirs, use_reentrant=False)
         for some, theirs in zip(torch.split(states, size), torch.split(labels, size), strict=True)
     ]
-    picked, safety = zip(*parts, strict=True)
-    return torch.cat(picked), torch.cat(safety)
+    picked, safety, rest = zip(*parts, strict=True)
+    return StepLogProbabilities(
+        torch.cat(picked), torch.cat(safety), None if outside is None else torch.cat(rest)
+    )
 
 
-def _log_probabilities(logits: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _log_probabilities(
+    logits: Tensor, labels: Tensor, ids: Tensor, outside: Tensor | None
+) -> StepLogProbabilities:
     logits = logits.float()
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    picked = logits.gather(-1, labels.unsqueeze(-1)) - normaliser
-    return picked.squeeze(-1), logits[:, ids] - normaliser
+    picked = (logits.gather(-1, labels.unsqueeze(-1)) - normaliser).squeeze(-1)
+    rest = None if outside is None else log_probability_outside(logits, outside, normaliser)
+    return StepLogProbabilities(picked, logits[:, ids] - normaliser, rest)
+
+
+def log_probability_outside(logits: Tensor, ids: Tensor, normaliser: Tensor) -> Tensor:
+    """The log of the probability of all but some ids, with a gradient however small it is.
+
+    Where those ids hold less than half it is 1 less theirs, which costs no pass over the
+    vocabulary; elsewhere fp32 would round that away, and it is summed over the other logits.
+
+    Args:
+        logits: fp32 [steps, vocabulary].
+        ids: int64 [ids], each once, and not the whole vocabulary.
+        normaliser: fp32 [steps, 1], logsumexp of the logits.
+
+    Returns:
+        fp32 [steps].
+    """
+    inside = logits[:, ids].logsumexp(dim=-1) - normaliser.squeeze(-1)
+    is_likely = inside.detach() > _HALF
+    rest = torch.log1p(-inside.clamp(max=_HALF).exp())
+    if is_likely.any():
+        others = logits[is_likely].index_fill(-1, ids, -torch.inf)
+        exact = others.logsumexp(dim=-1) - normaliser[is_likely].squeeze(-1)
+        rest = rest.masked_scatter(is_likely, exact)
+    return rest
 
 
 def _without_head(

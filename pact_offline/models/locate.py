@@ -24,8 +24,15 @@ def require_model(model: str) -> None:
     path = Path(model)
     if not path.exists():
         raise MissingFileError(f"{model}: no such model directory")
+    if (path / "adapter_config.json").is_file():  # transformers would load it, pickled or not
+        raise ModelError(f"{model}: expected a model directory, found an adapter; see --adapter")
     if not (path / "config.json").is_file():
         raise ModelError(f"{model}: expected a model directory with config.json, found none")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a local model that decide what it does, sorted; none where it is no folder."""
+    return sorted({file for pattern in _WANTED for file in folder.glob(pattern)})
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from torch import Tensor
 from pact_offline.objectives.inputs import DEFAULTS, finite
 from pact_offline.settings.stages import ObjectiveSettings
 
+_NEAREST = -6e-8  # the largest log-probability below 0 that fp32 tells from it
 
-def _with_rest(log_confidences: Tensor) -> Tensor:
-    """Append the log of the probability that is left over; [steps, ids + 1]."""
-    inside = torch.logsumexp(log_confidences, dim=-1, keepdim=True).clamp(max=-1e-6)
-    return torch.cat((log_confidences, torch.log(-torch.expm1(inside))), dim=-1)
+
+def log_rest(log_confidences: Tensor) -> Tensor:
+    """The log of the probability that is left over, [steps, 1]; exact to fp32's last digit of 1."""
+    inside = torch.logsumexp(log_confidences, dim=-1, keepdim=True).clamp(max=_NEAREST)
+    return torch.log(-torch.expm1(inside))
 
 
 def confidence(
@@ -22,6 +24,7 @@ def confidence(
     weights: Tensor,
     steps: Tensor,
     settings: ObjectiveSettings = DEFAULTS,
+    policy_rest: Tensor | None = None,
 ) -> Tensor:
     """KL(reference || policy) over the weighted safety ids and one class for all the rest.
 
@@ -34,10 +37,16 @@ def confidence(
         weights: [ids]; ids with weight 0 fall into the rest.
         steps: not read.
         settings: not read.
+        policy_rest: [steps], the log of the policy's probability outside the weighted ids, from the
+            logits there. Without it that is 1 less the others, which has no gradient where they
+            hold more than fp32 tells from 1: just where a policy that refuses for sure has to be
+            pulled back.
 
     Returns:
         fp32 [steps].
     """
     kept = weights > 0
-    ours, theirs = _with_rest(finite(policy)[:, kept]), _with_rest(finite(full)[:, kept])
+    ours, theirs = finite(policy)[:, kept], finite(full)[:, kept]
+    rest = log_rest(ours) if policy_rest is None else finite(policy_rest).unsqueeze(-1)
+    ours, theirs = torch.cat((ours, rest), -1), torch.cat((theirs, log_rest(theirs)), -1)
     return (theirs.exp() * (theirs - ours)).sum(dim=-1)

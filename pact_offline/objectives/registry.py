@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pact_offline.errors import SettingError
+from pact_offline.objectives.checked import checked
 from pact_offline.objectives.confidence import confidence
 from pact_offline.objectives.pact import pact
 from pact_offline.own_code import installed_names, is_own, load
@@ -23,23 +24,26 @@ class Objective:
     Attributes:
         per_step: the function, with the arguments of `pact`.
         needs_response_only: whether the targets without the prompt are read (with the gate on).
+        needs_rest: whether it also takes `policy_rest`, as `confidence` does.
     """
 
-    per_step: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, ObjectiveSettings], Tensor]
+    per_step: Callable[..., Tensor]
     needs_response_only: bool
+    needs_rest: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
     "pact": Objective(pact, needs_response_only=True),
-    "confidence": Objective(confidence, needs_response_only=False),
+    "confidence": Objective(confidence, needs_response_only=False, needs_rest=True),
 }
+_own: dict[str, Objective] = {}  # of this process: imported once
 
 
 def objective_named(name: str) -> Objective | None:
     """The objective of a name; None for plain fine-tuning.
 
-    A user's function, `path/to/file.py:function` or an entry point, may carry the attribute
-    `needs_response_only`; without one it gets no targets of the response-only context.
+    A user's function, `path/to/file.py:function` or an entry point, takes the arguments of `pact`.
+    It may carry the attributes `needs_response_only` and `needs_rest`, true as in `Objective`.
 
     Raises:
         MissingFileError, SettingError: there is none of that name.
@@ -48,14 +52,18 @@ def objective_named(name: str) -> Objective | None:
         return None
     if name in OBJECTIVES:
         return OBJECTIVES[name]
+    if name in _own:
+        return _own[name]
     if not is_own("objective", name):
         known = ", ".join(["none", *OBJECTIVES, *installed_names("objective")])
         raise SettingError(
             f"--objective: expected one of {known}, or path/to/file.py:function, found {name!r}"
         )
     function = load("objective", name)
-    OBJECTIVES[name] = Objective(function, bool(getattr(function, "needs_response_only", False)))
-    return OBJECTIVES[name]
+    wants = {
+        need: bool(getattr(function, need, False)) for need in ("needs_response_only", "needs_rest")
+    }
+    return _own.setdefault(name, Objective(checked(name, function), **wants))
 
 
 def weights_in_use(weights: Tensor, settings: ObjectiveSettings) -> Tensor:

@@ -9,8 +9,10 @@ from pact_offline.report.numbers import percent
 
 
 def is_plain(metrics: Metrics) -> bool:
-    """Whether a run is plain supervised fine-tuning: no objective, or one of weight 0."""
+    """Whether a run is plain supervised fine-tuning: no objective, or one that did nothing."""
     run = metrics.run
+    if not run.get("holds", True):
+        return True
     is_off = run.get("kl_weight") == 0 and run.get("kl_schedule", "constant") == "constant"
     return run.get("objective") == "none" or is_off
 

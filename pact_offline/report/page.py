@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pact_offline.errors import InputError
-from pact_offline.evaluation.metrics import Metrics, RateName, Sample
+from pact_offline.evaluation.metrics import Metrics, Sample
 from pact_offline.files import written_aside
 from pact_offline.report import numbers, plots
 from pact_offline.report.finding import finding
@@ -23,7 +23,7 @@ from pact_offline.safety_tokens.file import SafetyTokens
 class Column:
     """A rate as the table shows it."""
 
-    rate: RateName
+    rate: str
     title: str
     better: str
 
@@ -80,8 +80,9 @@ def write_report(
         models=models,
         styles=styles,
         reference_style=plots.reference_style(styles),
-        columns=[c for c in COLUMNS if _is_shown(c, models)],
+        columns=_columns(models),
         judges=_judges(models),
+        own_rates={rate.name: rate for m in models for rate in m.own_rates},
         scatter=plots.scatter(models, styles),
         totals=plots.total_panels(models, styles),
         token_curves=plots.token_panels(models, styles),
@@ -100,21 +101,24 @@ def write_report(
 
 
 def headline(metrics: Sequence[Metrics]) -> list[str]:
-    """Three lines for the terminal: harmful prompts refused, task accuracy, benign refused.
+    """Up to three lines for the terminal: harmful prompts refused, task accuracy, benign refused.
+
+    What no model was measured on has no line.
 
     Raises:
         InputError: no metrics.
     """
     models = _in_order(metrics)
-    wanted: tuple[tuple[str, RateName], ...] = (
+    lines = (
         ("harmful prompts refused", "harmful_refused"),
         ("task accuracy", "task_accuracy"),
         ("benign prompts refused", "benign_refused"),
     )
+    wanted = [(label, rate) for label, rate in lines if any(rate in m.rates for m in models)]
     columns = [[label for label, _ in wanted]]
     for model in models:
         columns.append([f"{model.name} {numbers.percent(model.rates.get(r))}" for _, r in wanted])
-    widths = [max(map(len, column)) for column in columns]
+    widths = [max(map(len, column), default=0) for column in columns]
     return [
         "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in zip(*columns, strict=True)
@@ -141,9 +145,11 @@ def _in_order(metrics: Sequence[Metrics]) -> list[Metrics]:
     return sorted(metrics, key=lambda m: not m.is_reference)
 
 
-def _is_shown(column: Column, models: Sequence[Metrics]) -> bool:
-    """Only the guard's column is left out where nothing was measured."""
-    return column.rate != "harmful_unsafe" or any(column.rate in m.rates for m in models)
+def _columns(models: Sequence[Metrics]) -> list[Column]:
+    """One for each rate that was measured of any model, the users' own last."""
+    own = {r.name: Column(r.name, r.title, r.better) for m in models for r in m.own_rates}
+    measured = {name for m in models for name in m.rates}
+    return [column for column in (*COLUMNS, *own.values()) if column.rate in measured]
 
 
 def _date(models: Sequence[Metrics]) -> str:

@@ -133,9 +133,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> list[Token
                 f"{row.origin}: expected a response within {max_tokens} tokens, found a prompt of "
                 f"{len(prompt)}; raise --max-tokens or shorten the row"
             )
-        examples.append(
-            TokenizedExample(np.asarray(whole[:max_tokens], dtype=np.int32), len(prompt))
-        )
+        ids = np.asarray(whole[:max_tokens], dtype=np.int32)
+        examples.append(TokenizedExample(ids, len(prompt), len(whole) > max_tokens))
     return examples
 
 

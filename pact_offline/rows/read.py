@@ -13,14 +13,13 @@ Rows are read from JSON-lines files, Parquet files, or a hub dataset (``hub:NAME
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import InputError, MissingFileError, first_line
-from pact_offline.files import read_text
+from pact_offline.errors import InputError, first_line
+from pact_offline.files import read_json_lines, require_file
 
 Message = dict[str, str]
 
@@ -110,21 +109,12 @@ def parse_row(value: Any, origin: str, *, needs_response: bool = True) -> Row:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    text = read_text(path)
-    if not text.strip():
+    is_empty = True
+    for number, value in read_json_lines(path):
+        is_empty = False
+        yield f"{path}:{number}", value
+    if is_empty:
         raise InputError(f"{path}: expected one JSON object a line, found an empty file")
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except RecursionError:
-            raise InputError(f"{path}:{number}: expected a row, found deeply nested JSON") from None
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}:{number}: expected a JSON object, found: {error.msg} at column "
-                f"{error.colno}"
-            ) from None
 
 
 def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -152,8 +142,7 @@ def read_rows(source: str | Path, *, needs_response: bool = True) -> list[Row]:
     if name.startswith("hub:"):
         values = _dataset_rows(name)
     elif Path(name).suffix == ".parquet":
-        if not Path(name).is_file():
-            raise MissingFileError(f"{name}: no such file")
+        require_file(Path(name))
         values = _dataset_rows(name)
     else:
         values = _json_lines(Path(name))

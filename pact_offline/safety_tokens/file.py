@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pact_offline.errors import InputError, TargetsMismatchError
 from pact_offline.files import read_json, write_json
+from pact_offline.made_from import MadeFrom
 from pact_offline.rows.chat import tokenizer_fingerprint
-
-if TYPE_CHECKING:
-    pass
-
 
 FORMAT_VERSION = 1
 
@@ -57,12 +55,14 @@ class SafetyTokens:
         tokenizer: fingerprint of the vocabulary the ids belong to.
         settings: how they were found.
         provenance: models, versions and time; does not determine values.
+        made_from: what they were found from; None for a hand-made list, or in an older file.
     """
 
     tokens: tuple[SafetyToken, ...]
     tokenizer: str
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    made_from: MadeFrom | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -72,6 +72,12 @@ class SafetyTokens:
     def weights(self) -> np.ndarray:
         """float32 [ids], at least 0."""
         return np.array([token.weight for token in self.tokens], dtype=np.float32)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the ids (little-endian int64), then the weights (float32); 64 hex digits."""
+        ids, weights = np.array(self.ids, dtype="<i8"), self.weights.astype("<f4")
+        return hashlib.sha256(ids.tobytes() + weights.tobytes()).hexdigest()
 
     def table(self) -> str:
         """The tokens for a person, the heaviest first; spaces are shown as a dot."""
@@ -92,6 +98,7 @@ class SafetyTokens:
                 "tokenizer": self.tokenizer,
                 "settings": self.settings,
                 "provenance": self.provenance,
+                "made_from": self.made_from and asdict(self.made_from),
                 "tokens": tokens,
             },
         )
@@ -121,8 +128,13 @@ class SafetyTokens:
                 )
                 for token in value["tokens"]
             )
+            made_from = value.get("made_from")
             result = cls(
-                tokens, value["tokenizer"], dict(value["settings"]), dict(value["provenance"])
+                tokens,
+                value["tokenizer"],
+                dict(value["settings"]),
+                dict(value["provenance"]),
+                MadeFrom(**made_from) if made_from else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):

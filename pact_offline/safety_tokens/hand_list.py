@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pact_offline.errors import InputError
 from pact_offline.files import read_json
 from pact_offline.provenance import provenance
 from pact_offline.rows.chat import load_tokenizer, tokenizer_fingerprint
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
-
-if TYPE_CHECKING:
-    pass
 
 
 def _only_token(word: Any, tokenizer: Any, place: str) -> int:

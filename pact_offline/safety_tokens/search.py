@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pact_offline.errors import ModelError
+from pact_offline.made_from import MadeFrom, rows_sha256, template_sha256
+from pact_offline.models.locate import locate_model
 from pact_offline.provenance import provenance
 from pact_offline.rows.chat import (
     load_tokenizer,
@@ -49,7 +51,9 @@ def find_safety_tokens(
     """
     from pact_offline.models.load import load_model
 
-    aligned_tokenizer, base_tokenizer = load_tokenizer(aligned), load_tokenizer(base)
+    files, base_files = locate_model(aligned), locate_model(base)
+    aligned_tokenizer = load_tokenizer(str(files.path))
+    base_tokenizer = load_tokenizer(str(base_files.path))
     require_chat_template(aligned_tokenizer)
     vocabularies = aligned_tokenizer.get_vocab(), base_tokenizer.get_vocab()
     if vocabularies[0] != vocabularies[1]:
@@ -62,14 +66,15 @@ def find_safety_tokens(
     seen_aligned = _teacher_forced(pairs, aligned_tokenizer, settings, _aligned_prompt)
     seen_base = _teacher_forced(pairs, base_tokenizer, settings, _base_prompt)
     read = partial(_read, batch_size=settings.batch_size, progress=progress or (lambda n: None))
-    model = load_model(aligned, settings.dtype)
+    model = load_model(str(files.path), settings.dtype)
     aligned_mean = read(model, seen_aligned).mean
     is_candidate = _is_word_in(aligned_tokenizer) if settings.words_only else None
     kept = likeliest(aligned_mean, settings.top_k, is_candidate)
     is_ratio = settings.mode == "pref_logratio"
     ours = read(model, seen_aligned, kept) if is_ratio else None
     del model  # one model in memory at a time
-    theirs = read(load_model(base, settings.dtype), seen_base, kept if is_ratio else None)
+    base_model = load_model(str(base_files.path), settings.dtype)
+    theirs = read(base_model, seen_base, kept if is_ratio else None)
     if aligned_mean.shape != theirs.mean.shape:
         raise ModelError(
             f"{base}: expected {len(aligned_mean)} logits as {aligned} has, "
@@ -97,11 +102,20 @@ def find_safety_tokens(
         )
         for id_, value in found
     )
+    fingerprint = tokenizer_fingerprint(aligned_tokenizer)
+    how = settings.model_dump(exclude={"batch_size"})
     return SafetyTokens(
         tokens,
-        tokenizer_fingerprint(aligned_tokenizer),
-        {**settings.model_dump(exclude={"batch_size"}), "pairs": len(pairs)},
+        fingerprint,
+        {**how, "pairs": len(pairs)},
         provenance(aligned=aligned, base=base),
+        MadeFrom(
+            models={"aligned": files.identity, "base": base_files.identity},
+            rows={"refusals": rows_sha256(pairs)},
+            tokenizer=fingerprint,
+            template=template_sha256(aligned_tokenizer),
+            settings=how,
+        ),
     )
 
 

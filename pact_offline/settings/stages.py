@@ -10,17 +10,19 @@ from typing import Literal
 
 from pydantic import (
     Field,
+    field_validator,
 )
 
+from pact_offline.machine import default_dtype
 from pact_offline.settings.parse import Settings
 
+_DEFAULT = "; default: bfloat16 where the device computes in it, else float32."
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
 BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
+BUILT_IN_JUDGE = "phrases"
 
 
 class TokensSettings(Settings):
@@ -48,7 +50,9 @@ class ScoreSettings(Settings):
     backend: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="auto: vLLM where it is installed, else transformers."
     )
-    dtype: Dtype = Field("bfloat16", description="Compute dtype of the reference model.")
+    dtype: Dtype = Field(
+        default_factory=default_dtype, description=f"Compute dtype of the reference model{_DEFAULT}"
+    )
     stored_dtype: Literal["uint8", "float16", "float32"] = Field(
         "uint8",
         description="How log-confidences are stored: exactly (float32), or in 2 or 1 bytes each; "
@@ -113,10 +117,11 @@ class ObjectiveSettings(Settings):
         1.0, ge=0, description="Factor on the regulariser at the first first_steps response steps."
     )
     safety_weights: bool = Field(
-        True, description="Safety tokens count by their weights; false: all of them alike."
+        True, description="Safety tokens count by their weights, or all of them alike."
     )
     gate: bool = Field(
-        True, description="pact: mix the response-only context in by the gate; false: full only."
+        True,
+        description="pact: mix the response-only context in by the gate, or read the full one.",
     )
     temperature: float = Field(2.0, gt=0, description="pact: softmax temperature T.")
     alpha: float = Field(2.0, description="pact: slope of the gate.")
@@ -140,7 +145,9 @@ class FinetuneSettings(ObjectiveSettings):
     lora_alpha: float = Field(32, gt=0, description="LoRA alpha.")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
     lora_modules: tuple[str, ...] = Field(
-        ("q_proj", "v_proj"), min_length=1, description="Modules that get an adapter."
+        ("q_proj", "v_proj"),
+        min_length=1,
+        description="Modules that get an adapter, by the ends of their names; or all-linear.",
     )
     lora_first_layer: int = Field(
         0, ge=0, description="Layers before this one get none; nothing is propagated through them."
@@ -154,7 +161,9 @@ class FinetuneSettings(ObjectiveSettings):
     gradient_accumulation: int = Field(1, ge=1, description="Batches per optimizer step.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clip.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    dtype: ComputeDtype = Field("bfloat16", description="Compute dtype.")
+    dtype: ComputeDtype = Field(
+        default_factory=default_dtype, description=f"Compute dtype{_DEFAULT}"
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto: sdpa, but on a CPU one for short rows."
     )
@@ -194,15 +203,33 @@ class FinetuneSettings(ObjectiveSettings):
         "run twice for every batch, as the published script does (slow; for proof).",
     )
 
+    @field_validator("lora_modules", "report_to")
+    @classmethod
+    def _without_blanks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        stripped = tuple(name.strip() for name in names)
+        if not all(stripped):
+            raise ValueError(f"expected names, found an empty one in {','.join(names)!r}")
+        return stripped
+
 
 class EvaluateSettings(Settings):
     """How answers are made and judged."""
 
     max_new_tokens: int = Field(40, ge=1, description="Longest answer, in tokens.")
     batch_size: int = Field(32, ge=1, description="Prompts per batch.")
-    dtype: Dtype = Field("bfloat16", description="Compute dtype.")
+    dtype: Dtype = Field(default_factory=default_dtype, description=f"Compute dtype{_DEFAULT}")
     drift_steps: int = Field(
         12, ge=1, description="Response steps over which confidences are compared."
+    )
+    judge: str = Field(
+        BUILT_IN_JUDGE,
+        description="What a refusal is: phrases (a list of them), or your own: "
+        "path/to/file.py:function, or an entry point of pact_offline.judges.",
+    )
+    rates: tuple[str, ...] = Field(
+        (),
+        description="Your own rates to count: path/to/file.py:function, or entry points of "
+        "pact_offline.rates.",
     )
     guard: str | None = Field(
         None, description="Guard model (Llama-Guard chat format) that also judges the answers."

@@ -61,10 +61,21 @@ class RunConfig(FinetuneSettings):
     """One fine-tuning run: a dataset, and any training setting."""
 
     dataset: RunName = Field(description="A key of `datasets`.")
+    save_steps: int = Field(
+        100,
+        ge=0,
+        description="Write a checkpoint every so many optimizer steps, from which a killed run "
+        "goes on; changing it trains nothing again. 0: none.",
+    )
 
 
 class WorkflowConfig(Settings):
-    """The workflow's config file."""
+    """The workflow's config file.
+
+    A relative path of a file or model to read is looked up in the working directory
+    (`snakemake -d`) and, if nothing is there, beside the Snakefile, where the bundled data is.
+    What is made, `output` and `cache`, goes to the working directory.
+    """
 
     output: str = Field("results", description="Directory of everything the workflow makes.")
     cache: str | None = Field(
@@ -72,7 +83,7 @@ class WorkflowConfig(Settings):
     )
     models: ModelsConfig = Field(ModelsConfig(aligned=None, base=None), description="The pair.")
     align: AlignSettings = Field(
-        AlignSettings.model_validate({}), description="The demo's reference model."
+        default_factory=AlignSettings, description="The demo's reference model."
     )
     align_data: AlignData | None = Field(None, description="Rows of the demo's reference model.")
     refusals: str | None = Field(
@@ -87,10 +98,10 @@ class WorkflowConfig(Settings):
         min_length=1, description="Name to list of row files, in order."
     )
     tokens: TokensSettings = Field(
-        TokensSettings.model_validate({}), description="Finding safety tokens."
+        default_factory=TokensSettings, description="Finding safety tokens."
     )
     score: ScoreSettings = Field(
-        ScoreSettings.model_validate({}), description="Scoring the reference model."
+        default_factory=ScoreSettings, description="Scoring the reference model."
     )
     score_parts: int = Field(
         1, ge=1, description="Scoring jobs that share a dataset; changing it rescores nothing."
@@ -103,7 +114,7 @@ class WorkflowConfig(Settings):
     )
     evaluation: EvaluationData = Field(description="What the models are judged on.")
     evaluate: EvaluateSettings = Field(
-        EvaluateSettings.model_validate({}), description="How answers are made and judged."
+        default_factory=EvaluateSettings, description="How answers are made and judged."
     )
     title: str = Field("PACT from a cache", description="Title of the report.")
 

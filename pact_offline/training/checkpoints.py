@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from pact_offline.files import write_json
+from pact_offline.errors import Interrupted
+from pact_offline.own_code import content_of
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.settings.stages import FinetuneSettings
+from pact_offline.training.step_log import STEP_LOG
 
 log = logging.getLogger(__name__)
 
-_RUN = "run.json"
 _EPOCH = "epoch_start.safetensors"  # written last: a checkpoint without it is not whole
 
 
@@ -30,57 +32,110 @@ def fingerprint(
     model: dict[str, str],
     targets: str | None,
     examples: Sequence[TokenizedExample],
+    tokens: str | None = None,
 ) -> str:
-    """What decides a run's result: settings, model, store and rows; 64 hex digits."""
+    """What decides a run's result; 64 hex digits.
+
+    Args:
+        settings: with the content of an objective of the user's own.
+        model: its identity.
+        targets: digest of their store's identity; None without a cache.
+        examples: the rows, in order.
+        tokens: digest of the safety tokens; None with objective "none".
+    """
     digest = hashlib.sha256()
     values = settings.model_dump(mode="json", exclude={"save_steps", "report_to"})
+    own = content_of("objective", settings.objective)
     processes = os.environ.get("WORLD_SIZE", "1")  # it decides what a step is
-    digest.update(json.dumps([values, model, targets, processes], sort_keys=True).encode())
+    parts = [values, model, targets, processes, tokens, own]
+    digest.update(json.dumps(parts, sort_keys=True).encode())
     for example in examples:
         digest.update(f"{example.response_start} {len(example.ids)} ".encode())
         digest.update(example.ids.astype("<i4").tobytes())
     return digest.hexdigest()
 
 
+def _folder_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.checkpoints")
+
+
 class Checkpoints:
-    """The checkpoints of one output directory, in a hidden folder beside it."""
+    """The checkpoints of one run, beside those of other runs of the same output directory."""
 
     def __init__(self, output: Path, run: str) -> None:
-        """Name the folder.
+        """Name the folder, in a hidden one beside the output.
 
         Args:
             output: where the adapter will be.
             run: fingerprint of the run.
         """
-        self.folder, self._run = output.with_name(f".{output.name}.checkpoints"), run
+        self._output, self.folder = output, _folder_of(output) / run[:12]
 
-    def take_up(self) -> Path | None:
-        """The last whole checkpoint of a killed run of the same fingerprint, if there is one.
-
-        What a run of another fingerprint left is removed.
-        """
-        known = self._known()
-        if known != self._run:
-            if known is not None:
-                log.info("%s: of a run with other settings or rows; starting over", self.folder)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            write_json(self.folder / _RUN, {"fingerprint": self._run})
+    def latest(self) -> Path | None:
+        """The last whole checkpoint, if there is one."""
         whole = [path.parent for path in self.folder.glob(f"checkpoint-*/{_EPOCH}")]
-        if not whole:
-            return None
-        latest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-        log.info("%s: going on from here", latest)
-        return latest
+        return max(whole, key=step_of) if whole else None
 
-    def _known(self) -> str | None:
-        try:
-            return str(json.loads((self.folder / _RUN).read_text())["fingerprint"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    def tell(self) -> None:
+        """Log where the run goes on from, and which runs of other settings or rows were killed."""
+        if latest := self.latest():
+            log.info("%s: going on from here", latest)
+        tell_of_killed_runs(self._output, besides=self.folder)
 
-    def remove(self) -> None:
-        """Remove them all: the run is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def kept(self) -> str | None:
+        """Where a run that is stopped now stands, and where it goes on; None: nothing is kept."""
+        latest = self.latest()
+        if latest is None:
+            return None
+        steps = (self.folder / STEP_LOG).read_text(encoding="utf-8").count("\n")
+        return f"interrupted at step {steps}; the same command goes on from step {step_of(latest)}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps before a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def tell_of_killed_runs(output: Path, besides: Path | None = None) -> None:
+    """Log the checkpoints that killed runs of an output directory left."""
+    whole = _folder_of(output).glob(f"*/checkpoint-*/{_EPOCH}")
+    runs = sorted({path.parents[1] for path in whole} - {besides})
+    if runs:
+        log.info(
+            "%s: holds checkpoints of killed runs of other settings or rows (%s); they stay until "
+            "a run of %s is done",
+            _folder_of(output),
+            ", ".join(run.name for run in runs),
+            output,
+        )
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Remove those of every run of an output directory: one is done."""
+    folder = _folder_of(output)
+    if folder.exists():
+        for mark in folder.glob(f"*/checkpoint-*/{_EPOCH}"):
+            mark.unlink(missing_ok=True)  # first: half a checkpoint is none
+        shutil.rmtree(folder, ignore_errors=True)
+        log.info("%s: removed, since %s is done", folder, output)
+
+
+@contextmanager
+def interruption_told(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Say of a run that is stopped from outside what is kept of it.
+
+    Raises:
+        Interrupted: on Ctrl-C. A `SystemExit` is logged and goes on.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        kept = checkpoints.kept() if checkpoints else None
+        text = kept or "interrupted; nothing was kept (--save-steps N keeps checkpoints)"
+        if isinstance(stop, KeyboardInterrupt):
+            raise Interrupted(text) from None
+        log.warning("%s", text)
+        raise
 
 
 class EpochOrder(TrainerCallback):  # type: ignore[misc]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -17,25 +19,43 @@ from transformers.trainer_callback import PrinterCallback
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, SettingError
 from pact_offline.files import write_json
-from pact_offline.folders import RUN_FILE, output_aside, scratch_folder
+from pact_offline.folders import RUN_FILE, output_aside, require_place, scratch_folder
 from pact_offline.models.cpu_dropout import use_fast_dropout
 from pact_offline.models.load import default_device, load_model, require_compiler
 from pact_offline.models.locate import ModelFiles
 from pact_offline.objectives.registry import objective_named, weights_in_use
+from pact_offline.own_code import content_of
 from pact_offline.provenance import provenance
 from pact_offline.rows.chat import header_ids, load_tokenizer, tokenize
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.read import read_all_rows
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings
-from pact_offline.training.checkpoints import Checkpoints, EpochOrder, fingerprint
+from pact_offline.training.checkpoints import (
+    Checkpoints,
+    EpochOrder,
+    fingerprint,
+    interruption_told,
+    remove_checkpoints,
+    step_of,
+    tell_of_killed_runs,
+)
 from pact_offline.training.collator import TargetSource
 from pact_offline.training.dataset import as_dataset
 from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.model_card import model_card
-from pact_offline.training.policy import compile_layers, prepare_policy
-from pact_offline.training.step_log import Journal
+from pact_offline.training.policy import check_lora_modules, compile_layers, prepare_policy
+from pact_offline.training.step_log import STEP_LOG, Journal
+from pact_offline.training.summary import (
+    count_rows,
+    describe_trained,
+    remarks,
+    trained_parts,
+    why_nothing_is_held,
+)
 from pact_offline.training.trainer import PactTrainer, peak_memory_mib
+
+log = logging.getLogger(__name__)
 
 EPOCH_DECAY = 0.85  # of the published script
 _SAMPLING = {"by_length": "group_by_length", "random": "random", "as_given": "sequential"}
@@ -49,47 +69,51 @@ def finetune(
     *,
     targets_path: Path | None = None,
     tokens_path: Path | None = None,
+    cache_place: str | None = None,
 ) -> dict[str, Any]:
     """Train a policy and write it, whole or not at all, to `output`.
 
-    Everything that can be refused is refused before any weight is loaded.
+    Everything that can be refused is refused before any weight is loaded. `cache_place` is the
+    `cache` of `TargetCache.open`.
 
     Returns:
-        what is written to `pact_offline.json`: settings, targets hash, metrics and provenance.
+        what is written to `pact_offline.json`: settings, targets hash, metrics and provenance;
+        `holds` says whether the objective adds anything to the loss.
+
+    Raises:
+        Interrupted: says what is kept.
     """
+    require_place(output)
     _check_report_to(settings)
     objective_named(settings.objective)
+    own_content = content_of("objective", settings.objective)
+    check_lora_modules(str(model.path), settings)
     if settings.compile:
         require_compiler()
-    tokenizer = load_tokenizer(str(model.path))
-    rows = read_all_rows(sources)
-    examples = tokenize(rows, tokenizer, settings.max_tokens)
-    per_step = settings.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-    if len(examples) < per_step:
-        raise InputError(
-            f"{', '.join(map(str, sources))}: expected at least {per_step} rows (--batch-size, of "
-            f"every process), found {len(examples)}"
-        )
-    tokens = _load_safety_tokens(tokens_path, tokenizer, settings)
-    cache = _open_cache(targets_path, settings)
-    if cache is not None and tokens is not None:
-        cache.check_model(model)
-        cache.check_safety_ids(tokens.ids, str(tokens_path))
-        cache.check_examples(examples, [row.origin for row in rows])
+    inputs = _read_inputs(model, sources, settings, targets_path, cache_place, tokens_path)
+    tokenizer, examples, tokens, cache = inputs
+    counts = count_rows(examples, _rows_per_batch(settings))
+    unheld = why_nothing_is_held(settings, examples)
+    checkpoints = _checkpoints(model, output, settings, inputs)
     header = header_ids(tokenizer) if settings.reference == "live" else []
     is_main = is_first_process()
-    with output_aside(output) if is_main else scratch_folder() as aside:
+    if is_main:
+        for line in remarks(settings, counts, unheld):
+            log.warning("%s", line)
+        checkpoints.tell() if checkpoints else tell_of_killed_runs(output)
+    with (
+        interruption_told(checkpoints) if is_main else nullcontext(),
+        output_aside(output) if is_main else scratch_folder() as aside,
+    ):
         targets: TargetSource | None = cache
         if tokens is not None and settings.reference == "live":
             reference = load_model(str(model.path), settings.dtype, attention=settings.attention)
             targets = LiveReference(reference, examples, header, tokens.ids)
         weights = torch.from_numpy(tokens.weights) if tokens is not None else None
         policy = prepare_policy(str(model.path), settings)
-        checkpoints = None
-        if settings.save_steps:
-            source = cache.binding.identity.digest if cache else None
-            run = fingerprint(settings, model.identity, source, examples)
-            checkpoints = Checkpoints(output, run)
+        trained = trained_parts(policy)
+        if is_main:
+            log.info("%s", describe_trained(trained))
         trainer, metrics = train(
             policy, tokenizer, examples, settings, aside, targets, weights, checkpoints, output
         )
@@ -97,8 +121,11 @@ def finetune(
             "model": model.name,
             "model_identity": model.identity,
             "targets_sha256": cache.sha256 if cache else None,
+            "holds": unheld is None,
+            "objective_content": own_content,
             "settings": settings.model_dump(mode="json"),
-            "rows": len(examples),
+            "trained": trained,
+            **counts,
             "metrics": metrics,
             "provenance": provenance(),
         }
@@ -109,9 +136,57 @@ def finetune(
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
         write_json(aside / RUN_FILE, facts)
-    if checkpoints:
-        checkpoints.remove()
+    remove_checkpoints(output)
     return facts
+
+
+class _Inputs(NamedTuple):
+    tokenizer: Any
+    examples: list[TokenizedExample]
+    tokens: SafetyTokens | None
+    cache: TargetCache | None
+
+
+def _read_inputs(
+    model: ModelFiles,
+    sources: Sequence[str | Path],
+    settings: FinetuneSettings,
+    targets_path: Path | None,
+    cache_place: str | None,
+    tokens_path: Path | None,
+) -> _Inputs:
+    """Read what a run needs beside the model, and refuse what does not belong together."""
+    tokenizer = load_tokenizer(str(model.path))
+    rows = read_all_rows(sources)
+    examples = tokenize(rows, tokenizer, settings.max_tokens)
+    per_batch = _rows_per_batch(settings)
+    if len(examples) < per_batch:
+        raise InputError(
+            f"{', '.join(map(str, sources))}: expected at least {per_batch} rows (--batch-size, of "
+            f"every process), found {len(examples)}"
+        )
+    tokens = _load_safety_tokens(tokens_path, tokenizer, settings)
+    cache = _open_cache(targets_path, cache_place, settings)
+    if cache is not None and tokens is not None:
+        cache.check_model(model)
+        cache.check_safety_ids(tokens.ids, str(tokens_path))
+        cache.check_examples(examples, [row.origin for row in rows])
+    return _Inputs(tokenizer, examples, tokens, cache)
+
+
+def _rows_per_batch(settings: FinetuneSettings) -> int:
+    return settings.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _checkpoints(
+    model: ModelFiles, output: Path, settings: FinetuneSettings, inputs: _Inputs
+) -> Checkpoints | None:
+    if not settings.save_steps:
+        return None
+    targets = inputs.cache.binding.identity.digest if inputs.cache else None
+    tokens = inputs.tokens.digest if inputs.tokens else None
+    run = fingerprint(settings, model.identity, targets, inputs.examples, tokens)
+    return Checkpoints(output, run)
 
 
 def is_first_process() -> bool:
@@ -144,7 +219,9 @@ def _load_safety_tokens(
     return tokens
 
 
-def _open_cache(path: Path | None, settings: FinetuneSettings) -> TargetCache | None:
+def _open_cache(
+    path: Path | None, place: str | None, settings: FinetuneSettings
+) -> TargetCache | None:
     if settings.objective == "none":
         return None
     if settings.reference == "live":
@@ -156,7 +233,7 @@ def _open_cache(path: Path | None, settings: FinetuneSettings) -> TargetCache | 
             f"--objective {settings.objective}: expected --targets, found none; only "
             "--objective none and --reference live train without them"
         )
-    return TargetCache.open(path, verify_all=True)
+    return TargetCache.open(path, verify_all=True, cache=place)
 
 
 def train(
@@ -180,7 +257,7 @@ def train(
         folder: gets the log.
         targets: the cache, or a live reference; None with objective "none".
         weights: float [ids], safety-token weights.
-        checkpoints: where they go, and what a killed run left.
+        checkpoints: where they go, and what a killed run of the same settings left.
         output: where the result will be in the end; names the run in TensorBoard and the like.
 
     Returns:
@@ -191,13 +268,10 @@ def train(
     if settings.compile:
         compile_layers(policy)
     scratch = checkpoints.folder if checkpoints else folder / "trainer"
-    scratch.mkdir(exist_ok=True)
+    scratch.mkdir(parents=True, exist_ok=True)
     arguments = training_arguments(settings, scratch, output.name if output else None)
-    resumed = None
-    if checkpoints:
-        with arguments.main_process_first(local=False):
-            resumed = checkpoints.take_up()
-    journal = scratch / "training.jsonl"
+    resumed = checkpoints.latest() if checkpoints else None
+    journal = Journal(scratch / STEP_LOG)
     trainer = PactTrainer(
         policy,
         arguments,
@@ -208,18 +282,21 @@ def train(
         targets=targets,
         weights=weights,
         pass_tokens=settings.pass_tokens or _default_pass_tokens(),
-        callbacks=[Journal(journal), *([EpochOrder(resumed)] if checkpoints else [])],
+        callbacks=[journal, *([EpochOrder(resumed)] if checkpoints else [])],
     )
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and output:
             callback.logging_dir = str(output.parent / "tensorboard" / output.name)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finally:
+        journal.close()
     seconds = time.monotonic() - started
-    before = int(resumed.name.rpartition("-")[2]) if resumed else 0
+    before = step_of(resumed) if resumed else 0
     if trainer.is_world_process_zero():
-        shutil.copy(journal, folder / "training.jsonl")
+        shutil.copy(scratch / STEP_LOG, folder / STEP_LOG)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return trainer, _final_metrics(trainer, trainer.state.global_step - before, seconds)
 
@@ -279,10 +356,11 @@ def _final_metrics(trainer: PactTrainer, steps: int, seconds: float) -> dict[str
     metrics = {f"final_{name}": sum(entry[name] for entry in last) / len(last) for name in names}
     per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     rows = steps * per_step * trainer.args.world_size
-    return {
-        **metrics,
+    metrics |= {
         "optimizer_steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "rows_per_second": round(rows / seconds, 3),
-        "peak_memory_mib": round(peak_memory_mib(), 1),
     }
+    if peak := peak_memory_mib():
+        metrics["peak_memory_mib"] = round(peak, 1)
+    return metrics

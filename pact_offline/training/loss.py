@@ -51,25 +51,31 @@ def batch_loss(
     """
     labels = batch["labels"][:, 1:]
     is_step = labels != IGNORED
-    picked, policy = step_log_probabilities(model, batch, is_step, labels[is_step], safety_ids)
-    cross_entropy = -picked.sum()
-    zero = torch.zeros((), device=cross_entropy.device)
     if settings is None:
         settings = ObjectiveSettings(objective="none" if safety_ids is None else "pact")
-    if settings.objective == "none":
-        return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, len(picked))
-    if safety_ids is None or weights is None:
-        raise SettingError(f"objective {settings.objective}: expected safety ids and weights")
     objective = objective_named(settings.objective)
-    assert objective is not None
-    if not settings.safety_weights:
+    if objective is not None and (safety_ids is None or weights is None):
+        raise SettingError(f"objective {settings.objective}: expected safety ids and weights")
+    if weights is not None and not settings.safety_weights:
         weights = torch.ones_like(weights)
+    outside = None
+    if objective is not None and objective.needs_rest:
+        assert safety_ids is not None
+        assert weights is not None
+        outside = safety_ids[weights > 0]
+    found = step_log_probabilities(model, batch, is_step, labels[is_step], safety_ids, outside)
+    cross_entropy = -found.labels.sum()
+    zero = torch.zeros((), device=cross_entropy.device)
+    count = len(found.labels)
+    if objective is None:
+        return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, count)
     full = batch["target_full"]
     steps = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[is_step]
     only = batch.get("target_response_only")
-    per_step = objective.per_step(policy, full, only, weights, steps, settings)
+    rest = {} if found.rest is None else {"policy_rest": found.rest}
+    per_step = objective.per_step(found.safety, full, only, weights, steps, settings, **rest)
     kl = (per_step * step_weights(steps, settings)).sum()
     weight = settings.kl_weight if kl_weight is None else kl_weight
-    gap = (policy.detach().exp() - full.exp()).abs().sum()
+    gap = (found.safety.detach().exp() - full.exp()).abs().sum()
     loss = cross_entropy + weight * kl
-    return BatchLoss(loss, cross_entropy.detach(), kl.detach(), gap, len(picked))
+    return BatchLoss(loss, cross_entropy.detach(), kl.detach(), gap, count)

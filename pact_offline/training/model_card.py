@@ -15,6 +15,13 @@ def model_card(facts: dict[str, Any]) -> str:
         "confidence": "supervised fine-tuning with confidences on safety tokens held to the "
         "reference model's",
     }.get(objective, f"supervised fine-tuning with the objective {objective}")
+    if objective != "none" and not facts.get("holds", True):
+        what = f"plain supervised fine-tuning: the objective {objective} was given and did nothing"
+    rows = f"{facts['rows']} rows"
+    if cut := facts.get("rows_cut"):
+        rows += f", {cut} of them with a cut response"
+    if left_out := facts.get("rows_left_out_per_epoch"):
+        rows += f", {left_out} of them left out of each epoch"
     lines = [
         "---",
         f"base_model: {facts['model']}",
@@ -24,7 +31,7 @@ def model_card(facts: dict[str, Any]) -> str:
         "",
         "# Fine-tuned with pact-offline",
         "",
-        f"{what[0].upper()}{what[1:]}, on {facts['rows']} rows.",
+        f"{what[0].upper()}{what[1:]}, on {rows}.",
         "",
         f"- fine-tuned from: `{facts['model']}`",
         f"- sha256 of targets.json: `{facts['targets_sha256']}`",

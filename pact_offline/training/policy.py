@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from transformers import set_seed
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from pact_offline.errors import SettingError, first_line
 from pact_offline.models.load import load_model
@@ -27,6 +30,40 @@ def compile_layers(policy: Any) -> None:
         layer.compile(dynamic=True)
 
 
+def check_lora_modules(model: str, settings: FinetuneSettings) -> None:
+    """Refuse a name of `--lora-modules` that the model has no module of, before weights are loaded.
+
+    A model that cannot be made without its weights is left to `prepare_policy`.
+
+    Raises:
+        SettingError: names the candidates.
+    """
+    if settings.method == "full" or settings.lora_modules == ("all-linear",):
+        return
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # loading it will say what is wrong
+        return
+    _require_modules(empty, model, settings)
+
+
+def _require_modules(policy: Any, model: str, settings: FinetuneSettings) -> None:
+    excluded = re.compile(_layers_before(settings.lora_first_layer) or "(?!)")
+    modules = {n: m for n, m in policy.named_modules() if not excluded.fullmatch(n)}
+    for wanted in settings.lora_modules:
+        if not any(f".{name}".endswith(f".{wanted}") for name in modules):
+            linear = (n for n, m in modules.items() if isinstance(m, torch.nn.Linear | Conv1D))
+            candidates = sorted({name.rpartition(".")[2] for name in linear})
+            first = settings.lora_first_layer
+            raise SettingError(
+                f"--lora-modules: expected modules of {model}"
+                f"{f' from layer {first} on' if first else ''} ({', '.join(candidates)}), or "
+                f"all-linear alone; found {wanted!r}"
+            )
+
+
 def prepare_policy(model: str, settings: FinetuneSettings) -> Any:
     """Load the policy, with an adapter for LoRA (in fp32 over base weights in the dtype)."""
     set_seed(settings.seed)
@@ -35,6 +72,8 @@ def prepare_policy(model: str, settings: FinetuneSettings) -> Any:
     from peft import LoraConfig, get_peft_model
 
     policy = load_model(model, settings.dtype, attention=settings.attention)
+    if settings.lora_modules != ("all-linear",):
+        _require_modules(policy, model, settings)
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from pact_offline.errors import SettingError
+from pact_offline.memory import peak_resident_mib
 from pact_offline.objectives.registry import (
     kl_weight_at,
     objective_named,
@@ -22,10 +22,10 @@ from pact_offline.training.loss import BatchLoss, batch_loss
 
 
 def peak_memory_mib() -> float:
-    """Peak memory of this process so far: on the accelerator, else resident; MiB."""
+    """Peak memory of this process so far: on the accelerator, else resident; MiB, 0: unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident_mib()
 
 
 class PactTrainer(Trainer):  # type: ignore[misc]
@@ -179,10 +179,12 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             if self._objective is not None:
                 logs["kl"] = sums["kl"] / steps
                 logs["kl_weight"] = sums["kl_weight"] / steps
-                logs["kl_ratio"] = sums["kl"] / sums["cross_entropy"]
+                if sums["cross_entropy"]:
+                    logs["kl_ratio"] = sums["kl"] / sums["cross_entropy"]
                 logs["confidence_gap"] = sums["gap"] / steps
             logs["tokens"] = sums["tokens"]
             logs["tokens_per_second"] = round(sums["tokens"] / (now - self._logged), 1)
-            logs["peak_memory_mib"] = round(peak_memory_mib(), 1)
+            if peak := peak_memory_mib():
+                logs["peak_memory_mib"] = round(peak, 1)
             self._sums, self._logged = {}, now
         super().log(logs, start_time)

@@ -1,0 +1,77 @@
+"""The model under evaluation: the reference itself, or what fine-tuning made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pact_offline.errors import ModelError
+from pact_offline.fine_tuned import FineTuned, read_facts
+from pact_offline.models.load import load_model
+from pact_offline.models.locate import locate_model
+from pact_offline.rows.chat import load_tokenizer, tokenizer_fingerprint
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and what was made of it.
+
+    Attributes:
+        model: name of the model before fine-tuning.
+        identity: its `ModelFiles.identity`.
+        folder: a model directory; its tokenizer is used.
+        tuned: the adapter, or the whole model that counts instead; None for the model itself.
+    """
+
+    model: str
+    identity: dict[str, str]
+    folder: Path
+    tuned: FineTuned | None
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Settings and outcome of the fine-tuning run, as far as they are known."""
+        facts = self.tuned.facts if self.tuned else None
+        if facts is None:
+            return {}
+        holds = facts.get("holds", facts["settings"].get("objective") != "none")
+        kept = {name: facts[name] for name in ("targets_sha256", "metrics")}
+        return {**facts["settings"], "holds": holds, **kept}
+
+    def load(self, dtype: str) -> Any:
+        """The model with its adapter merged in.
+
+        Raises:
+            ModelError, InputError: model or adapter cannot be loaded.
+        """
+        if self.tuned is None:
+            return load_model(str(self.folder), dtype)
+        if self.tuned.is_whole:
+            return load_model(str(self.tuned.folder), dtype)
+        return self.tuned.added_to(load_model(str(self.folder), dtype))
+
+
+def find_subject(model: str, adapter: Path | None) -> Subject:
+    """What `--model` and `--adapter` name; no weights are loaded.
+
+    A model that `finetune` or `merge` wrote is a run of the model that it was made from.
+
+    Raises:
+        MissingFileError, ModelError, InputError: model or adapter is not there, or no such thing.
+        TargetsMismatchError: the adapter is of another model.
+    """
+    files = locate_model(model)
+    if adapter is None:
+        facts = read_facts(files.path)
+        if facts is None:
+            return Subject(files.name, files.identity, files.path, None)
+        tuned = FineTuned.read(files.path)
+        return Subject(facts["model"], facts["model_identity"], files.path, tuned)
+    tuned = FineTuned.read(adapter)
+    tuned.require_of(files)
+    if tuned.is_whole:
+        ours, theirs = (load_tokenizer(str(folder)) for folder in (files.path, adapter))
+        if tokenizer_fingerprint(ours) != tokenizer_fingerprint(theirs):
+            raise ModelError(f"{adapter}: expected the vocabulary of {model}, found another")
+    return Subject(files.name, files.identity, files.path, tuned)

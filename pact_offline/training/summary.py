@@ -1,0 +1,95 @@
+"""What a run did, in numbers: rows, parameters, and whether it held the policy to anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from pact_offline.rows.contexts import TokenizedExample
+from pact_offline.settings.stages import FinetuneSettings, ObjectiveSettings
+
+
+def why_nothing_is_held(
+    settings: ObjectiveSettings, examples: Sequence[TokenizedExample]
+) -> str | None:
+    """Why a run's objective adds nothing to its loss; None where it does hold the policy."""
+    if settings.objective == "none":
+        return "--objective none"
+    is_constant = settings.kl_schedule == "constant"
+    if settings.kl_weight == 0 and (is_constant or settings.kl_weight_end == 0):
+        return "--kl-weight is 0 all along"
+    longest = max(example.steps for example in examples)
+    if settings.first_weight == 0 and settings.first_steps >= longest:
+        return (
+            f"--first-weight is 0 for the first {settings.first_steps} steps, and the longest "
+            f"response has {longest}"
+        )
+    return None
+
+
+def trained_parts(policy: Any) -> dict[str, Any]:
+    """How much of a policy is trained.
+
+    Returns:
+        `parameters`: those that are trained, `share`: of all, `modules`: by last name, how many got
+        an adapter; empty where all weights are trained.
+    """
+    # DeepSpeed may hold a parameter elsewhere, and says how large it is.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in policy.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    names = getattr(policy, "targeted_module_names", [])
+    return {
+        "parameters": trained,
+        "share": trained / sum(size for size, _ in sizes),
+        "modules": dict(sorted(Counter(name.rpartition(".")[2] for name in names).items())),
+    }
+
+
+def describe_trained(parts: dict[str, Any]) -> str:
+    """`trained_parts` in a line."""
+    modules = ", ".join(f"{name} ({count})" for name, count in parts["modules"].items())
+    share = f"{parts['parameters']:,} parameters, {parts['share']:.2%} of all"
+    return f"trains {share}" + (f": adapters on {modules}" if modules else "")
+
+
+def count_rows(examples: Sequence[TokenizedExample], per_batch: int) -> dict[str, int]:
+    """Rows, those with a cut response, and those of each epoch that fill no batch."""
+    return {
+        "rows": len(examples),
+        "rows_cut": sum(example.is_cut for example in examples),
+        "rows_left_out_per_epoch": len(examples) % per_batch,
+    }
+
+
+def remarks(settings: FinetuneSettings, counts: dict[str, int], unheld: str | None) -> list[str]:
+    """What a person should know before a run: a line for each thing that may not be meant.
+
+    Args:
+        settings: of the run.
+        counts: from `count_rows`.
+        unheld: from `why_nothing_is_held`.
+    """
+    rows, left_out = counts["rows"], counts["rows_left_out_per_epoch"]
+    lines = []
+    if unheld and settings.objective != "none":
+        lines.append(
+            f"--objective {settings.objective} does nothing, and this is plain fine-tuning: "
+            f"{unheld}"
+        )
+    if counts["rows_cut"]:
+        lines.append(
+            f"{counts['rows_cut']} of {rows} rows are cut at {settings.max_tokens} tokens "
+            "(--max-tokens): the ends of their responses are not trained"
+        )
+    if left_out and settings.row_order == "as_given":
+        lines.append(
+            f"the last {left_out} of {rows} rows are never trained: they fill no batch "
+            "(--batch-size, of every process)"
+        )
+    elif left_out:
+        lines.append(
+            f"{left_out} of {rows} rows, drawn anew each time, are left out of each epoch: they "
+            "fill no batch (--batch-size, of every process)"
+        )
+    return lines
