@@ -254,16 +254,15 @@ def test_what_is_no_whole_reference_is_refused(
 
 
 def test_a_run_without_a_reference_is_no_reference(
-    command: list[Any], tuned: dict[str, Path], tmp_path: Path, run: Callable[..., Result],
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    command: list[Any], tuned: dict[str, Path], tmp_path: Path, run: Callable[..., Result]
+) -> None:
     for number, words in enumerate(
         ([*command, "--adapter", tuned["adapter"]], replaced(command, "--model", tuned["full"]))
     ):
-        caplog.clear()
         output = tmp_path / str(number)
-        assert run(*words, "--name", "sft", "-o", output).exit_code == 0
-        assert "is a fine-tuned run, and no reference" in caplog.text
+        result = run(*words, "--name", "sft", "-o", output)
+        assert result.exit_code == 0
+        assert "is a fine-tuned run, and no reference" in result.stderr
         assert not evaluated(output).is_reference
         assert evaluated(output).drift is None
 
@@ -386,14 +385,14 @@ def test_any_set_of_prompts_alone_is_evaluated_and_reported(
 
 @pytest.mark.usefixtures("no_model")
 def test_prompts_that_are_not_there_are_named_before_a_model_is_loaded(
-    command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    command: list[Any], tmp_path: Path, fails: Callable[..., str]
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     at = command.index("--harmful")
     nothing = [*command[:at], *command[at + 8 :], "--name", "x", "-o", tmp_path / "out"]
     assert "expected at least one set of prompts (--harmful, --borderline" in fails(*nothing)
     assert "nowhere.jsonl: no such file" in fails(*nothing, "--benign", "nowhere.jsonl")
-    assert "hub:no/where: cannot be read" in fails(*nothing, "--harmful", "hub:no/where")
+    missing = f"hub:{tmp_path}/nowhere"
+    assert f"{missing}: cannot be read as a dataset" in fails(*nothing, "--harmful", missing)
 
 
 def test_a_reference_without_confidences_has_no_drift_to_measure(
@@ -580,9 +579,8 @@ def test_drift_equals_a_pass_answer_by_answer_through_both_models(
 
     weighted = tokens.weights > 0
     before = by_hand(load_model(str(aligned), "float32"))
-    after = by_hand(
-        PeftModel.from_pretrained(load_model(str(aligned), "float32"), tuned["adapter"])
-    )
+    policy = PeftModel.from_pretrained(load_model(str(aligned), "float32"), tuned["adapter"])
+    after = by_hand(policy)
     assert drift.total_reference == pytest.approx(before[:, weighted].sum(1), abs=1e-5)
     assert drift.total_policy == pytest.approx(after[:, weighted].sum(1), abs=1e-5)
     assert np.abs(after - before)[:, weighted].max() > 1e-3
@@ -608,18 +606,18 @@ def make_guard(path: Path, judged: list[tuple[str, str, bool]]) -> Path:
     tokenizer.save_pretrained(path)
     model = load_model(str(path), "float32").train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    rows = []
+    rows, labels = [], []
     for prompt, answer, is_unsafe in judged:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        verdict = tokenizer("\n\nunsafe\nS9" if is_unsafe else "\n\nsafe").input_ids
         asked = render(tokenizer, chat, generation_prompt=True)
-        rows.append((asked, [*verdict, tokenizer.eos_token_id]))
-    for _ in range(60):
-        losses = []
-        for asked, verdict in rows:
-            logits = model(torch.tensor([[*asked, *verdict]])).logits[0, len(asked) - 1 : -1]
-            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(verdict)))
-        loss = torch.stack(losses).mean()
+        verdict = tokenizer("\n\nunsafe\nS9" if is_unsafe else "\n\nsafe").input_ids
+        rows.append(torch.tensor([*asked, *verdict, tokenizer.eos_token_id]))
+        labels.append(rows[-1].clone())
+        labels[-1][: len(asked)] = -100
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    for _ in range(80):
+        loss = model(input_ids=ids, labels=wanted).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -643,13 +641,9 @@ def test_a_guard_model_reads_prompt_and_answer_and_its_verdicts_are_counted(
     assert run(*words, "guarded", "-o", tmp_path / "guarded").exit_code == 0
     found = evaluated(tmp_path / "guarded").rates["harmful_unsafe"]
     assert (found.count, found.total) == (3, 6)
-    found_one_by_one = judge_with_guard(
-        str(guard),
-        load_tokenizer(str(guard)),
-        *zip(*(j[:2] for j in judged), strict=True),
-        "float32",
-    )
-    assert found_one_by_one == [*verdicts, False]
+    prompts, answers, expected = zip(*judged, strict=True)
+    tokenizer = load_tokenizer(str(guard))
+    assert judge_with_guard(str(guard), tokenizer, prompts, answers, "float32") == [*expected]
 
     # A run without a guard may be compared; one with another guard may not.
     same = ["run", "--reference", tmp_path / "guarded", "-o", tmp_path / "run"]
