@@ -3,13 +3,16 @@
 Light on imports, since a process is started for each of a hundred writers.
 """
 
+import gc
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,7 @@ from pact_offline.cache.identity import Identity
 from pact_offline.cache.inspect import verify_store
 from pact_offline.cache.storage import open_storage
 from pact_offline.cache.store import Store
+from pact_offline.cache.targets import TargetCache
 from pact_offline.cache.writer import StoreWriter
 from pact_offline.errors import StoreError
 from pact_offline.rows.contexts import Context
@@ -155,3 +159,15 @@ def write_as_nobody(store: Path) -> None:
 
 def fill_from(store: Path, first: int) -> None:
     fill(store, range(first, first + 20), shard_steps=20)
+
+
+def read_as_worker(
+    targets: TargetCache, right: list[np.ndarray], scratch: str, env: dict[str, str]
+) -> None:
+    """Read all that `targets` has, as a data-loader's worker does, and end a copy of it."""
+    os.environ.update(env)
+    tempfile.tempdir = scratch
+    for index, expected in enumerate(right):
+        pickle.loads(pickle.dumps(targets))[index]  # noqa: S301
+        gc.collect()
+        np.testing.assert_array_equal(targets[index].full, expected)
