@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 .PHONY: run test setup schema
 
 run: setup
-	$(IN_VENV) snakemake --cores all
+	$(IN_VENV) snakemake --profile stages/profiles/local
 	@cat results/summary.txt
 
 test: setup

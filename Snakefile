@@ -8,10 +8,11 @@ min_version("9.10")
 # demo's settings, and the demo's runs among theirs.
 if not workflow.config_settings.configfiles:
 
-    configfile: "stages/config.yaml"
+    configfile: Path(workflow.basedir, "stages", "config.yaml")
 
 
 include: "stages/settings.smk"
+include: "stages/restart.smk"
 include: "stages/demo.smk"
 include: "stages/tokens.smk"
 include: "stages/score.smk"

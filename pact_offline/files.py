@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ import yaml
 
 from pact_offline.errors import InputError, MissingFileError, PactError, first_line
 
+_SETTLED_NS = 2_000_000_000
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -26,7 +29,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         InputError: the place cannot be written to.
     """
     path = Path(path)
-    check_output_file(path)
+    require_file_place(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +52,16 @@ def to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_from_disk(path: Path) -> bytes:
+    """A file's bytes, after it has gone to disk, and not from memory where the system can."""
+    to_disk(path)
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a file system that cannot
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.read()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,7 +106,7 @@ def _short(path: Path) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def check_output_file(path: Path) -> None:
+def require_file_place(path: Path) -> None:
     """Refuse a place where no file could be written in the end.
 
     Raises:
@@ -227,9 +240,14 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def remembered_checksum(file: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and modification time."""
-    stat = file.stat()
-    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    """SHA-256 of a file, remembered by its path and by what changes with its bytes.
+
+    The time of the last change of its status is among that: nobody can set it back. What was
+    changed a moment ago is not remembered, as it may change again within the same tick.
+    """
+    before = file.stat()
+    changed = (before.st_size, before.st_ino, before.st_mtime_ns, before.st_ctime_ns)
+    key = f"{file.resolve()}:{':'.join(map(str, changed))}"
     memory = user_cache() / "checksums.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
@@ -238,6 +256,8 @@ def remembered_checksum(file: Path) -> str:
     except (OSError, ValueError):
         known = {}
     checksum = sha256_file(file)
+    if time.time_ns() - max(changed[2:]) < _SETTLED_NS:
+        return checksum
     # A home directory that cannot be written to costs time, not truth.
     with contextlib.suppress(ValueError):
         write_json(memory, {**(known if isinstance(known, dict) else {}), key: checksum})

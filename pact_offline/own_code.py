@@ -35,6 +35,12 @@ def _in_file(name: str) -> tuple[Path, str] | None:
     return (Path(file), function) if file.endswith(".py") and function.isidentifier() else None
 
 
+def file_of(name: str) -> Path | None:
+    """The file of `file.py:function`; None for any other name."""
+    found = _in_file(name)
+    return found and found[0]
+
+
 def _entry_point(kind: Kind, name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=_group(kind), name=name)), None)
 

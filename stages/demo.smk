@@ -1,5 +1,10 @@
 # The bundled demo pair; these rules run only where the config names no models.
 if IS_DEMO:
+    CHECKS = {
+        "--harmful-check": CONFIG.evaluation.harmful,
+        "--benign-check": CONFIG.evaluation.benign,
+        "--task-check": CONFIG.evaluation.task,
+    }
 
     rule demo_base:
         output:
@@ -11,19 +16,15 @@ if IS_DEMO:
         resources:
             mem_mb=4000,
             runtime=10,
-        params:
-            pact=PACT,
         shell:
-            "{params.pact} demo extract -o {output:q} 2> {log:q}"
+            "{PACT} demo extract -o {output:q} 2> {log:q}"
 
     rule demo_aligned:
         input:
             base=rules.demo_base.output,
-            refusals=CONFIG.align_data.refusals,
-            benign=CONFIG.align_data.benign,
-            harmful=CONFIG.evaluation.harmful,
-            plain=CONFIG.evaluation.benign,
-            task=CONFIG.evaluation.task,
+            refusals=local_files(CONFIG.align_data.refusals),
+            benign=local_files(CONFIG.align_data.benign),
+            checks=local_files(CHECKS.values()),
         output:
             directory(OUTPUT / "models" / "aligned"),
         log:
@@ -35,12 +36,11 @@ if IS_DEMO:
             mem_mb=6000,
             runtime=30,
         params:
-            pact=PACT,
             refusals=repeated("--refusals", CONFIG.align_data.refusals),
             benign=repeated("--benign", CONFIG.align_data.benign),
+            checks=" ".join(repeated(option, [name]) for option, name in CHECKS.items()),
             settings=options(CONFIG.align),
         shell:
-            "OMP_NUM_THREADS={threads} {params.pact} demo align --base {input.base:q} "
-            "{params.refusals} {params.benign} --harmful-check {input.harmful:q} "
-            "--benign-check {input.plain:q} --task-check {input.task:q} -o {output:q} "
-            "{params.settings} 2>&1 | tee {log:q} >&2"
+            "OMP_NUM_THREADS={threads} {PACT} demo align --base {input.base:q} {params.refusals} "
+            "{params.benign} {params.checks} -o {output:q} {params.settings} "
+            "2>&1 | tee -i {log:q} >&2"

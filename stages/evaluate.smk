@@ -1,22 +1,20 @@
 # The reference is evaluated first: every run's drift is measured on its answers.
 EVALUATED = OUTPUT / "evaluation"
-PROMPTS = {
-    "harmful": CONFIG.evaluation.harmful,
-    "borderline": CONFIG.evaluation.borderline,
-    "benign": CONFIG.evaluation.benign,
-    "task": CONFIG.evaluation.task,
-}
+PROMPTS = {name: value for name, value in CONFIG.evaluation.model_dump().items() if value}
+JUDGED_BY = dict(
+    prompts=local_files(PROMPTS.values()),
+    guard=model_input(CONFIG.evaluate.guard),
+    code=own_code(CONFIG.evaluate),
+)
 EVALUATE = (
-    "OMP_NUM_THREADS={threads} {params.pact} evaluate --model {params.model:q} "
-    "--harmful {input.harmful:q} --borderline {input.borderline:q} --benign {input.benign:q} "
-    "--task {input.task:q} --safety-tokens {input.tokens:q} -o {output:q} {params.settings} "
-    "{resources.means} "
+    "OMP_NUM_THREADS={threads} {PACT} evaluate --model {params.model:q} {params.prompts} "
+    "--safety-tokens {input.tokens:q} -o {output:q} {params.settings} {resources.means} "
 )
 
 
 rule evaluate_reference:
     input:
-        **PROMPTS,
+        **JUDGED_BY,
         tokens=rules.tokens.output,
         reference=model_input(ALIGNED),
     output:
@@ -32,16 +30,16 @@ rule evaluate_reference:
         gpu=0 if IS_DEMO else 1,
         means=f"--batch-size {CONFIG.evaluate.batch_size}",
     params:
-        pact=PACT,
         model=ALIGNED,
+        prompts=" ".join(repeated(f"--{name}", [value]) for name, value in PROMPTS.items()),
         settings=options(CONFIG.evaluate, without=["batch_size"]),
     shell:
-        EVALUATE + "--name reference 2>&1 | tee {log:q} >&2"
+        EVALUATE + "--name reference 2>&1 | tee -i {log:q} >&2"
 
 
 rule evaluate:
     input:
-        **PROMPTS,
+        **JUDGED_BY,
         tokens=rules.tokens.output,
         reference=rules.evaluate_reference.output,
         adapter=OUTPUT / "adapters" / "{run}",
@@ -58,9 +56,9 @@ rule evaluate:
         gpu=0 if IS_DEMO else 1,
         means=f"--batch-size {CONFIG.evaluate.batch_size}",
     params:
-        pact=PACT,
         model=ALIGNED,
+        prompts=rules.evaluate_reference.params.prompts,
         settings=options(CONFIG.evaluate, without=["batch_size"]),
     shell:
         EVALUATE + "--name {wildcards.run:q} --adapter {input.adapter:q} "
-        "--reference {input.reference:q} 2>&1 | tee {log:q} >&2"
+        "--reference {input.reference:q} 2>&1 | tee -i {log:q} >&2"

@@ -6,7 +6,7 @@ rule config_shown:
         OUTPUT / "config.yaml",
     localrule: True
     params:
-        config=yaml.safe_dump(CONFIG.model_dump(mode="json"), sort_keys=False),
+        config=yaml.safe_dump(GIVEN.model_dump(mode="json"), sort_keys=False),
     shell:  # not `run`, which fails where the path of Python has a space
         "printf %s {params.config:q} > {output:q}"
 
@@ -24,7 +24,6 @@ rule report:
         OUTPUT / "logs" / "report.log",
     localrule: True
     params:
-        pact=PACT,
         title=CONFIG.title,
         benchmarks=OUTPUT / "benchmarks",
         metrics=" ".join(
@@ -32,6 +31,6 @@ rule report:
             for folder in [EVALUATED / "reference", *(EVALUATED / "runs" / n for n in CONFIG.runs)]
         ),
     shell:
-        "{params.pact} report {params.metrics} -o {output.page:q} --title {params.title:q} "
+        "{PACT} report {params.metrics} -o {output.page:q} --title {params.title:q} "
         "--safety-tokens {input.tokens:q} --benchmarks {params.benchmarks:q} "
         "--config-file {input.config:q} > {output.summary:q} 2> {log:q}"

@@ -1,5 +1,10 @@
 # Parts fill one store at the same time; the last step only binds what is there. The store knows
 # its contexts by content, so another number of parts rescores nothing.
+from functools import cache
+
+from pact_offline.cache.presence import is_there
+
+
 scattergather:
     score=CONFIG.score_parts,
 
@@ -21,6 +26,25 @@ def row_files(wildcards):
     return local_files(CONFIG.datasets[wildcards.dataset])
 
 
+@cache
+def is_gone(targets):
+    """Whether a targets.json is here and (some of) the targets that it names are not."""
+    if not targets.exists() or is_there(targets, CACHE):
+        return False
+    print(f"pact-offline: {targets}: its cache is gone; it is scored again", file=sys.stderr)
+    return True
+
+
+def parts_done(wildcards):
+    """The marks of a dataset's parts. They outlive its cache: where that is gone, they are made
+    again, as with --forcerun, and the targets with them."""
+    folder = OUTPUT / "targets" / wildcards.dataset
+    parts = gather.score(str(folder / "{scatteritem}.done"))
+    if workflow.is_main_process and is_gone(folder / "targets.json"):
+        workflow.dag.forcefiles.update([*parts, str(folder / "targets.json")])
+    return parts
+
+
 rule score_part:
     input:
         rows=row_files,
@@ -39,21 +63,21 @@ rule score_part:
         gpu=0 if IS_DEMO else 1,
         means=SCORE_MEANS,
     params:
-        pact=PACT,
         model=ALIGNED,
         rows=rows_of,
+        cache=CACHE,
         values=SCORE_VALUES,
     shell:
         "part={wildcards.scatteritem}; "
-        "OMP_NUM_THREADS={threads} {params.pact} score --model {params.model:q} {params.rows} "
-        f"--safety-tokens {{input.tokens:q}} --cache {shlex.quote(CACHE)} "
+        "OMP_NUM_THREADS={threads} {PACT} score --model {params.model:q} {params.rows} "
+        "--safety-tokens {input.tokens:q} --cache {params.cache:q} "
         '--part "${{part%%-of-*}}/${{part##*-of-}}" '
-        "{params.values} {resources.means} 2>&1 | tee {log:q} >&2"
+        "{params.values} {resources.means} 2>&1 | tee -i {log:q} >&2"
 
 
 rule targets:
     input:
-        parts=gather.score(str(OUTPUT / "targets" / "{{dataset}}" / "{scatteritem}.done")),
+        parts=parts_done,
         rows=row_files,
         tokens=rules.tokens.output,
         model=model_input(ALIGNED),
@@ -66,11 +90,11 @@ rule targets:
         runtime=30,
         means=SCORE_MEANS,
     params:
-        pact=PACT,
         model=ALIGNED,
         rows=rows_of,
+        cache=CACHE,
         values=SCORE_VALUES,
     shell:
-        "{params.pact} score --model {params.model:q} {params.rows} "
-        f"--safety-tokens {{input.tokens:q}} --cache {shlex.quote(CACHE)} -o {{output:q}} "
-        "{params.values} {resources.means} 2>&1 | tee {log:q} >&2"
+        "{PACT} score --model {params.model:q} {params.rows} "
+        "--safety-tokens {input.tokens:q} --cache {params.cache:q} -o {output:q} "
+        "{params.values} {resources.means} 2>&1 | tee -i {log:q} >&2"

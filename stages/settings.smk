@@ -5,13 +5,21 @@ from pathlib import Path
 
 from snakemake.utils import validate
 
+from pact_offline.errors import PactError
+from pact_offline.models.locate import files_of, require_model
+from pact_offline.own_code import file_of
+from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import WorkflowConfig
-from pact_offline.errors import PactError
+from pact_offline.threads import usable_cores
 
 try:
-    CONFIG = parse_settings(WorkflowConfig, config, "config")
-except PactError as error:
+    GIVEN = parse_settings(WorkflowConfig, config, "config")
+    CONFIG = located(GIVEN, Path(workflow.basedir))
+    for model in (CONFIG.models.aligned, CONFIG.models.base, CONFIG.evaluate.guard):
+        if model:
+            require_model(model)
+except (PactError, OSError) as error:
     print(f"pact-offline: {error}", file=sys.stderr)
     sys.exit(2)
 validate(config, "config.schema.yaml")
@@ -20,7 +28,14 @@ CACHE = CONFIG.cache or str(OUTPUT / "cache")  # a directory or a URL
 IS_DEMO = CONFIG.models.aligned is None
 ALIGNED = str(OUTPUT / "models" / "aligned") if IS_DEMO else CONFIG.models.aligned
 BASE = str(OUTPUT / "models" / "base") if IS_DEMO else CONFIG.models.base
+# A global in the text of a command, not a parameter: Python's path decides no result, and a
+# checkout that was moved has another.
 PACT = f"{shlex.quote(sys.executable)} -m pact_offline"
+
+# `--cores all` counts a machine's cores; in a container with a quota, fewer can be kept busy. On a
+# cluster, the cores are those of a job.
+if workflow.resource_settings.cores and workflow.nodes is None:
+    workflow.register_resource("_cores", min(workflow.resource_settings.cores, usable_cores()))
 
 
 wildcard_constraints:
@@ -39,8 +54,12 @@ def options(settings, without=()):
         is_default = value == field.default or name not in settings.model_fields_set
         if name in without or value is None or is_default:
             continue
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            parts.append(f"--{option}" if value else f"--no-{option}")
+            continue
         value = ",".join(value) if isinstance(value, tuple) else value
-        parts += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
+        parts += [f"--{option}", shlex.quote(str(value))]
     return " ".join(parts)
 
 
@@ -55,5 +74,17 @@ def local_files(names):
 
 
 def model_input(name):
-    """A model directory that this workflow makes, or one that is already there."""
-    return [name] if IS_DEMO or Path(name).is_dir() else []
+    """A model that this workflow makes, or the files of one that is there: a folder's own time does
+    not change when a file in it is written over."""
+    if name is None:
+        return []
+    if IS_DEMO and name in (ALIGNED, BASE):
+        return [name]
+    return [str(file) for file in files_of(Path(name))]
+
+
+def own_code(settings):
+    """The files of functions of the user's own among settings: other content, another result."""
+    values = [v if isinstance(v, tuple) else (v,) for v in vars(settings).values()]
+    names = [name for value in values for name in value if isinstance(name, str)]
+    return [str(file) for file in map(file_of, names) if file]

@@ -24,11 +24,10 @@ rule tokens:
         gpu=0 if IS_DEMO else 1,
         means=f"--batch-size {CONFIG.tokens.batch_size}",
     params:
-        pact=PACT,
         aligned=ALIGNED,
         source=TOKENS_OPTIONS,
         settings=options(CONFIG.tokens, without=["batch_size"]),
     shell:
-        "OMP_NUM_THREADS={threads} {params.pact} tokens --aligned {params.aligned:q} "
+        "OMP_NUM_THREADS={threads} {PACT} tokens --aligned {params.aligned:q} "
         "{params.source} -o {output:q} "
-        "{resources.means} {params.settings} 2>&1 | tee {log:q} >&2"
+        "{resources.means} {params.settings} 2>&1 | tee -i {log:q} >&2"

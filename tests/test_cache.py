@@ -89,11 +89,11 @@ def test_a_full_disk_is_one_line_and_the_store_stays_whole(
     store = named(tmp_path)
     fill(store, range(5))
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        (args[0] / "half").write_text("x")
+    def full(path: Path, data: bytes) -> None:
+        path.write_text("x")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pact_offline.cache.writer.write_shard", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StoreError, match="No space left on device"):
         fill(store, range(5, 9))
     assert whole(store) == (1, 5)

@@ -15,6 +15,7 @@ from conftest import write_rows
 
 from pact_offline.cache.format import shard_ids
 from pact_offline.cache.storage import open_storage
+from pact_offline.cache.targets import TargetCache
 
 Run = Callable[..., Result]
 
@@ -108,14 +109,42 @@ def test_verify_says_which_shard_and_why_and_repairs(
     assert run("cache", "verify", targets).exit_code == 0
 
 
-def test_repair_lets_score_fill_just_the_gap(command: list[Any], tmp_path: Path, run: Run) -> None:
+def test_a_damaged_shard_is_left_out_and_its_contexts_scored_again(
+    command: list[Any], tmp_path: Path, run: Run
+) -> None:
+    targets = tmp_path / "targets.json"
+    assert run(*command, "-o", targets, "--shard-steps", 20).exit_code == 0
+    before = TargetCache.open(targets)
+    right = [before[index] for index in range(12)]
+    shards = store_of(targets) / "shards"
+    table, chunk, *others = sorted(shards.iterdir())
+    assert others
+    lost = [json.loads((one / "shard.json").read_text())["contexts"] for one in (table, chunk)]
+    (table / "contexts.arrow").write_bytes(b"")
+    (chunk / "log_confidence.zarr" / "c" / "0" / "0").unlink()
+    result = run(*command, "-o", targets, "--json")
+    again = json.loads(result.stdout)
+    assert (again["scored"], again["known"]) == (sum(lost), 15 - sum(lost))
+    for shard in (table, chunk):
+        assert shard.name in result.stderr
+    assert f"`pact-offline cache verify {shards.parent} --repair`" in result.stderr
+    after = TargetCache.open(targets, verify_all=True)
+    assert not {table.name, chunk.name} & set(after.binding.shards)
+    for index in range(12):
+        for ours, theirs in zip(after[index], right[index], strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_binding_to_a_damaged_shard_is_refused_and_repair_lets_score_fill_just_the_gap(
+    command: list[Any], tmp_path: Path, run: Run, fails: Any
+) -> None:
     targets = tmp_path / "targets.json"
     assert run(*command, "-o", targets, "--shard-steps", 20).exit_code == 0
     shards = store_of(targets) / "shards"
     victim = sorted(shards.iterdir())[0]
     lost = json.loads((victim / "shard.json").read_text())["contexts"]
     (victim / "contexts.arrow").write_bytes(b"")
-    assert "--repair" in run(*command, "-o", targets).output  # score says how to mend it
+    assert "--repair" in fails("cache", "verify", targets)  # the line says how to mend it
     assert run("cache", "verify", shards.parent, "--repair").exit_code == 0
     again = json.loads(run(*command, "-o", targets, "--json").stdout)
     assert (again["scored"], again["known"]) == (lost, 15 - lost)

@@ -20,7 +20,7 @@ from stores import IDENTITY, context, fill, read, values
 from pact_offline.cache.format import SIDECAR, shard_ids
 from pact_offline.cache.identity import read_identity
 from pact_offline.cache.inspect import drop_shards, list_stores, verify_store
-from pact_offline.cache.storage import RemoteStorage, Storage, join, open_storage
+from pact_offline.cache.storage import OPEN, RemoteStorage, Storage, join, open_storage
 from pact_offline.cache.store import Store
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import StoreError
@@ -80,15 +80,6 @@ def storage(place: str) -> Storage:
     return open_storage(place)
 
 
-def folder_of(storage: Storage, **files: str) -> Path:
-    folder = storage.aside()
-    for name, text in files.items():
-        path = folder / name.replace("_", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder
-
-
 class TestEveryStorage:
     def test_a_file_is_written_read_listed_and_removed(self, storage: Storage) -> None:
         assert storage.names() == []
@@ -119,9 +110,8 @@ class TestEveryStorage:
         assert "\n" not in str(caught.value)
 
     def test_a_folder_is_committed_and_removed_whole(self, storage: Storage) -> None:
-        folder = folder_of(storage, last="x", deep_er_file="abc")
-        storage.commit(folder, "things/one", last="last")
-        assert not folder.exists()
+        storage.commit("things/one", {"last": b"x", "deep/er/file": b"abc"}, last="last")
+        assert storage.names(OPEN) == []
         assert storage.names("things") == ["one"]
         assert storage.size("things/one") == 4
         local = storage.local("things/one", ("last", "deep/er/file"))
@@ -177,12 +167,12 @@ class TestEveryStorage:
         targets = tmp_path / "targets.json"
         result = run(*score, "--cache", place, "-o", targets)
         assert result.exit_code == 0, result.output
-        assert len(TargetCache.open(targets, verify_all=True)) == 12
+        assert len(TargetCache.open(targets, verify_all=True, cache=place)) == 12
         again = run(*score, "--cache", place, "-o", targets)
         assert "15 known, 0 scored" in again.output
         trained = run(
-            "finetune", *common, "--targets", targets, "--dtype", "float32", "--epochs", 1,
-            "-o", tmp_path / "adapter",
+            "finetune", *common, "--targets", targets, "--cache", place, "--dtype", "float32",
+            "--epochs", 1, "-o", tmp_path / "adapter",
         )  # fmt: skip
         assert trained.exit_code == 0, trained.output
         listed = run("cache", "ls", place).output

@@ -18,15 +18,17 @@ import torch
 from click.testing import Result
 from conftest import write_rows
 from safetensors.numpy import load_file
-from transformers import TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from pact_offline.cache.targets import TargetCache
-from pact_offline.errors import Interrupted
+from pact_offline.errors import InputError, Interrupted
 from pact_offline.memory import peak_resident_mib
 from pact_offline.models.load import load_model
+from pact_offline.models.locate import locate_model
 from pact_offline.objectives.registry import OBJECTIVES
 from pact_offline.rows.chat import load_tokenizer, tokenize
 from pact_offline.rows.read import read_rows
+from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.checkpoints import fingerprint
 from pact_offline.training.collator import PassCollator, ResponseCollator
@@ -234,7 +236,7 @@ def test_the_learning_rate_follows_its_schedule(
 def test_compiled_layers_train_to_the_same_adapter(
     command: list[Any], tmp_path: Path, run: Callable[..., Result]
 ) -> None:
-    for name, options in (("eager", []), ("compiled", ["--compile", True])):
+    for name, options in (("eager", []), ("compiled", ["--compile"])):
         result = run(*command, *options, "--epochs", 1, "-o", tmp_path / name)
         assert result.exit_code == 0, result.output
     one, two = (
@@ -250,7 +252,7 @@ def test_no_compiler_is_told_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("pact_offline.training.policy.load_model", None)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    line = fails(*command, "--compile", True, "-o", tmp_path / "adapter")
+    line = fails(*command, "--compile", "-o", tmp_path / "adapter")
     assert "expected a C++ compiler (g++, or CXX), found no no-such-compiler" in line
 
 
@@ -357,12 +359,40 @@ def test_the_same_seed_gives_the_same_adapter(
         np.testing.assert_array_equal(one[name], two[name])
 
 
-def test_full_finetuning_writes_a_model(
-    command: list[Any], tmp_path: Path, run: Callable[..., Result]
-) -> None:
-    result = run(*command, "-o", tmp_path / "model", "--method", "full", "--epochs", 1)
+def test_full_finetuning_writes_the_model_that_the_same_steps_by_hand_give(
+    command: list[Any], tmp_path: Path, aligned: Path, rows_file: Path, targets: Path,
+    tokens_file: Path, run: Callable[..., Result],
+) -> None:  # fmt: skip
+    """Three steps of four rows in plain PyTorch, with the reference in memory."""
+    result = run(
+        *command, "-o", tmp_path / "model", "--method", "full", "--epochs", 1,
+        "--row-order", "as_given", "--kl-weight", 2,
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
-    load_model(str(tmp_path / "model"), "float32")
+    settings = FinetuneSettings(kl_weight=2)
+    examples = tokenize(read_rows(rows_file), load_tokenizer(str(aligned)), 512)
+    cache, weights = TargetCache.open(targets), SafetyTokens.load(tokens_file).weights
+    policy, untrained = (load_model(str(aligned), "float32") for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
+    for first in range(0, 12, 4):
+        loss = loss_by_hand(
+            policy, untrained, examples[first : first + 4], cache, torch.tensor(weights), settings
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = load_model(str(tmp_path / "model"), "float32")
+    start, by_hand = dict(untrained.named_parameters()), dict(policy.named_parameters())
+    for name, ours in trained.named_parameters():
+        moved = (by_hand[name] - start[name]).norm()
+        assert moved > 0, name
+        assert (ours - by_hand[name]).norm() < 0.01 * moved, name
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        one, other, before = (model(ids).logits for model in (trained, policy, untrained))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert (one - before).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("objective", ["pact", "confidence"])
@@ -371,8 +401,6 @@ def test_no_reference_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from transformers import PreTrainedModel
-
-    from pact_offline.models.locate import locate_model
 
     loads = []
     real = PreTrainedModel.from_pretrained.__func__
@@ -685,7 +713,7 @@ def test_two_processes_give_the_losses_of_one(
 def test_gradient_checkpointing_changes_nothing_but_memory(
     command: list[Any], tmp_path: Path, run: Callable[..., Result]
 ) -> None:
-    for name, options in (("plain", []), ("recomputed", ["--gradient-checkpointing", True])):
+    for name, options in (("plain", []), ("recomputed", ["--gradient-checkpointing"])):
         assert run(*command, *options, "-o", tmp_path / name).exit_code == 0
     one, two = (
         load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "recomputed")
@@ -770,14 +798,173 @@ def test_training_runs_where_peak_memory_cannot_be_told(
     assert "peak_memory_mib" not in json.loads(line)
 
 
-def test_plain_finetuning_needs_no_targets(
+def facts_of(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "pact_offline.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--kl-weight", 0], "--kl-weight is 0 all along"),
+        (["--kl-weight", 0, "--kl-schedule", "cosine"], "--kl-weight is 0 all along"),
+        (
+            ["--first-weight", 0, "--first-steps", 67],
+            "--first-weight is 0 for the first 67 steps, and the longest response has 67",
+        ),
+        (["--kl-weight", 0, "--kl-schedule", "linear", "--kl-weight-end", 1], None),
+        (["--first-weight", 0, "--first-steps", 66], None),
+        ([], None),
+    ],
+)
+def test_a_run_whose_objective_does_nothing_says_so(
+    options: list[Any], reason: str | None, command: list[Any], tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    output = tmp_path / "adapter"
+    result = run(*command, *options, "--epochs", 1, "-o", output)
+    assert result.exit_code == 0, result.output
+    told = [line for line in result.stderr.splitlines() if "does nothing" in line]
+    card = (output / "README.md").read_text()
+    if reason is None:
+        assert not told
+        assert "Supervised fine-tuning with the PACT objective" in card
+    else:
+        assert len(told) == 1
+        assert told[0].startswith(
+            f"--objective pact does nothing, and this is plain fine-tuning: {reason}"
+        )
+        assert "Plain supervised fine-tuning: the objective pact was given and did nothing" in card
+    assert facts_of(output)["holds"] is (reason is None)
+
+
+def test_a_plain_run_holds_nothing_and_no_one_is_warned(
     aligned: Path, rows_file: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
+    output = tmp_path / "adapter"
+    words = ["--model", aligned, "--rows", rows_file, "--objective", "none", "--epochs", 1]
+    result = run("finetune", *words, "-o", output)
+    assert "does nothing" not in result.stderr
+    assert facts_of(output)["holds"] is False
+
+
+def test_trained_parameters_and_adapted_modules_are_told(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Two layers of width 64: q_proj of 64 by 64, down_proj of 96 by 64, rank 8."""
+    output = tmp_path / "adapter"
+    result = run(*command, "--epochs", 1, "--lora-modules", "q_proj, down_proj", "-o", output)
+    assert result.exit_code == 0, result.output
+    trained = facts_of(output)["trained"]
+    assert trained["parameters"] == 2 * 8 * (64 + 64 + 96 + 64)
+    assert trained["modules"] == {"down_proj": 2, "q_proj": 2}
+    whole = sum(t.numel() for t in load_model(str(command[2]), "float32").parameters())
+    assert trained["share"] == pytest.approx(4608 / (whole + 4608))
+    share = f"trains 4,608 parameters, {trained['share']:.2%} of all"
+    assert f"{share}: adapters on down_proj (2), q_proj (2)" in result.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("q_proj,w_proj", "v_proj), or all-linear alone; found 'w_proj'"),
+        ("W_pack", "(down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj)"),
+        ("proj", "found 'proj'"),
+        ("q_proj,all-linear", "found 'all-linear'"),
+        ("q_proj,,v_proj", "lora_modules: expected names, found an empty one in 'q_proj,,v_proj'"),
+    ],
+)
+def test_a_name_that_no_module_has_is_refused_before_a_model_is_loaded(
+    names: str, expected: str, command: list[Any], tmp_path: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pact_offline.training.policy.load_model", None)
+    assert expected in fails(*command, "--lora-modules", names, "-o", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_names_are_checked_again_in_the_loaded_model(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model cannot be made without its weights."""
+    monkeypatch.setattr("pact_offline.training.policy.AutoConfig", None)
+    line = fails(*command, "--lora-modules", "q_proj,w_proj", "-o", tmp_path / "adapter")
+    assert "found 'w_proj'" in line
+
+
+def test_a_name_of_left_out_layers_alone_is_refused(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    line = fails(*command, "--lora-first-layer", 2, "-o", tmp_path / "adapter")
+    assert "from layer 2 on (lm_head), or all-linear alone; found 'q_proj'" in line
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("as_given", "the last 2 of 12 rows are never trained: they fill no batch"),
+        ("by_length", "2 of 12 rows, drawn anew each time, are left out of each epoch"),
+    ],
+)
+def test_rows_that_fill_no_batch_and_cut_responses_are_counted(
+    order: str, expected: str, aligned: Path, rows_file: Path, tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    """Of 12 rows in batches of 5; the longest responses are those of four rows."""
+    output = tmp_path / "adapter"
+    lengths = [
+        len(e.ids) for e in tokenize(read_rows(rows_file), load_tokenizer(str(aligned)), 512)
+    ]
+    limit = sorted(lengths)[-4] - 1
     result = run(
         "finetune", "--model", aligned, "--rows", rows_file, "--objective", "none",
-        "--epochs", 1, "-o", tmp_path / "adapter",
+        "--epochs", 1, "--batch-size", 5, "--row-order", order, "--max-tokens", limit, "-o", output,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert f"4 of 12 rows are cut at {limit} tokens (--max-tokens)" in result.stderr
+    assert expected in result.stderr
+    facts = facts_of(output)
+    assert (facts["rows"], facts["rows_cut"], facts["rows_left_out_per_epoch"]) == (12, 4, 2)
+    assert facts["metrics"]["optimizer_steps"] == 2
+    assert (
+        "on 12 rows, 4 of them with a cut response, 2 of them left out"
+        in (output / "README.md").read_text()
+    )
+
+
+def test_plain_finetuning_needs_no_targets_and_is_what_the_trainer_of_transformers_does(
+    aligned: Path, rows_file: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Cross-entropy by hand, and their loss of the same batch; then it falls."""
+    result = run(
+        "finetune", "--model", aligned, "--rows", rows_file, "--objective", "none",
+        "--epochs", 4, "--batch-size", 12, "--dtype", "float32", "--lora-dropout", 0,
+        "--learning-rate", "1e-2", "-o", tmp_path / "adapter",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "adapter" / "training.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    tokenizer, model = load_tokenizer(str(aligned)), load_model(str(aligned), "float32")
+    examples = tokenize(read_rows(rows_file), tokenizer, 512)
+    total, rows = 0.0, []
+    for example in examples:
+        ids, start = torch.tensor(example.ids[None]).long(), example.response_start
+        with torch.no_grad():
+            logits = model(ids).logits[0, start - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum").item()
+        labels = [*[-100] * start, *example.ids[start:].tolist()]
+        rows.append({"input_ids": example.ids.tolist(), "labels": labels})
+    by_hand = total / sum(example.steps for example in examples)
+    arguments = TrainingArguments(
+        tmp_path / "theirs", max_steps=1, per_device_train_batch_size=12, logging_steps=1,
+        report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    theirs = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+    theirs.train()
+    assert losses[0] == pytest.approx(by_hand, rel=1e-5)
+    assert losses[0] == pytest.approx(theirs.state.log_history[0]["loss"], rel=1e-4)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_a_diverging_run_stops_with_words(
@@ -786,6 +973,89 @@ def test_a_diverging_run_stops_with_words(
     line = fails(*command, "-o", tmp_path / "adapter", "--kl-weight", "1e300")
     assert "expected a finite loss" in line
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("place", [".", "/", "file", "file/adapter"])
+def test_an_impossible_output_is_refused_before_any_work(
+    place: str, command: list[Any], tmp_path: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pact_offline.training.finetune.load_tokenizer", None)
+    (tmp_path / "file").write_text("years of work")
+    before = sorted(tmp_path.iterdir())
+    assert "expected a directory" in fails(*command, "-o", place)
+    with pytest.raises(InputError):
+        finetune(locate_model(str(command[2])), [command[4]], Path(place), FinetuneSettings())
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "file").read_text() == "years of work"
+
+
+OWN = """
+def gap(policy, full, response_only, weights, steps, settings):
+    return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def gap(:", "own.py:gap: cannot be imported: SyntaxError: "),
+        ("import nowhere_to_be_found", "cannot be imported: ModuleNotFoundError: "),
+        ("other = 1", "expected a function, found none by the name"),
+        ("def gap(policy): pass", "own.py:gap: failed: TypeError: "),
+        (OWN.format("1 / 0"), "own.py:gap: failed: ZeroDivisionError: division by zero"),
+        (OWN.format("policy - full"), "one for each response step, with a gradient; found a tens"),
+        (OWN.format("(policy - full).mean()"), "found a tensor of shape []"),
+        (OWN.format("1.0"), "found float"),
+        (OWN.format("(policy - full).mean(-1).detach()"), "found values that do not depend on"),
+        (OWN.format("(policy - 1e4).exp().mean(-1).log()"), "found -inf"),
+        (OWN.format("(policy * 0).mean(-1).log() * 0"), "found nan"),
+    ],
+)
+def test_a_broken_objective_of_ones_own_ends_in_one_line(
+    text: str, expected: str, command: list[Any], tmp_path: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    own = tmp_path / "own.py"
+    own.write_text(text)
+    monkeypatch.setitem(OBJECTIVES, f"{own}:gap", None)  # taken out again afterwards
+    del OBJECTIVES[f"{own}:gap"]
+    line = fails(*command, "--objective", f"{own}:gap", "-o", tmp_path / "adapter")
+    assert expected in line
+    assert "own.py:gap" in line
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_objective_of_an_installed_package_trains_and_is_named(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result], fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It equals `pact`, and is asked for the response-only targets as that is."""
+    packages = tmp_path / "packages"
+    about = packages / "two_gaps-1.2.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: two-gaps\nVersion: 1.2\n")
+    (about / "entry_points.txt").write_text("[pact_offline.objectives]\ntwin = two_gaps:twin\n")
+    (packages / "two_gaps.py").write_text(
+        "from pact_offline.objectives.pact import pact\n"
+        "def twin(*values):\n    return pact(*values)\n"
+        "twin.needs_response_only = True\n"
+    )
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.setitem(OBJECTIVES, "twin", None)  # taken out again afterwards
+    del OBJECTIVES["twin"]
+    assert "none, pact, confidence, twin, or" in fails(
+        *command, "--objective", "twins", "-o", tmp_path / "adapter"
+    )
+    for name in ("pact", "twin"):
+        result = run(*command, "--objective", name, "--epochs", 1, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    adapters_are_equal(tmp_path / "pact", tmp_path / "twin")
+    facts = facts_of(tmp_path / "twin")
+    assert facts["objective_content"] == "two_gaps:twin 1.2"
+    assert facts_of(tmp_path / "pact")["objective_content"] is None
+    assert "the objective twin" in (tmp_path / "twin" / "README.md").read_text()
 
 
 def test_somebody_elses_directory_is_not_overwritten(

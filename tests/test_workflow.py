@@ -1,21 +1,29 @@
 """The Snakemake workflow: on tiny random models, and on the bundled model with real vLLM."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 from conftest import ROOT, write_rows
 
-from pact_offline.errors import SettingError
+from pact_offline.errors import MissingFileError, SettingError
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.files import read_yaml
+from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import WorkflowConfig, workflow_schema_text
+from pact_offline.threads import usable_cores
 
 CONFIGS = ["config.yaml", "sweep.yaml", "llama-3.1-8b.yaml"]
 # On tiny models a job's start is most of its time, so one core each lets two run at once.
@@ -28,21 +36,18 @@ ONE_CORE_EACH = [
 ]
 
 
-def snakemake(config: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", str(config)]
-    return subprocess.run(
-        [
-            *command,
-            "--snakefile",
-            str(ROOT / "Snakefile"),
-            "--directory",
-            str(config.parent),
-            *args,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def snakemake_command(config: Path | None, *args: str, directory: Path | None = None) -> list[str]:
+    configs = ["--configfile", str(config)] if config else []
+    place = str(directory or (config and config.parent))
+    files = ["--snakefile", str(ROOT / "Snakefile"), "--directory", place]
+    return [sys.executable, "-m", "snakemake", "--cores", "2", *configs, *files, *args]
+
+
+def snakemake(
+    config: Path | None, *args: str, directory: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = snakemake_command(config, *args, directory=directory)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def few_rows(folder: Path) -> dict[str, Any]:
@@ -62,14 +67,30 @@ def few_rows(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.workflow
-def test_the_whole_workflow_on_tiny_models(aligned: Path, base: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "a place with spaces"
+def hub_dataset(folder: Path, name: str) -> str:
+    """A dataset on disk, by a name that only the hub's library reads."""
+    (folder / "hub" / name).mkdir(parents=True)
+    shutil.copy(folder / f"{name}.jsonl", folder / "hub" / name / "train.jsonl")
+    return f"hub:{folder / 'hub' / name}"
+
+
+@pytest.fixture(scope="module")
+def finished(aligned: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a workflow that has run, with rows and prompts of files and of the hub."""
+    folder = tmp_path_factory.mktemp("workflow") / "a place with spaces"
     folder.mkdir()
+    for name, model in {"aligned": aligned, "base": base}.items():
+        shutil.copytree(model, folder / "models" / name)
+    few = few_rows(folder)
+    rows = hub_dataset(folder, "rows")
+    prompts = {name: hub_dataset(folder, name) for name in ("harmful", "task")}
     config = {
-        **few_rows(folder),
-        "models": {"aligned": str(aligned), "base": str(base)},
-        "score": {"backend": "transformers"},
+        **few,
+        "models": {"aligned": "models/aligned", "base": "models/base"},
+        "refusals": rows,
+        "datasets": {"few": ["rows.jsonl", rows]},
+        "evaluation": {**few["evaluation"], **prompts},
+        "score": {"backend": "transformers", "shard_steps": 12},
         "score_parts": 2,
         "runs": {"sft": {"objective": "none"}, "pact": {"objective": "pact"}},
     }
@@ -77,16 +98,146 @@ def test_the_whole_workflow_on_tiny_models(aligned: Path, base: Path, tmp_path: 
     path.write_text(yaml.safe_dump(config))
     made = snakemake(path, *ONE_CORE_EACH)
     assert made.returncode == 0, made.stderr[-4000:]
-    output = folder / "out put"
+    return folder
+
+
+@pytest.fixture
+def moved(finished: Path, tmp_path: Path) -> Path:
+    """The same at another place, at the same times."""
+    return Path(shutil.copytree(finished, tmp_path / "elsewhere"))
+
+
+def with_runs(folder: Path, **runs: Any) -> Path:
+    """The folder's config, with more runs."""
+    path = folder / "config.yaml"
+    values = read_yaml(path)
+    path.write_text(yaml.safe_dump({**values, "runs": {**values["runs"], **runs}}))
+    return path
+
+
+def plan(config: Path | None, *args: str, directory: Path | None = None) -> str:
+    """What a dry run says."""
+    made = snakemake(config, "--dry-run", *args, directory=directory)
+    assert made.returncode == 0, made.stderr[-4000:]
+    return made.stdout + made.stderr
+
+
+@pytest.mark.workflow
+def test_the_whole_workflow_on_tiny_models(finished: Path) -> None:
+    output = finished / "out put"
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "sft" in page
     assert "pact" in page
     assert len((output / "summary.txt").read_text().strip().splitlines()) == 4
     facts = json.loads((output / "adapters" / "pact" / "pact_offline.json").read_text())
     assert facts["targets_sha256"]
+    assert facts["rows"] == 24
     # A config of one's own is the whole config: nothing of the demo's stands in for what it omits.
     assert facts["settings"]["learning_rate"] == 3e-5
+    assert facts["settings"]["save_steps"] == 100
     assert {run.name for run in (output / "adapters").iterdir()} == {"sft", "pact"}
+
+
+@pytest.mark.workflow
+def test_what_is_done_stays_done_at_another_place_until_weights_are_written_over(
+    moved: Path,
+) -> None:
+    assert "Nothing to be done" in plan(moved / "config.yaml")
+    records = [file for file in (moved / ".snakemake" / "metadata").rglob("*") if file.is_file()]
+    assert records
+    for file in records:  # an environment that moves with the checkout has another Python
+        assert sys.executable not in str(json.loads(file.read_text())["params"])
+
+    models = moved / "models"
+    weights = (models / "base" / "model.safetensors").read_bytes()
+    (models / "aligned" / "model.safetensors").write_bytes(weights)
+    planned = plan(moved / "config.yaml")
+    assert planned.count("rule finetune:") == 2
+    for rule in ("tokens", "score_part", "targets", "evaluate_reference"):
+        assert f"rule {rule}:" in planned
+
+
+@pytest.mark.workflow
+def test_a_cache_that_is_gone_is_scored_again_and_nothing_is_trained_again(moved: Path) -> None:
+    output, config = moved / "out put", moved / "config.yaml"
+    shards = sorted(output.glob("cache/*/shards/*"))
+    assert len(shards) > 1
+    (shards[0] / "shard.json").unlink()
+    planned = plan(config)
+    assert planned.count("rule score_part:") == 2
+    assert "rule targets:" in planned
+    assert "rule finetune:" not in planned
+    assert (output / "targets" / "few" / "targets.json").exists()
+
+    shutil.rmtree(output / "cache")
+    with_runs(moved, full={"method": "full", "objective": "confidence"})
+    before = {run: (output / "adapters" / run).stat().st_mtime_ns for run in ("sft", "pact")}
+    made = snakemake(config, *ONE_CORE_EACH)
+    assert made.returncode == 0, made.stderr[-4000:]
+    assert "targets.json: its cache is gone; it is scored again" in made.stderr
+    after = {run: (output / "adapters" / run).stat().st_mtime_ns for run in ("sft", "pact")}
+    assert after == before
+    assert (output / "adapters" / "full" / "config.json").is_file()
+    assert (output / "evaluation" / "runs" / "full" / "metrics.json").is_file()
+    assert "Nothing to be done" in plan(config)
+
+
+def jobs_in(folder: Path) -> list[int]:
+    """Processes of the command line that run in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cwd() == str(folder) and "pact_offline" in process.cmdline():
+                found.append(process.pid)
+    return found
+
+
+def wait_until(is_so: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < end, f"waited for {what}"
+        time.sleep(0.2)
+
+
+@pytest.mark.workflow
+def test_after_any_end_no_job_is_left_and_the_same_command_goes_on(moved: Path) -> None:
+    config = with_runs(moved, long={"objective": "none", "epochs": 80, "save_steps": 5})
+    checkpoints = moved / "out put" / "adapters" / ".long.checkpoints"
+    target = str(Path("out put", "adapters", "long"))
+    command = snakemake_command(config, *ONE_CORE_EACH, target)
+
+    def last() -> int:
+        whole = checkpoints.glob("checkpoint-*/epoch_start.safetensors")
+        return max((int(path.parent.name.rpartition("-")[2]) for path in whole), default=0)
+
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        reached = last()
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda reached=reached: last() > reached, "a checkpoint")
+        running.send_signal(number)
+        running.communicate(timeout=60)
+        wait_until(lambda: not jobs_in(moved), "the end of the job")
+        assert not (moved / target).exists()
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-4000:]
+    assert "going on from here" in made.stderr
+    facts = json.loads((moved / target / "pact_offline.json").read_text())
+    assert facts["metrics"]["optimizer_steps"] == 480
+
+
+@pytest.mark.workflow
+def test_two_workflows_in_one_place_refuse_each_other(moved: Path) -> None:
+    config = with_runs(moved, long={"objective": "none", "epochs": 1000})
+    command = snakemake_command(config, *ONE_CORE_EACH)
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    wait_until(lambda: bool(jobs_in(moved)), "the first one's job")
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert "Directory cannot be locked" in second.stderr
+    assert first.poll() is None
+    first.terminate()
+    assert first.wait(timeout=60) == 1
+    assert not jobs_in(moved)
 
 
 @pytest.mark.workflow
@@ -191,3 +342,118 @@ def test_a_bad_config_stops_the_workflow_with_one_line(tmp_path: Path) -> None:
     assert made.returncode == 2
     assert "pact-offline: config: typo: unknown key (value 1)" in made.stderr
     assert "Traceback" not in made.stderr
+
+
+@pytest.mark.workflow
+def test_the_bundled_configs_work_from_anywhere(tmp_path: Path) -> None:
+    demo = plan(None, "--printshellcmds", "--cores", "1000", directory=tmp_path)
+    assert f"--rows {ROOT / 'data' / 'attack.jsonl'}" in demo
+    assert "demo align --base results/models/base" in demo
+    assert f"OMP_NUM_THREADS={usable_cores()} " in demo  # not of the machine, in a container
+    assert "--words-only" in demo
+    assert "--words-only true" not in demo.lower()
+    llama = plan(ROOT / "stages" / "llama-3.1-8b.yaml", "--printshellcmds", directory=tmp_path)
+    assert f"--task {ROOT / 'data' / 'support' / 'test.jsonl'}" in llama
+    assert "finetune --model meta-llama/Llama-3.1-8B-Instruct" in llama
+
+
+@pytest.mark.workflow
+def test_hub_data_and_code_of_ones_own_reach_every_command(tmp_path: Path) -> None:
+    for name in ("objective", "judge"):
+        (tmp_path / f"{name}.py").write_text("")
+    hub = {name: f"hub:o/{name}:s" for name in ("harmful", "borderline", "benign", "task")}
+    config = {
+        "align_data": {"refusals": ["hub:o/refusals"], "benign": ["hub:o/more"]},
+        "refusals": "hub:o/pairs",
+        "datasets": {"hub": ["hub:o/rows"]},
+        "training": {"dataset": "hub"},
+        "runs": {"own": {"objective": "objective.py:loss"}},
+        "evaluation": hub,
+        "cache": "s3://bucket/cache",
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    planned = plan(path, "--printshellcmds")
+    for option in (
+        "--refusals hub:o/refusals --benign hub:o/more --harmful-check hub:o/harmful:s",
+        "--base results/models/base --refusals hub:o/pairs",
+        "--rows hub:o/rows --safety-tokens",
+        "--rows hub:o/rows --targets",
+        *(f"--{name} {value}" for name, value in hub.items()),
+        "--objective objective.py:loss",
+        "--save-steps 100 --cache s3://bucket/cache",
+    ):
+        assert option in planned
+    inputs = [line for line in planned.splitlines() if line.strip().startswith("input:")]
+    assert not any("hub:" in line for line in inputs)
+    assert any("objective.py" in line for line in inputs)
+
+
+def test_files_of_a_config_are_found_here_or_else_beside_the_snakefile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder in (here, beside):
+        (folder / "models" / folder.name).mkdir(parents=True)
+        few_rows(folder)
+    (here / "task.jsonl").unlink()
+    (beside / "own.py").write_text("")
+    monkeypatch.chdir(here)
+    values = {
+        **few_rows(beside),
+        "models": {"aligned": "models/beside", "base": "models/here"},
+        "datasets": {"few": ["rows.jsonl", "hub:o/rows", str(beside / "rows.jsonl")]},
+        "runs": {"own": {"objective": "own.py:loss", "seed": 1}, "pact": {}},
+        "evaluate": {"guard": "meta-llama/Llama-Guard-3-8B"},
+    }
+    config = located(parse_settings(WorkflowConfig, values, "config"), beside)
+    assert config.models.aligned == str(beside / "models" / "beside")
+    assert config.models.base == "models/here"
+    assert config.refusals == "rows.jsonl"
+    assert config.datasets["few"] == ("rows.jsonl", "hub:o/rows", str(beside / "rows.jsonl"))
+    assert config.evaluation.harmful == "harmful.jsonl"
+    assert config.evaluation.task == str(beside / "task.jsonl")
+    assert config.run("own").objective == f"{beside / 'own.py'}:loss"
+    assert config.run("own").seed == 1
+    assert config.evaluate.guard == "meta-llama/Llama-Guard-3-8B"
+    assert config.evaluate.model_fields_set == {"guard"}  # the rest is the machine's own
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"refusals": "gone.jsonl"}, "refusals"),
+        ({"token_list": "hub:o/gone.jsonl"}, "token_list"),
+        ({"datasets": {"few": ["rows.jsonl", "gone.jsonl"]}}, "datasets.few"),
+        ({"align_data": {"refusals": ["gone.jsonl"], "benign": []}}, "align_data.refusals"),
+        ({"runs": {"own": {"objective": "gone.jsonl.py:f"}}}, "runs.own.objective"),
+        ({"training": {"dataset": "few", "objective": "gone.jsonl.py:f"}}, "training.objective"),
+    ],
+)
+def test_a_file_that_is_nowhere_is_named_with_its_key(
+    change: dict[str, Any], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    benign = {"align_data": {"refusals": ["rows.jsonl"], "benign": ["benign.jsonl"]}}
+    values = {**few_rows(tmp_path), **benign, "runs": {"pact": {}}, **change}
+    if "align_data" in change:
+        values["align_data"]["benign"] = ["benign.jsonl"]
+    config = parse_settings(WorkflowConfig, values, "config")
+    with pytest.raises(MissingFileError, match=rf"config: {key}: expected a file .*gone\.jsonl"):
+        located(config, ROOT)
+
+
+def test_a_missing_file_stops_the_workflow_with_one_line(tmp_path: Path) -> None:
+    values = {**few_rows(tmp_path), "runs": {"sft": {"objective": "none"}}}
+    for change, said in (
+        ({"token_list": "gone.json"}, "config: token_list: expected a file"),
+        ({"models": {"aligned": "./gone", "base": "./gone"}}, "./gone: no such model directory"),
+    ):
+        path = tmp_path / "config.yaml"
+        benign = {"align_data": {"refusals": ["rows.jsonl"], "benign": ["benign.jsonl"]}}
+        path.write_text(yaml.safe_dump({**values, **benign, **change}))
+        made = snakemake(path, "--dry-run")
+        assert made.returncode == 2
+        assert f"pact-offline: {said}" in made.stderr
+        assert "Traceback" not in made.stderr
+        assert "Building DAG" not in made.stderr

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import numpy as np
 
 from pact_offline.cache.encoding import StoredDtype, decode, encode
-from pact_offline.cache.format import split_pair
+from pact_offline.cache.format import join_pair, split_pair
 from pact_offline.cache.identity import Identity, store_path
 from pact_offline.cache.store import Store
 from pact_offline.cache.targets import Binding, TargetCache
@@ -258,7 +258,7 @@ def measure_reading(stored_dtype: StoredDtype, steps: int) -> Reading:
                 writer.add(context, values)
                 progress.update(1)
         written = time.perf_counter() - started
-        pairs = tuple(one + other for one, other in zip(keys[::2], keys[1::2], strict=True))
+        pairs = tuple(map(join_pair, keys[::2], keys[1::2]))
         path, shards = Path(scratch, "targets.json"), tuple(writer.shards)
         Binding(place, identity, "", 1, pairs, shards, (), {}).save(path)
         size = sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())

@@ -53,6 +53,8 @@ def equality(
     targets: Sequence[Path],
     tokens_path: Path,
     settings: FinetuneSettings,
+    *,
+    cache: str | None = None,
 ) -> list[Equality]:
     """Train once with a live reference and once from each cache, all else equal.
 
@@ -62,14 +64,18 @@ def equality(
         targets: a targets.json for each cache.
         tokens_path: safety_tokens.json.
         settings: of every training.
+        cache: as in `TargetCache.open`.
     """
-    caches = [TargetCache.open(path) for path in targets]
+    caches = [TargetCache.open(path, cache=cache) for path in targets]
     with tempfile.TemporaryDirectory() as scratch:
 
         def train(name: str, path: Path | None, **changes: object) -> _Run:
             output = Path(scratch) / name
             chosen = settings.model_copy(update=changes)
-            finetune(model, sources, output, chosen, targets_path=path, tokens_path=tokens_path)
+            finetune(
+                model, sources, output, chosen,
+                targets_path=path, tokens_path=tokens_path, cache_place=cache,
+            )  # fmt: skip
             return _read(output)
 
         cached = [train(f"cache{i}", path, reference="cache") for i, path in enumerate(targets)]
@@ -79,14 +85,14 @@ def equality(
         Equality(
             settings.objective,
             settings.dtype,
-            f"{cache.identity.engine}, {cache.identity.compute_dtype}, "
-            f"stored {cache.identity.stored_dtype}",
+            f"{binding.identity.engine}, {binding.identity.compute_dtype}, "
+            f"stored {binding.identity.stored_dtype}",
             len(live.losses),
             float(np.max(np.abs(run.losses - live.losses) / np.abs(live.losses))),
             _largest_difference(run.weights, live.weights),
             moved,
         )
-        for run, cache in zip(cached, (c.binding for c in caches), strict=True)
+        for run, binding in zip(cached, (c.binding for c in caches), strict=True)
     ]
 
 

@@ -101,6 +101,7 @@ def measure_training(
     steps: int,
     repeats: int,
     published_steps: int,
+    cache: str | None = None,
 ) -> TrainingBench:
     """Train some steps in each way, each run in a process of its own, on the same batches.
 
@@ -113,6 +114,7 @@ def measure_training(
         steps: measured steps of a run, after the warm-up.
         repeats: runs of each way but the published one, in turn.
         published_steps: measured steps of the published way; 0 leaves it out.
+        cache: as in `TargetCache.open`.
     """
     runs: dict[str, list[_Timed]] = {way: [] for way in WAYS}
     plan = ["plain", "cache", "live"] * repeats + ["published"] * bool(published_steps)
@@ -120,7 +122,7 @@ def measure_training(
         for way in plan:
             count = published_steps if way == "published" else steps
             rows = [str(source) for source in sources]
-            arguments = (way, str(model.path), rows, targets, tokens_path, settings, count)
+            arguments = (way, str(model.path), rows, targets, cache, tokens_path, settings, count)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
                 runs[way].append(other.submit(_run, *arguments).result())
             progress.update(1)
@@ -159,6 +161,7 @@ def _run(
     model: str,
     sources: list[str],
     targets: Path,
+    cache: str | None,
     tokens_path: Path,
     settings: FinetuneSettings,
     steps: int,
@@ -180,6 +183,7 @@ def _run(
             settings.model_copy(update=changes),
             targets_path=targets if way == "cache" else None,
             tokens_path=tokens_path,
+            cache_place=cache,
         )
         text = Path(scratch, "run", "training.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]

@@ -19,15 +19,15 @@ _SHARES[_MINUS_INFINITY] = np.inf
 _BOUNDS = (np.arange(256, dtype=np.float32) / 16) ** 2
 
 
-def array_dtypes(stored_dtype: StoredDtype) -> dict[str, np.dtype]:
-    """The arrays of an encoding and their dtypes, little-endian.
+def step_records(stored_dtype: StoredDtype, ids: int) -> dict[str, np.dtype]:
+    """The arrays of an encoding and what each holds of one step, little-endian.
 
     `log_confidence` is [steps, safety ids]; `bounds`, beside uint8 only, is [steps, 2].
     """
-    arrays = {"log_confidence": np.dtype(stored_dtype).newbyteorder("<")}
+    records = {"log_confidence": np.dtype((np.dtype(stored_dtype).newbyteorder("<"), (ids,)))}
     if stored_dtype == "uint8":
-        arrays["bounds"] = np.dtype("uint8")
-    return arrays
+        records["bounds"] = np.dtype((np.uint8, (2,)))
+    return records
 
 
 def encode(log_confidences: np.ndarray, stored_dtype: StoredDtype) -> dict[str, np.ndarray]:
@@ -42,10 +42,10 @@ def encode(log_confidences: np.ndarray, stored_dtype: StoredDtype) -> dict[str, 
         stored_dtype: which encoding.
 
     Returns:
-        the arrays of `array_dtypes`.
+        the arrays of `step_records`.
     """
     if stored_dtype != "uint8":
-        dtype = array_dtypes(stored_dtype)["log_confidence"]
+        dtype = np.dtype(stored_dtype).newbyteorder("<")
         return {"log_confidence": log_confidences.astype(dtype)}
     magnitude = np.clip(-log_confidences.astype(np.float32), 0, None)
     is_finite = np.isfinite(magnitude)

@@ -12,19 +12,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pact_offline.cache.encoding import StoredDtype, array_dtypes
+from pact_offline.cache.encoding import StoredDtype, step_records
 from pact_offline.cache.storage import Storage
-from pact_offline.errors import DamagedError
+from pact_offline.errors import DamagedError, StoreError
+from pact_offline.rows.contexts import CONTEXT_KINDS, KEY_BYTES
 
+IDENTITY_FILE = "identity.json"
 SHARDS = "shards"
+BINDINGS = "bindings"
 SIDECAR = "shard.json"
 CONTEXTS = "contexts.arrow"
-_KEY_DIGITS = 32
+_KEY_DIGITS = 2 * KEY_BYTES
 _ID = re.compile(r"[0-9a-f]{32}")
 
-
 # Fixed widths only: no declared length can ask for more memory than the file has bytes.
-SCHEMA = pa.schema([("key", pa.binary(16)), ("kind", pa.int8()), ("steps", pa.int32())])
+SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("kind", pa.int8()), ("steps", pa.int32())])
 
 
 def is_shard_id(value: Any) -> TypeGuard[str]:
@@ -51,23 +53,41 @@ def shard_folder(shard_id: str) -> str:
 
 def is_committed(storage: Storage, shard_id: str) -> bool:
     """Whether a shard exists: its sidecar, which is written last and removed first, is there."""
-    return storage.has(f"{shard_folder(shard_id)}/{SIDECAR}")
+    try:
+        return storage.has(f"{shard_folder(shard_id)}/{SIDECAR}")
+    except DamagedError:  # a link, which whoever reads the shard refuses
+        return True
 
 
 def shard_ids(storage: Storage) -> list[str]:
     """Ids of the committed shards, sorted."""
+    names = filter(is_shard_id, storage.names(SHARDS))
+    return [name for name in names if is_committed(storage, name)]
+
+
+def strays(storage: Storage) -> list[str]:
+    """A line for each entry among a store's shards that is none, but for hidden ones."""
+    names = [name for name in storage.names(SHARDS) if not name.startswith(".")]
     return [
-        check_shard_id(name, f"{storage.url}/{SHARDS}")
-        for name in storage.names(SHARDS)
-        if is_committed(storage, name)
+        f"{storage.url}/{SHARDS}/{name}: expected a shard, named by 32 hex digits; left alone"
+        for name in names
+        if not is_shard_id(name)
     ]
+
+
+def is_store(storage: Storage) -> bool:
+    """Whether a store lies here, whole or not."""
+    try:
+        return storage.has(IDENTITY_FILE) or any(map(is_shard_id, storage.names(SHARDS)))
+    except StoreError:  # whoever opens it says what is wrong
+        return True
 
 
 def array_files(stored_dtype: StoredDtype) -> dict[str, tuple[str, str]]:
     """Each array's files: its Zarr metadata and its one chunk."""
     return {
         name: (f"{name}.zarr/zarr.json", f"{name}.zarr/c/0/0")
-        for name in array_dtypes(stored_dtype)
+        for name in step_records(stored_dtype, 1)
     }
 
 
@@ -113,13 +133,27 @@ def _numbers(array: pa.Array) -> np.ndarray:
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
+def contexts_table(keys: Sequence[str], kinds: Sequence[str], steps: np.ndarray) -> pa.Table:
+    """The table of a shard's contexts."""
+    codes = np.array([CONTEXT_KINDS.index(kind) for kind in kinds], dtype=np.int8)  # type: ignore[arg-type]
+    return pa.table([pack_keys(keys), codes, steps.astype(np.int32)], schema=SCHEMA)
+
+
+def context_columns(table: pa.Table) -> tuple[pa.FixedSizeBinaryArray, np.ndarray]:
+    """Keys and steps, int64, of a shard's contexts; `ValueError` where a kind or step is none."""
+    keys, kinds, steps = (table[name].combine_chunks() for name in SCHEMA.names)
+    if not np.isin(_numbers(kinds), range(len(CONTEXT_KINDS))).all() or (_numbers(steps) < 1).any():
+        raise ValueError("expected kinds and steps of contexts")
+    return keys, _numbers(steps).astype(np.int64)
+
+
 def pack_keys(hex_keys: Sequence[str]) -> pa.FixedSizeBinaryArray:
     """Context keys as fixed-size binary; `ValueError` where one is not 32 hex digits."""
     data = bytes.fromhex("".join(hex_keys))
-    if len(data) != 16 * len(hex_keys):
-        raise ValueError("expected keys of 32 hex digits")
+    if len(data) != KEY_BYTES * len(hex_keys):
+        raise ValueError(f"expected keys of {_KEY_DIGITS} hex digits")
     return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(16), len(hex_keys), [None, pa.py_buffer(data)]
+        pa.binary(KEY_BYTES), len(hex_keys), [None, pa.py_buffer(data)]
     )
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pact_offline.cache.encoding import StoredDtype
+from pact_offline.cache.format import IDENTITY_FILE, is_store
 from pact_offline.cache.storage import Storage, join, open_storage
 from pact_offline.errors import StoreError
 from pact_offline.files import parse_json
 
 FORMAT_VERSION = 2
-IDENTITY_FILE = "identity.json"
 _MAX_BYTES = 16 << 20
 
 
@@ -119,7 +119,8 @@ def store_path(cache: str | Path, model_name: str, identity: Identity) -> str:
     """
     suffix = f"-{identity.digest[:12]}"
     for entry in open_storage(cache).names():
-        if entry.endswith(suffix):
-            return join(cache, entry)
+        place = join(cache, entry)
+        if entry.endswith(suffix) and is_store(open_storage(place)):
+            return place
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name).strip(".-") or "model"
     return join(cache, f"{name[:48]}{suffix}")

@@ -11,9 +11,11 @@ The files' names are fixed; none is read from a file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,24 +23,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pact_offline.cache.encoding import array_dtypes, encode
+from pact_offline.cache.encoding import encode, step_records
 from pact_offline.cache.format import (
     CONTEXTS,
     SCHEMA,
-    SHARDS,
     SIDECAR,
     Sidecar,
-    _numbers,
     array_files,
+    context_columns,
+    contexts_table,
     data_files,
-    pack_keys,
+    is_committed,
+    shard_folder,
     shard_id_of,
 )
 from pact_offline.cache.identity import Identity
 from pact_offline.cache.storage import Storage
 from pact_offline.errors import DamagedError, StoreError
 from pact_offline.files import parse_json, sha256_file
-from pact_offline.rows.contexts import CONTEXT_KINDS
 
 _MAX_SIDECAR = 1 << 20
 _MENDED_BY = (
@@ -57,50 +59,49 @@ class Contexts(NamedTuple):
     steps: np.ndarray
 
 
-def write_shard(
-    folder: Path,
+def shard_files(
     keys: Sequence[str],
     kinds: Sequence[str],
     values: Sequence[np.ndarray],
     *,
     identity: Identity,
     provenance: dict[str, Any],
-) -> str:
-    """Write a shard's files into an empty folder; the sidecar last.
+) -> tuple[str, dict[str, bytes]]:
+    """A shard's files, made in memory so that what lies on a disk can be held against them.
 
     Args:
-        folder: there, and empty.
         keys, kinds, values: one entry a context; values are [steps, safety ids].
         identity: of the store.
         provenance: recorded in the sidecar.
 
     Returns:
-        the shard's id.
+        the shard's id, and relative path to bytes of every file.
     """
     import zarr  # slow to import, and not needed to know what a store holds
 
-    steps = np.array([len(item) for item in values], dtype=np.int32)
-    for name, rows in encode(np.concatenate(values), identity.stored_dtype).items():
-        array = zarr.create_array(
-            folder / f"{name}.zarr",
+    steps = np.array([len(item) for item in values])
+    table = pa.BufferOutputStream()
+    with pa.ipc.new_file(table, SCHEMA) as writer:
+        writer.write_table(contexts_table(keys, kinds, steps))
+    files = {CONTEXTS: table.getvalue().to_pybytes()}
+    arrays = encode(np.concatenate(values), identity.stored_dtype)
+    for name, (metadata, chunk) in array_files(identity.stored_dtype).items():
+        rows = arrays[name]
+        made: dict[str, Any] = {}
+        zarr.create_array(
+            made,
             shape=rows.shape,
             dtype=rows.dtype,
             chunks=rows.shape,
             compressors=None,
             filters=None,
             fill_value=0,
-            config={"write_empty_chunks": True},
         )
-        array[:] = rows
-    numbers = np.array([CONTEXT_KINDS.index(kind) for kind in kinds], dtype=np.int8)  # type: ignore[arg-type]
-    table = pa.table([pack_keys(keys), numbers, steps], schema=SCHEMA)
-    with pa.OSFile(str(folder / CONTEXTS), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        writer.write_table(table)
-    files = {name: sha256_file(folder / name) for name in data_files(identity.stored_dtype)}
-    sidecar = Sidecar(identity.digest, len(keys), int(steps.sum()), files, provenance)
-    data = (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
-    (folder / SIDECAR).write_bytes(data)
-    return shard_id_of(data)
+        files |= {metadata: made["zarr.json"].to_bytes(), chunk: rows.tobytes()}
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    sidecar = Sidecar(identity.digest, len(keys), int(steps.sum()), sums, provenance)
+    files[SIDECAR] = (json.dumps(asdict(sidecar), indent=1) + "\n").encode()
+    return shard_id_of(files[SIDECAR]), files
 
 
 class Shard:
@@ -113,7 +114,7 @@ class Shard:
             DamagedError: there is none, it is damaged, or it is of another store.
         """
         self._storage, self._identity = storage, identity
-        self.id, self._folder = shard_id, f"{SHARDS}/{shard_id}"
+        self.id, self._folder = shard_id, shard_folder(shard_id)
         self.place = f"{storage.url}/{self._folder}"
         data = storage.read(f"{self._folder}/{SIDECAR}", _MAX_SIDECAR)
         if shard_id_of(data) != shard_id:
@@ -161,12 +162,13 @@ class Shard:
             or any(column.null_count for column in table.columns)
         ):
             raise DamagedError(f"{place}: expected {sidecar.contexts} contexts, found otherwise")
-        steps = _numbers(table["steps"].combine_chunks()).astype(np.int64)
-        kinds = _numbers(table["kind"].combine_chunks())
-        fits = (steps > 0).all() and steps.sum() == sidecar.steps
-        if not fits or not np.isin(kinds, range(len(CONTEXT_KINDS))).all():
-            raise DamagedError(f"{place}: expected {sidecar.steps} steps, found otherwise")
-        return Contexts(table["key"].combine_chunks(), steps)
+        try:
+            keys, steps = context_columns(table)
+        except ValueError as error:
+            raise DamagedError(f"{place}: {error}, found others") from None
+        if steps.sum() != sidecar.steps:
+            raise DamagedError(f"{place}: expected {sidecar.steps} steps, found {steps.sum()}")
+        return Contexts(keys, steps)
 
     def arrays(self) -> dict[str, Path]:
         """The chunk file of each array, after its bytes and metadata have been checked.
@@ -176,15 +178,16 @@ class Shard:
         """
         steps, ids = self.sidecar.steps, len(self._identity.safety_ids)
         chunks = {}
-        for name, dtype in array_dtypes(self._identity.stored_dtype).items():
-            metadata, chunk = array_files(self._identity.stored_dtype)[name]
-            shape = (steps, ids if name == "log_confidence" else 2)
+        files = array_files(self._identity.stored_dtype)
+        for name, record in step_records(self._identity.stored_dtype, ids).items():
+            metadata, chunk = files[name]
+            shape = (steps, *record.shape)
             folder = self._verified(metadata).parent
-            _check_array(folder, shape, dtype, f"{self.place}/{name}.zarr")
+            _check_array(folder, shape, record.base, f"{self.place}/{name}.zarr")
             path = self._verified(chunk)
-            if path.stat().st_size != dtype.itemsize * int(np.prod(shape)):
+            if path.stat().st_size != steps * record.itemsize:
                 raise DamagedError(
-                    f"{self.place}/{chunk}: expected {shape} {dtype}, found otherwise"
+                    f"{self.place}/{chunk}: expected {shape} {record.base}, found otherwise"
                 )
             chunks[name] = path
         return chunks
@@ -204,21 +207,54 @@ class Shard:
             )
         return chunks
 
+    def require_files(self) -> None:
+        """Look that every file is there, the chunks as long as they were; read no byte.
+
+        Raises:
+            DamagedError: one is not.
+        """
+        ids, sizes = len(self._identity.safety_ids), {}
+        files = array_files(self._identity.stored_dtype)
+        for name, record in step_records(self._identity.stored_dtype, ids).items():
+            sizes[files[name][1]] = self.sidecar.steps * record.itemsize
+        for name in data_files(self._identity.stored_dtype):
+            place = f"{self._folder}/{name}"
+            if not self._storage.has(place):
+                raise DamagedError(
+                    f"{self.place}/{name}: expected a file, found none; {_MENDED_BY}"
+                )
+            if name in sizes and (found := self._storage.size(place)) != sizes[name]:
+                raise DamagedError(
+                    f"{self.place}/{name}: expected {sizes[name]} bytes, found {found}; "
+                    f"{_MENDED_BY}"
+                )
+
     def _verified(self, name: str) -> Path:
         path = self._storage.local(self._folder, (name,)) / name
         expected = self.sidecar.files[name]
         try:
             actual = sha256_file(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise DamagedError(f"{self.place}/{name}: expected a file, found none") from None
         except OSError as error:
             raise StoreError(f"{self.place}/{name}: cannot be read: {error.strerror}") from None
         if actual != expected:
+            self._storage.release(self._folder)  # what is copied again may be right
             raise DamagedError(
                 f"{self.place}/{name}: expected the bytes that were written (sha256 "
                 f"{expected:.12}…), found others ({actual:.12}…); {_MENDED_BY}"
             )
         return path
+
+
+@contextmanager
+def unless_removed(storage: Storage, shard_id: str) -> Iterator[None]:
+    """Pass over damage of a shard that another process has removed meanwhile."""
+    try:
+        yield
+    except (StoreError, FileNotFoundError):
+        if is_committed(storage, shard_id):
+            raise
 
 
 def _parse_sidecar(data: bytes, source: str) -> Sidecar:

@@ -5,17 +5,21 @@ Names are relative, with forward slashes, and are made by this package, never re
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing.util import Finalize
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from pact_offline.errors import DamagedError, StoreError
-from pact_offline.files import to_disk, written_aside
+from pact_offline.files import read_from_disk, to_disk, written_aside
+
+OPEN = "open"  # on a disk: folders in the making, or being removed
 
 
 class Storage(Protocol):
@@ -44,19 +48,23 @@ class Storage(Protocol):
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file, whole or not at all; it is read back and compared before it counts."""
         ...
 
-    def aside(self) -> Path:
-        """An empty local folder in which a folder can be made ready for `commit`."""
-        ...
+    def commit(self, name: str, files: Mapping[str, bytes], last: str) -> None:
+        """Make a folder appear; without its file `last` it does not exist.
 
-    def commit(self, folder: Path, name: str, last: str) -> None:
-        """Make a local folder appear under `name`; without its file `last` it does not exist."""
+        Every file is read back and compared before that.
+
+        Args:
+            name: of the folder.
+            files: relative path to bytes.
+            last: the file that is written after all others.
+        """
         ...
 
     def remove(self, name: str, first: str) -> None:
-        """Remove a folder, its file `first` before all others."""
+        """Remove a folder, if it is still there; its file `first` before all others."""
         ...
 
     def remove_file(self, name: str) -> None:
@@ -72,14 +80,17 @@ class Storage(Protocol):
         ...
 
 
+def is_local(place: str) -> bool:
+    """Whether it is a path, or a URL of one."""
+    return "://" not in place or place.startswith("file://")
+
+
 def open_storage(place: str | Path) -> Storage:
     """The storage at a path or an fsspec URL (`s3://...`, `memory://...`, `file://...`)."""
     text = str(place)
-    if "://" not in text:
-        return LocalStorage(Path(text))
-    if text.startswith("file://"):
-        return LocalStorage(Path(text.removeprefix("file://")))
-    return RemoteStorage(text)
+    return (
+        LocalStorage(Path(text.removeprefix("file://"))) if is_local(text) else RemoteStorage(text)
+    )
 
 
 def join(place: str | Path, *parts: str) -> str:
@@ -101,7 +112,9 @@ class LocalStorage:
             return sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
 
     def has(self, name: str) -> bool:
-        return self._inside(name).is_file()
+        path = self._inside(name)
+        with _failures(path):
+            return path.is_file()
 
     def size(self, name: str) -> int:
         path = self._inside(name)
@@ -125,22 +138,22 @@ class LocalStorage:
     def write(self, name: str, data: bytes) -> None:
         path = self._inside(name)
         with _failures(path), written_aside(path) as aside:
-            aside.write_bytes(data)
+            _write_checked(aside, data, path)
 
-    def aside(self) -> Path:
-        folder = self._inside("open") / uuid.uuid4().hex
-        with _failures(self.path):
-            folder.mkdir(parents=True)
-        return folder
-
-    def commit(self, folder: Path, name: str, last: str) -> None:
-        target = self._inside(name)
+    def commit(self, name: str, files: Mapping[str, bytes], last: str) -> None:
+        target, folder = self._inside(name), self._inside(OPEN) / uuid.uuid4().hex
         with _failures(target):
-            for path in (*folder.rglob("*"), folder):
-                to_disk(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(target)
-            to_disk(target.parent)
+            try:
+                for file, data in files.items():
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    _write_checked(folder / file, data, target / file)
+                for path in (*folder.rglob("*/"), folder):
+                    to_disk(path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                folder.rename(target)
+                to_disk(target.parent)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self, name: str, first: str) -> None:
         path = self._inside(str(PurePosixPath(name).parent)) / PurePosixPath(name).name
@@ -148,8 +161,12 @@ class LocalStorage:
             if path.is_symlink():
                 path.unlink()  # the link itself, not what it points to
                 return
-            (path / first).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            # At once, so that nobody finds half of it, and only for one of those who try.
+            aside = self._inside(OPEN) / uuid.uuid4().hex
+            aside.parent.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def remove_file(self, name: str) -> None:
         path = self._inside(name)
@@ -174,7 +191,10 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """Objects at an fsspec URL. A folder is committed by uploading its file `last` last."""
+    """Objects at an fsspec URL. A folder is committed by uploading its file `last` last.
+
+    What is read from disk is copied first; each process has copies of its own.
+    """
 
     def __init__(self, url: str) -> None:
         """Open the place.
@@ -182,12 +202,24 @@ class RemoteStorage:
         Raises:
             StoreError: no such protocol, or its package is not installed.
         """
+        self.url = url.rstrip("/")
+        self._open()
+
+    def _open(self) -> None:
         from fsspec.core import url_to_fs
 
-        self.url = url.rstrip("/")
         with _failures(self.url):
-            self._fs, self._root = url_to_fs(self.url, use_listings_cache=False)
-        self._copies: dict[str, tempfile.TemporaryDirectory[str]] = {}
+            self._filesystem, self._root = url_to_fs(self.url, use_listings_cache=False)
+        self._process, self._copies = os.getpid(), ""
+
+    def _open_after_fork(self) -> None:
+        if self._process != os.getpid():  # connections and their threads are the parent's
+            self._open()
+
+    @property
+    def _fs(self) -> Any:
+        self._open_after_fork()
+        return self._filesystem
 
     def _at(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
@@ -205,7 +237,10 @@ class RemoteStorage:
     def has(self, name: str) -> bool:
         with _failures(f"{self.url}/{name}"):
             self._fs.invalidate_cache()
-            return bool(self._fs.isfile(self._at(name)))
+            try:
+                return bool(self._fs.info(self._at(name))["type"] == "file")
+            except FileNotFoundError:
+                return False
 
     def size(self, name: str) -> int:
         with _failures(f"{self.url}/{name}"):
@@ -224,24 +259,21 @@ class RemoteStorage:
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        with _failures(f"{self.url}/{name}"):
+        place = f"{self.url}/{name}"
+        with _failures(place):
             self._fs.pipe_file(self._at(name), data)
+            if bytes(self._fs.cat_file(self._at(name))) != data:
+                self._fs.rm_file(self._at(name))
+                raise _written_otherwise(place)
 
-    def aside(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix="pact-offline-"))
-
-    def commit(self, folder: Path, name: str, last: str) -> None:
-        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-        files = [file for file in sorted(files) if (folder / file).is_file()]
-        with _failures(f"{self.url}/{name}"):
-            for file in sorted(files, key=lambda file: file == last):
-                self._fs.pipe_file(self._at(f"{name}/{file}"), (folder / file).read_bytes())
-        shutil.rmtree(folder)
+    def commit(self, name: str, files: Mapping[str, bytes], last: str) -> None:
+        for file in sorted(files, key=lambda file: file == last):
+            self.write(f"{name}/{file}", files[file])
 
     def remove(self, name: str, first: str) -> None:
         with _failures(f"{self.url}/{name}"):
             self.remove_file(f"{name}/{first}")
-            if self._fs.exists(self._at(name)):
+            with suppress(FileNotFoundError):
                 self._fs.rm(self._at(name), recursive=True)
 
     def remove_file(self, name: str) -> None:
@@ -250,18 +282,30 @@ class RemoteStorage:
                 self._fs.rm_file(self._at(name))
 
     def local(self, folder: str, names: tuple[str, ...]) -> Path:
-        copy = self._copies.setdefault(folder, tempfile.TemporaryDirectory(prefix="pact-offline-"))
         with _failures(f"{self.url}/{folder}"):
             for name in names:
-                path = Path(copy.name, name)
-                if not path.exists():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    self._fs.get_file(self._at(f"{folder}/{name}"), str(path))
-        return Path(copy.name)
+                path = self._copy_of(folder) / name
+                if path.exists():
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_name(f".{uuid.uuid4().hex}.part")
+                try:
+                    self._fs.get_file(self._at(f"{folder}/{name}"), str(aside))
+                    aside.replace(path)
+                finally:
+                    aside.unlink(missing_ok=True)
+        return self._copy_of(folder)
 
     def release(self, folder: str) -> None:
-        if copy := self._copies.pop(folder, None):
-            copy.cleanup()
+        shutil.rmtree(self._copy_of(folder), ignore_errors=True)
+
+    def _copy_of(self, folder: str) -> Path:
+        self._open_after_fork()
+        if not self._copies:
+            self._copies = tempfile.mkdtemp(prefix="pact-offline-")
+            # Runs when this storage or this process ends, but not in a fork of it.
+            Finalize(self, shutil.rmtree, (self._copies, True), exitpriority=0)
+        return Path(self._copies, folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url}
@@ -270,14 +314,29 @@ class RemoteStorage:
         RemoteStorage.__init__(self, state["url"])
 
 
+def _write_checked(path: Path, data: bytes, place: Path) -> None:
+    """Write a file that will be at `place`, and compare it with what the disk then has."""
+    path.write_bytes(data)
+    if read_from_disk(path) != data:
+        raise _written_otherwise(place)
+
+
+def _written_otherwise(place: object) -> StoreError:
+    return StoreError(
+        f"{place}: expected the bytes that were written, found others when they were read back; "
+        "the disk, the network or what serves it is at fault"
+    )
+
+
 @contextmanager
 def _failures(place: object) -> Iterator[None]:
     try:
         yield
     except StoreError:
         raise
-    except FileNotFoundError:
-        raise DamagedError(f"{place}: cannot be used: No such file or directory") from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        line = os.strerror(error.errno) if error.errno else "No such file or directory"
+        raise DamagedError(f"{place}: cannot be used: {line}") from None
     except Exception as error:  # what a filesystem raises is its own choice
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         line = str(text).strip().splitlines()[0]

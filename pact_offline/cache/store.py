@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pact_offline.cache.encoding import array_dtypes, decode
-from pact_offline.cache.format import find_keys, join_keys, pack_keys, shard_ids
+from pact_offline.cache.encoding import decode, step_records
+from pact_offline.cache.format import find_keys, is_committed, join_keys, pack_keys, shard_ids
 from pact_offline.cache.identity import read_identity
 from pact_offline.cache.shard import Shard
 from pact_offline.cache.storage import open_storage
-from pact_offline.errors import StoreError
+from pact_offline.errors import DamagedError, StoreError
 
 _OPEN_FILES = 256
 
@@ -27,8 +27,20 @@ class Store:
     context that two shards hold, the first is taken.
     """
 
-    def __init__(self, place: str | Path, shards: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        place: str | Path,
+        shards: Sequence[str] | None = None,
+        *,
+        leave_out: Callable[[DamagedError], None] | None = None,
+    ) -> None:
         """Open a store, or only some of its shards.
+
+        Args:
+            place: path or URL.
+            shards: ids; all by default.
+            leave_out: is told of a shard that lacks a file or holds no table of contexts, and the
+                store is opened without it. Without this, such a shard is an error.
 
         Raises:
             StoreError: not a store, or a shard is damaged.
@@ -36,18 +48,45 @@ class Store:
         self.place = str(place)
         self._storage = open_storage(place)
         self.identity = read_identity(self._storage)
-        ids = shard_ids(self._storage) if shards is None else shards
-        self.shards = [Shard(self._storage, shard_id, self.identity) for shard_id in ids]
-        tables = [shard.contexts() for shard in self.shards]
-        self._keys = join_keys([table.keys for table in tables])
-        empty = np.zeros(0, dtype=np.int64)
-        self.steps = np.concatenate([empty, *(table.steps for table in tables)])
-        firsts = [np.cumsum(table.steps) - table.steps for table in tables]
-        self._first = np.concatenate([empty, *firsts])
-        counts = [len(table.steps) for table in tables]
-        self._shard_of = np.repeat(np.arange(len(counts)), counts)
+        self.shards: list[Shard] = []
+        self._keys = join_keys([])
+        self.steps = self._first = self._shard_of = np.zeros(0, dtype=np.int64)
         self._chunks: dict[int, dict[str, Path]] = {}
         self._files: OrderedDict[tuple[int, str], int] = OrderedDict()
+        self.add(shard_ids(self._storage) if shards is None else shards, leave_out=leave_out)
+
+    def add(
+        self, shards: Sequence[str], *, leave_out: Callable[[DamagedError], None] | None = None
+    ) -> None:
+        """Open more shards; contexts keep their positions, and those of these follow.
+
+        Args:
+            shards: ids of the same store.
+            leave_out: as when a store is opened.
+        """
+        tables = []
+        for shard_id in shards:
+            try:
+                shard = Shard(self._storage, shard_id, self.identity)
+                table = shard.contexts()
+                if leave_out is not None:
+                    shard.require_files()
+            except DamagedError as error:
+                if leave_out is None:
+                    raise
+                if is_committed(self._storage, shard_id):  # else it was removed just now
+                    leave_out(error)
+            else:
+                self.shards.append(shard)
+                tables.append(table)
+        counts = [len(table.steps) for table in tables]
+        first = len(self.shards) - len(tables)
+        firsts = [np.cumsum(table.steps) - table.steps for table in tables]
+        numbers = np.repeat(np.arange(first, len(self.shards)), counts)
+        self._keys = join_keys([self._keys, *(table.keys for table in tables)])
+        self.steps = np.concatenate([self.steps, *(table.steps for table in tables)])
+        self._first = np.concatenate([self._first, *firsts])
+        self._shard_of = np.concatenate([self._shard_of, numbers])
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -66,11 +105,9 @@ class Store:
         The bytes of a shard are checked before its first value is used.
         """
         ids, records = len(self.identity.safety_ids), {}
-        for name, dtype in array_dtypes(self.identity.stored_dtype).items():
-            columns = ids if name == "log_confidence" else 2
-            width = columns * dtype.itemsize
-            parts = [self._records(name, width, int(position)) for position in positions]
-            records[name] = np.frombuffer(b"".join(parts), dtype=dtype).reshape(-1, columns)
+        for name, record in step_records(self.identity.stored_dtype, ids).items():
+            parts = [self._records(name, record.itemsize, int(place)) for place in positions]
+            records[name] = np.frombuffer(b"".join(parts), dtype=record)
         return decode(records)
 
     def verify(self) -> None:
@@ -88,13 +125,20 @@ class Store:
     def _open(self, shard: int, name: str) -> int:
         handle = self._files.get((shard, name))
         if handle is None:
-            if shard not in self._chunks:
-                self._chunks[shard] = self.shards[shard].arrays()
-            handle = os.open(self._chunks[shard][name], os.O_RDONLY)
-            self._files[shard, name] = handle
+            handle = self._files[shard, name] = self._open_chunk(shard, name)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         return handle
+
+    def _open_chunk(self, shard: int, name: str) -> int:
+        try:
+            path = self._chunks.get(shard, {}).get(name)
+            if path is None or not path.exists():  # a copy that went with its process
+                self._chunks[shard] = self.shards[shard].arrays()
+            return os.open(self._chunks[shard][name], os.O_RDONLY)
+        except OSError as error:
+            place = f"{self.shards[shard].place}/{name}.zarr"
+            raise StoreError(f"{place}: cannot be read: {error.strerror}") from None
 
     def close(self) -> None:
         """Close the files that are open."""

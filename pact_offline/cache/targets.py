@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from pact_offline.cache.format import check_shard_id, is_committed, is_pair, join_pair, split_pair
 from pact_offline.cache.identity import Identity
-from pact_offline.cache.storage import open_storage
+from pact_offline.cache.storage import is_local, open_storage
 from pact_offline.cache.store import Store
 from pact_offline.errors import MissingTargetError, StoreError, TargetsMismatchError
 from pact_offline.files import read_json, write_json
@@ -21,6 +22,7 @@ from pact_offline.models.locate import ModelFiles
 from pact_offline.rows.contexts import CONTEXT_KINDS, ContextKind, TokenizedExample, contexts_of
 
 FORMAT_VERSION = 2
+_STORE_NAME = re.compile(r"(?!\.+$)[\w. -]+")
 
 
 class Targets(NamedTuple):
@@ -121,21 +123,23 @@ class TargetCache:
         self._places = places.reshape(-1, 2)
 
     @classmethod
-    def open(cls, path: str | Path, *, verify_all: bool = False) -> TargetCache:
+    def open(
+        cls, path: str | Path, *, verify_all: bool = False, cache: str | Path | None = None
+    ) -> TargetCache:
         """Open a targets.json and the shards it names.
 
         Args:
             path: the file.
             verify_all: check every byte now; else each shard's when it is first read.
+            cache: the cache that its store lies in, or the store; a URL in the file is followed
+                only into this one.
 
         Raises:
             MissingFileError, StoreError, MissingTargetError: names the file or key.
         """
         path = Path(path)
         binding = Binding.load(path)
-        place = binding.store
-        if "://" not in place:
-            place = str(path.resolve().parent / place)
+        place = store_place(binding.store, path, cache)
         storage = open_storage(place)
         for shard in binding.shards:
             if not is_committed(storage, shard):
@@ -195,6 +199,24 @@ class TargetCache:
                     "tokens (another row, order, tokenizer, chat template or --max-tokens); run "
                     "`pact-offline score` for these rows"
                 )
+
+
+def store_place(store: str, path: Path, cache: str | Path | None) -> str:
+    """The place of the store that a targets.json names: on a disk, or in a cache the user named.
+
+    Raises:
+        StoreError: a URL elsewhere.
+    """
+    if is_local(store):
+        return store if "://" in store else str(path.resolve().parent / store)
+    allowed = "" if cache is None else str(cache).rstrip("/")
+    name = store.removeprefix(f"{allowed}/")
+    if store == allowed or (name != store and _STORE_NAME.fullmatch(name)):
+        return store
+    raise StoreError(
+        f"{path}: store: expected a path, or a store in --cache, found the URL {store!r:.200}; "
+        "`--cache URL` (cache= in Python) with the cache it lies in allows it"
+    )
 
 
 def _describe(reference: dict[str, str]) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from pact_offline.cache.format import SIDECAR, shard_folder
-from pact_offline.cache.identity import IDENTITY_FILE, Identity, read_identity
-from pact_offline.cache.shard import write_shard
+from pact_offline.cache.format import IDENTITY_FILE, SIDECAR, is_committed, shard_folder
+from pact_offline.cache.identity import Identity, read_identity
+from pact_offline.cache.leases import marked_shards
+from pact_offline.cache.shard import Shard, shard_files
 from pact_offline.cache.storage import open_storage
-from pact_offline.errors import ScoringError, StoreError
+from pact_offline.errors import DamagedError, ScoringError, StoreError
 from pact_offline.rows.contexts import Context
 
 
@@ -75,31 +75,59 @@ class StoreWriter:
             return
         keys, kinds, values = self._keys, self._kinds, self._values
         self._keys, self._kinds, self._values, self._steps = [], [], [], 0
-        folder = None
         try:
-            folder = self._storage.aside()
-            shard_id = write_shard(
-                folder,
-                keys,
-                kinds,
-                values,
-                identity=self._identity,
-                provenance=self._provenance,
-            )
-            self._storage.commit(folder, shard_folder(shard_id), last=SIDECAR)
+            shard_id = self._commit(keys, kinds, values)
         except (OSError, StoreError) as error:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
             raise StoreError(
                 f"{self._storage.url}: shard not written: {reason}; what was committed before is "
                 "safe, and the same command goes on from there"
             ) from None
-        except BaseException:  # Ctrl-C in the middle
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
         self.shards.append(shard_id)
+
+    def _commit(self, keys: list[str], kinds: list[str], values: list[np.ndarray]) -> str:
+        """The id of the shard that holds them: this writer's, or another's of the same bytes.
+
+        What lies under an id is never replaced, or whoever is removing it could remove the new one.
+        A shard whose id is taken by what is not whole says so, and thus gets another.
+        """
+        provenance = self._provenance
+        while True:
+            shard_id, files = shard_files(
+                keys, kinds, values, identity=self._identity, provenance=provenance
+            )
+            target = shard_folder(shard_id)
+            is_taken = bool(self._storage.names(target))
+            is_marked = shard_id in marked_shards(self._storage)
+            if is_taken and not is_marked and self._is_whole(shard_id):
+                return shard_id
+            if is_taken or is_marked:
+                provenance = {**provenance, "instead_of": shard_id}
+                continue
+            try:
+                self._storage.commit(target, files, last=SIDECAR)
+            except StoreError:
+                if not is_committed(self._storage, shard_id):
+                    raise
+            else:
+                self._require_kept(shard_id)
+                return shard_id
+
+    def _require_kept(self, shard_id: str) -> None:
+        """Look that nobody took this writer for dead, and its files for leftovers."""
+        is_marked = shard_id in marked_shards(self._storage)
+        if is_marked or not is_committed(self._storage, shard_id):
+            raise StoreError("it was removed meanwhile, as by `pact-offline cache gc`")
+        Shard(self._storage, shard_id, self._identity).require_files()
+
+    def _is_whole(self, shard_id: str) -> bool:
+        try:
+            Shard(self._storage, shard_id, self._identity).verify()
+        except DamagedError:
+            return False
+        finally:
+            self._storage.release(shard_folder(shard_id))
+        return True
 
     def __enter__(self) -> StoreWriter:
         return self

@@ -16,6 +16,7 @@ from pact_offline import __version__
 from pact_offline.cli import bench, cache, demo, evaluation, scoring, training
 from pact_offline.cli.lifetime import end_with_another
 from pact_offline.errors import Interrupted, PactError
+from pact_offline.settings.parse import is_text
 from pact_offline.threads import allowed_cores, usable_cores
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
@@ -26,8 +27,8 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for text in args:
-            if "\0" in text or not _is_unicode(text):
-                raise click.UsageError(f"expected text in UTF-8, found {text!r:.80}")
+            if not is_text(text):
+                raise click.UsageError(f"expected Unicode text without NUL, found {text!r:.80}")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -42,14 +43,6 @@ class Commands(click.Group):
             said = str(stop) if isinstance(stop, Interrupted) else "interrupted"
             click.echo(f"pact-offline: {one_line(said)}", err=True)
             ctx.exit(130)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def one_line(text: str) -> str:

@@ -10,6 +10,7 @@ import click
 from pact_offline.cli.options import (
     FILE,
     MODEL,
+    cache_option,
     json_option,
     rows_option,
     safety_tokens_option,
@@ -32,6 +33,7 @@ def bench() -> None:
     "--targets", type=FILE, multiple=True, required=True, help="targets.json; may be repeated."
 )
 @safety_tokens_option
+@cache_option
 @settings_options(FinetuneSettings)
 @json_option
 def bench_equality(
@@ -39,6 +41,7 @@ def bench_equality(
     rows: tuple[str, ...],
     targets: tuple[Path, ...],
     safety_tokens: Path,
+    cache: str | None,
     as_json: bool,
     settings: FinetuneSettings,
 ) -> None:
@@ -54,21 +57,28 @@ def bench_equality(
     from pact_offline.bench.equality import equality, table
     from pact_offline.models.locate import locate_model
 
-    found = equality(locate_model(model), rows, targets, safety_tokens, settings)
+    found = equality(locate_model(model), rows, targets, safety_tokens, settings, cache=cache)
     click.echo(json.dumps([asdict(one) for one in found]) if as_json else table(found))
 
 
 @bench.command("cache")
-@click.option("--steps", type=int, default=10_000_000, help="Response steps of the store made.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=32, max=10**9),
+    default=10_000_000,
+    help="Response steps of the store made.",
+)
 @click.option("--targets", type=FILE, help="Targets stored as float32, to compare encodings on.")
 @click.option("--policy", type=FILE, help="Targets of another model for the same rows.")
 @click.option("--safety-tokens", type=FILE, help="safety_tokens.json from `pact-offline tokens`.")
+@cache_option
 @json_option
 def bench_cache(
     steps: int,
     targets: Path | None,
     policy: Path | None,
     safety_tokens: Path | None,
+    cache: str | None,
     as_json: bool,
 ) -> None:
     """Time a large store; compare encodings.
@@ -89,7 +99,6 @@ def bench_cache(
 
     if len({targets is None, policy is None, safety_tokens is None}) == 2:
         raise click.UsageError("expected --targets, --policy and --safety-tokens, or none of them")
-    reading = [measure_reading("uint8", steps), measure_reading("float16", steps)]
     sizes = []
     if targets is not None and policy is not None and safety_tokens is not None:
         import torch
@@ -98,7 +107,9 @@ def bench_cache(
         from pact_offline.safety_tokens.file import SafetyTokens
 
         weights = torch.from_numpy(SafetyTokens.load(safety_tokens).weights)
-        sizes = measure_encodings(TargetCache.open(targets), TargetCache.open(policy), weights)
+        opened, ours = (TargetCache.open(path, cache=cache) for path in (targets, policy))
+        sizes = measure_encodings(opened, ours, weights)
+    reading = [measure_reading("uint8", steps), measure_reading("float16", steps)]
     if as_json:
         found = {
             "reading": [asdict(one) for one in reading],
@@ -118,6 +129,7 @@ def bench_cache(
 @rows_option
 @click.option("--targets", type=FILE, required=True, help="targets.json of these rows.")
 @safety_tokens_option
+@cache_option
 @click.option("--steps", type=click.IntRange(min=1), default=20, help="Measured steps of a run.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, help="Runs of each way.")
 @click.option(
@@ -133,6 +145,7 @@ def bench_train(
     rows: tuple[str, ...],
     targets: Path,
     safety_tokens: Path,
+    cache: str | None,
     steps: int,
     repeats: int,
     published_steps: int,
@@ -160,6 +173,7 @@ def bench_train(
         steps=steps,
         repeats=repeats,
         published_steps=published_steps,
+        cache=cache,
     )
     click.echo(json.dumps(asdict(found)) if as_json else training_table(found))
 

@@ -14,11 +14,13 @@ from pact_offline.cli.options import (
     ROW_SOURCES,
     ROWS,
     STORES,
+    cache_option,
     json_option,
     rows_option,
     safety_tokens_option,
     settings_options,
 )
+from pact_offline.errors import StoreError
 from pact_offline.settings.stages import AuditSettings
 
 
@@ -42,6 +44,9 @@ def cache_ls(directory: str, as_json: bool) -> None:
         click.echo(json.dumps(stores))
         return
     for store in stores:
+        if "error" in store:
+            click.echo(f"{store['name']}  {store['error']}")
+            continue
         click.echo(
             f"{store['name']}  {store['shards']} shards, {store['contexts']} contexts, "
             f"{store['steps']} steps, {store['bytes'] / 2**20:.1f} MiB  ({store['model']}; "
@@ -50,12 +55,15 @@ def cache_ls(directory: str, as_json: bool) -> None:
         for usage in store["used_by"]:
             gone = "  (gone)" if usage["missing"] else ""
             click.echo(f"  used by {usage['targets']}, {usage['rows']} rows{gone}")
+        for line in store["strays"]:
+            click.echo(f"  {line}")
 
 
 @cache.command("show")
 @click.argument("targets", type=FILE)
 @click.argument("row", type=int)
 @safety_tokens_option
+@cache_option
 @click.option(
     "--rows",
     type=ROWS,
@@ -68,6 +76,7 @@ def cache_show(
     targets: Path,
     row: int,
     safety_tokens: Path,
+    cache: str | None,
     rows: tuple[str, ...],
     model: str | None,
     columns: int,
@@ -83,7 +92,7 @@ def cache_show(
 
     if bool(rows) != bool(model):
         raise click.UsageError("expected both --rows and --model, or neither")
-    opened = TargetCache.open(targets)
+    opened = TargetCache.open(targets, cache=cache)
     tokens = SafetyTokens.load(safety_tokens)
     opened.check_safety_ids(tokens.ids, str(safety_tokens))
     response: list[str] = []
@@ -104,7 +113,8 @@ def cache_show(
 @cache.command("verify")
 @click.argument("path", type=STORES)
 @click.option("--repair", is_flag=True, help="Drop the shards of a store that are not whole.")
-def cache_verify(path: str, repair: bool) -> None:
+@cache_option
+def cache_verify(path: str, repair: bool, cache: str | None) -> None:
     """Check every byte.
 
     Of a store, of all stores in a directory, or of what a targets.json needs.
@@ -118,15 +128,22 @@ def cache_verify(path: str, repair: bool) -> None:
     if "://" not in path and Path(path).is_file():
         if repair:
             raise click.UsageError("--repair: expected a store or a directory of stores")
-        found = verify_targets(Path(path))
+        found = verify_targets(Path(path), cache)
         click.echo(f"{path}: {found.shards} shards with {found.contexts} contexts are whole")
         return
     is_whole = True
     for place in require_stores(path):
-        found = verify_store(place)
+        try:
+            found = verify_store(place)
+        except StoreError as error:
+            if place == path:
+                raise
+            click.echo(str(error))
+            is_whole = False
+            continue
         click.echo(f"{place}: {found.shards} shards with {found.contexts} contexts are whole")
-        for reason in found.bad.values():
-            click.echo(reason)
+        for line in (*found.bad.values(), *found.strays):
+            click.echo(line)
         if found.bad and repair:
             drop_shards(place, list(found.bad))
             click.echo(
@@ -144,6 +161,7 @@ def cache_verify(path: str, repair: bool) -> None:
 )
 @rows_option
 @safety_tokens_option
+@cache_option
 @settings_options(AuditSettings)
 @json_option
 def cache_audit(
@@ -151,6 +169,7 @@ def cache_audit(
     model: str,
     rows: tuple[str, ...],
     safety_tokens: Path,
+    cache: str | None,
     as_json: bool,
     settings: AuditSettings,
 ) -> None:
@@ -165,7 +184,7 @@ def cache_audit(
     from pact_offline.models.locate import locate_model
     from pact_offline.scoring.audit import audit
 
-    found = audit(locate_model(model), rows, targets, safety_tokens, settings)
+    found = audit(locate_model(model), rows, targets, safety_tokens, settings, cache=cache)
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:
@@ -190,28 +209,45 @@ def cache_audit(
     "--older-than",
     type=click.FloatRange(min=0),
     default=24,
-    help="Hours; what is younger may be a running job's, and stays.",
+    help="Hours; what is younger stays.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool) -> None:
     """Remove what no targets.json uses, after asking.
 
-    A store remembers each targets.json that was bound to it. Leftovers of killed writers go too.
+    A store remembers each targets.json that was bound to it. Leftovers of killed writers go too. A
+    store that a job is filling or binding is left alone.
 
     Example: pact-offline cache gc cache
     """
+    from pact_offline.cache.format import strays
     from pact_offline.cache.garbage import find_garbage, remove_garbage
     from pact_offline.cache.inspect import store_places
+    from pact_offline.cache.leases import users
     from pact_offline.cache.storage import open_storage
 
     found = {}
     for place in store_places(directory):
         storage = open_storage(place)
-        garbage = find_garbage(storage, forget_missing=forget_missing, older_than=3600 * older_than)
-        if garbage.shards or garbage.records or garbage.leftovers:
+        try:
+            if using := users(storage):
+                click.echo("\n".join(f"{place}: {user}; left alone" for user in using))
+                continue
+            garbage = find_garbage(
+                storage, forget_missing=forget_missing, older_than=3600 * older_than
+            )
+        except StoreError as error:
+            if place == directory:
+                raise
+            click.echo(str(error), err=True)
+            continue
+        for line in strays(storage):
+            click.echo(line, err=True)
+        leftovers = len(garbage.leftovers) + len(garbage.signs)
+        if garbage.shards or garbage.records or leftovers:
             found[place] = (storage, garbage)
             click.echo(
-                f"{place}: {len(garbage.shards)} unused shards, {len(garbage.leftovers)} leftovers "
+                f"{place}: {len(garbage.shards)} unused shards, {leftovers} leftovers "
                 f"({garbage.size / 2**20:.1f} MiB), {len(garbage.records)} bindings that are gone"
             )
     if not found:
@@ -220,6 +256,7 @@ def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool)
     if not yes and not click.confirm("Remove them?", err=True):
         click.echo("nothing removed")
         return
-    for storage, garbage in found.values():
-        remove_garbage(storage, garbage)
+    for place, (storage, garbage) in found.items():
+        for user in remove_garbage(storage, garbage).users:
+            click.echo(f"{place}: {user}; what was left is left alone")
     click.echo("removed")

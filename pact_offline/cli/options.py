@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pact_offline.errors import InputError
-from pact_offline.files import check_output_file, check_output_folder, read_yaml, status_of
+from pact_offline.files import check_output_folder, read_yaml, require_file_place, status_of
 from pact_offline.settings.parse import parse_settings
 
 S = TypeVar("S", bound=BaseModel)
@@ -59,7 +59,7 @@ def _given(value: Any, param: click.Parameter | None) -> str:
 
 FILE = Place("file")
 FOLDER = Place("folder")
-OUTPUT_FILE = Place("file", check_output_file)
+OUTPUT_FILE = Place("file", require_file_place)
 OUTPUT_FOLDER = Place("folder", check_output_folder)
 MODEL = Name("model")
 ROWS = Name("rows")
@@ -79,6 +79,10 @@ safety_tokens_option = click.option(
     type=FILE,
     required=True,
     help="safety_tokens.json from `pact-offline tokens`.",
+)
+cache_option = click.option(
+    "--cache",
+    help="Cache of the targets; needed where it is a URL, which a file alone never opens.",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -87,10 +88,11 @@ def parse_part(
     """Read I/N, both from 1."""
     if value is None:
         return None
-    index, slash, count = value.partition("/")
-    if slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
-        return int(index), int(count)
-    raise click.BadParameter(f"expected I/N with 1 <= I <= N, found {value!r}")
+    if found := re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", value):
+        index, count = map(int, found.groups())
+        if 1 <= index <= count:
+            return index, count
+    raise click.BadParameter(f"expected I/N with 1 <= I <= N, found {value!r:.40}")
 
 
 @click.command()
@@ -136,19 +138,22 @@ def score(
     from pact_offline.scoring.bind import bind
     from pact_offline.scoring.dataset import prepare
     from pact_offline.scoring.fill import fill
+    from pact_offline.scoring.job import ScoringJob
 
     if (output is None) == (part is None):
         raise click.UsageError("expected either --output or --part I/N")
     files = locate_model(model)
     dataset = prepare(files, rows, safety_tokens, cache, settings)
-    try:
-        summary = fill(dataset, files, settings, part or (1, 1))
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "interrupted; what was scored is in the cache, and the same command goes on from there"
-        ) from None
-    if output is not None:
-        bind(dataset, files, settings, output)
+    with ScoringJob(dataset, part) as job:
+        try:
+            summary = fill(job, files, settings)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted; what was scored is in the cache, and the same command goes on from "
+                "there"
+            ) from None
+        if output is not None:
+            bind(job, files, settings, output)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
     else:

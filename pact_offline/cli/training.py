@@ -12,6 +12,7 @@ from pact_offline.cli.options import (
     FOLDER,
     MODEL,
     OUTPUT_FOLDER,
+    cache_option,
     json_option,
     rows_option,
     settings_options,
@@ -32,6 +33,7 @@ from pact_offline.settings.stages import (
 @rows_option
 @click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
 @click.option("--safety-tokens", type=FILE, help="safety_tokens.json from `pact-offline tokens`.")
+@cache_option
 @click.option(
     "-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the adapter, to write."
 )
@@ -42,6 +44,7 @@ def finetune(
     rows: tuple[str, ...],
     targets: Path | None,
     safety_tokens: Path | None,
+    cache: str | None,
     output: Path,
     as_json: bool,
     settings: FinetuneSettings,
@@ -64,6 +67,7 @@ def finetune(
         settings,
         targets_path=targets,
         tokens_path=safety_tokens,
+        cache_place=cache,
     )
     if not is_first_process():
         return

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pact_offline.errors import ModelError, SettingError, first_line
-from pact_offline.models.locate import require_model
+from pact_offline.errors import ModelError, SettingError
+from pact_offline.models.locate import require_model, why_not_loaded
 
 
 def default_device() -> torch.device:
@@ -36,9 +36,9 @@ def load_model(
     Args:
         model: path, or hub id.
         dtype: name of the weights' dtype.
-        attention: an implementation of transformers; "auto": sdpa, but on a CPU, whose sdpa is slow
-            in bfloat16 at chat lengths, `grouped_attention` for models that sdpa is right for, and
-            eager for the others.
+        attention: an implementation of transformers; "auto": what transformers takes for the model,
+            but on a CPU, whose sdpa is slow in bfloat16 at chat lengths, `grouped_attention` for
+            models that sdpa is right for, and eager for the others.
         device: default: `default_device`.
 
     Raises:
@@ -51,13 +51,12 @@ def load_model(
     require_model(model)
     device = device or default_device()
     is_cpu_default = attention == "auto" and device.type == "cpu"
-    if attention == "auto":
-        attention = "eager" if is_cpu_default else "sdpa"
+    chosen = attention if attention != "auto" else "eager" if is_cpu_default else None
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=chosen,
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -66,5 +65,5 @@ def load_model(
 
             loaded.set_attn_implementation(NAME)
     except Exception as error:
-        raise ModelError(f"{model}: cannot be loaded: {first_line(error)}") from None
+        raise ModelError(f"{model}: cannot be loaded: {why_not_loaded(error)}") from None
     return loaded.to(device).eval()

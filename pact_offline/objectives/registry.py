@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pact_offline.errors import SettingError
+from pact_offline.objectives.checked import checked
 from pact_offline.objectives.confidence import confidence
 from pact_offline.objectives.pact import pact
 from pact_offline.own_code import installed_names, is_own, load
@@ -35,6 +36,7 @@ OBJECTIVES: dict[str, Objective] = {
     "pact": Objective(pact, needs_response_only=True),
     "confidence": Objective(confidence, needs_response_only=False, needs_rest=True),
 }
+_own: dict[str, Objective] = {}  # of this process: imported once
 
 
 def objective_named(name: str) -> Objective | None:
@@ -50,6 +52,8 @@ def objective_named(name: str) -> Objective | None:
         return None
     if name in OBJECTIVES:
         return OBJECTIVES[name]
+    if name in _own:
+        return _own[name]
     if not is_own("objective", name):
         known = ", ".join(["none", *OBJECTIVES, *installed_names("objective")])
         raise SettingError(
@@ -59,8 +63,7 @@ def objective_named(name: str) -> Objective | None:
     wants = {
         need: bool(getattr(function, need, False)) for need in ("needs_response_only", "needs_rest")
     }
-    OBJECTIVES[name] = Objective(function, **wants)
-    return OBJECTIVES[name]
+    return _own.setdefault(name, Objective(checked(name, function), **wants))
 
 
 def weights_in_use(weights: Tensor, settings: ObjectiveSettings) -> Tensor:

@@ -13,6 +13,7 @@ ContextKind = Literal["full", "response_only"]
 
 
 CONTEXT_KINDS: tuple[ContextKind, ...] = ("full", "response_only")
+KEY_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Context:
         numbers = np.concatenate(([self.response_start], self.ids)).astype("<i4")
         digest = hashlib.sha256(f"pact-offline context 1\n{self.kind}\n".encode())
         digest.update(numbers.tobytes())
-        return digest.hexdigest()[:32]
+        return digest.digest()[:KEY_BYTES].hex()
 
 
 def full_context(example: TokenizedExample) -> Context:

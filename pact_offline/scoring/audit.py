@@ -77,13 +77,17 @@ def audit(
     targets_path: Path,
     tokens_path: Path,
     settings: AuditSettings,
+    *,
+    cache: str | None = None,
 ) -> Audit:
     """Score a random sample of a cache's contexts again, and compare.
+
+    `cache` is as in `TargetCache.open`.
 
     Raises:
         TargetsMismatchError, StoreError, InputError: the cache is not of this model and these rows.
     """
-    targets = TargetCache.open(targets_path)
+    targets = TargetCache.open(targets_path, cache=cache)
     identity = targets.binding.identity
     targets.check_model(model)
     tokenizer = load_tokenizer(str(model.path))

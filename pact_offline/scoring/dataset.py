@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pact_offline.cache.format import join_pair, split_pair
-from pact_offline.cache.identity import IDENTITY_FILE, Identity, store_path
-from pact_offline.cache.storage import open_storage
-from pact_offline.cache.store import Store
+from pact_offline.cache.identity import Identity, store_path
+from pact_offline.errors import InputError
 from pact_offline.models.locate import ModelFiles
 from pact_offline.rows.chat import header_ids, load_tokenizer, tokenize, tokenizer_fingerprint
 from pact_offline.rows.contexts import Context, contexts_of
@@ -27,7 +26,6 @@ class Dataset:
     """A dataset's contexts, and the store they belong to.
 
     Attributes:
-        contexts: distinct contexts by key; none where the store knows them all.
         examples: both context keys of each row, in order, as in a `Binding`.
         sources: row files and their counts.
         tokenizer: fingerprint of the vocabulary.
@@ -35,9 +33,9 @@ class Dataset:
         store: its directory or URL.
         backend: "vllm" or "transformers".
         backend_reason: why that one.
+        read_contexts: gives `contexts`.
     """
 
-    contexts: dict[str, Context]
     examples: tuple[str, ...]
     sources: tuple[dict[str, Any], ...]
     tokenizer: str
@@ -45,11 +43,32 @@ class Dataset:
     store: str
     backend: str
     backend_reason: str
+    read_contexts: Callable[[], dict[str, Context]]
 
     @cached_property
     def keys(self) -> list[str]:
         """Distinct context keys, in order."""
         return list(dict.fromkeys(key for pair in self.examples for key in split_pair(pair)))
+
+    @cached_property
+    def contexts(self) -> dict[str, Context]:
+        """Distinct contexts by key; tokenizes the rows if only their keys were remembered.
+
+        Raises:
+            InputError: the rows are others than when the dataset was named.
+        """
+        contexts = self.read_contexts()
+        if not contexts.keys() >= set(self.keys):
+            names = ", ".join(source["source"] for source in self.sources)
+            raise InputError(f"{names}: changed while it was read; run the same command again")
+        return contexts
+
+
+class _Tokenized(NamedTuple):
+    """Each source's keys, and the contexts of all."""
+
+    parts: list[Recalled]
+    contexts: dict[str, Context]
 
 
 def prepare(
@@ -61,42 +80,25 @@ def prepare(
 ) -> Dataset:
     """Name a dataset's contexts and the store they belong to; loads no model.
 
-    Rows that were tokenized before are not tokenized again where the store knows all of them.
+    Rows that were tokenized before are tokenized again only when their contexts are asked for.
     """
-    recalled = [recall(model, source, settings.max_tokens) for source in sources]
-    if all(recalled):
-        safety_tokens = SafetyTokens.load(tokens_path)
-        dataset = _assemble(
-            model, sources, [r for r in recalled if r], {}, safety_tokens, cache, settings
-        )
-        is_right = dataset.tokenizer == safety_tokens.tokenizer
-        if is_right and known_keys(dataset) == set(dataset.keys):
-            return dataset
-    tokenizer = load_tokenizer(str(model.path))
-    safety_tokens = SafetyTokens.load(tokens_path, tokenizer)
-    header, fingerprint = header_ids(tokenizer), tokenizer_fingerprint(tokenizer)
-    contexts: dict[str, Context] = {}
-    found = []
-    for source in sources:
-        examples = []
-        for example in tokenize(read_rows(source), tokenizer, settings.max_tokens):
-            pair = {context.key: context for context in contexts_of(example, header)}
-            contexts.update(pair)
-            examples.append(join_pair(*pair))
-        found.append(Recalled(fingerprint, tuple(header), tuple(examples)))
-        remember(model, source, settings.max_tokens, found[-1])
-    return _assemble(model, sources, found, contexts, safety_tokens, cache, settings)
+    safety_tokens = SafetyTokens.load(tokens_path)
+    parts = [part for source in sources if (part := recall(model, source, settings.max_tokens))]
+    if len(parts) == len(sources) and {part.tokenizer for part in parts} == {
+        safety_tokens.tokenizer
+    }:
 
+        def read_contexts() -> dict[str, Context]:
+            return _tokenize(model, sources, load_tokenizer(str(model.path)), settings).contexts
 
-def _assemble(
-    model: ModelFiles,
-    sources: Sequence[str | Path],
-    parts: Sequence[Recalled],
-    contexts: dict[str, Context],
-    safety_tokens: SafetyTokens,
-    cache: str | Path,
-    settings: ScoreSettings,
-) -> Dataset:
+    else:
+        tokenizer = load_tokenizer(str(model.path))
+        safety_tokens = SafetyTokens.load(tokens_path, tokenizer)
+        parts, contexts = _tokenize(model, sources, tokenizer, settings)
+
+        def read_contexts() -> dict[str, Context]:
+            return contexts
+
     backend, reason = choose_backend(settings.backend)
     identity = Identity(
         reference=model.identity,
@@ -108,7 +110,6 @@ def _assemble(
     )
     counts = zip(sources, parts, strict=True)
     return Dataset(
-        contexts=contexts,
         examples=tuple(keys for part in parts for keys in part.examples),
         sources=tuple({"source": str(s), "rows": len(p.examples)} for s, p in counts),
         tokenizer=parts[0].tokenizer,
@@ -116,12 +117,22 @@ def _assemble(
         store=store_path(cache, model.name, identity),
         backend=backend,
         backend_reason=reason,
+        read_contexts=read_contexts,
     )
 
 
-def known_keys(dataset: Dataset) -> set[str]:
-    """Those of a dataset's context keys that the store holds."""
-    if not open_storage(dataset.store).has(IDENTITY_FILE):
-        return set()
-    places = Store(dataset.store).locate(dataset.keys)
-    return {key for key, place in zip(dataset.keys, places, strict=True) if place >= 0}
+def _tokenize(
+    model: ModelFiles, sources: Sequence[str | Path], tokenizer: Any, settings: ScoreSettings
+) -> _Tokenized:
+    header, fingerprint = header_ids(tokenizer), tokenizer_fingerprint(tokenizer)
+    contexts: dict[str, Context] = {}
+    parts = []
+    for source in sources:
+        examples = []
+        for example in tokenize(read_rows(source), tokenizer, settings.max_tokens):
+            pair = {context.key: context for context in contexts_of(example, header)}
+            contexts.update(pair)
+            examples.append(join_pair(*pair))
+        parts.append(Recalled(fingerprint, tuple(header), tuple(examples)))
+        remember(model, source, settings.max_tokens, parts[-1])
+    return _Tokenized(parts, contexts)

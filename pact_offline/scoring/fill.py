@@ -7,12 +7,11 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from pact_offline.cache.writer import StoreWriter
-from pact_offline.errors import MissingTargetError
 from pact_offline.models.locate import ModelFiles
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
 from pact_offline.scoring.backends import bind_device, make_scorer
-from pact_offline.scoring.dataset import Dataset, known_keys
+from pact_offline.scoring.job import ScoringJob
 from pact_offline.settings.stages import ScoreSettings
 
 log = logging.getLogger(__name__)
@@ -32,30 +31,23 @@ class ScoreSummary:
     store: str
 
 
-def fill(
-    dataset: Dataset, model: ModelFiles, settings: ScoreSettings, part: tuple[int, int] = (1, 1)
-) -> ScoreSummary:
-    """Score the contexts that the store does not hold yet.
+def fill(job: ScoringJob, model: ModelFiles, settings: ScoreSettings) -> ScoreSummary:
+    """Score the contexts that the store does not hold yet, or this part of them.
 
     Args:
-        dataset: from `prepare`.
+        job: entered.
         model: the reference model.
         settings: dtype, batch and memory.
-        part: (i, n) scores the i-th of n parts, split by context key.
     """
-    known = known_keys(dataset)
-    index, count = part
-    wanted = [k for k in dataset.keys if k not in known and int(k, 16) % count == index - 1]
-    if wanted and not dataset.contexts:
-        raise MissingTargetError(
-            f"{dataset.store}: a shard was removed meanwhile; run `pact-offline score` again"
-        )
+    dataset, (index, count) = job.dataset, job.part
+    unknown = job.missing()
+    wanted = [key for key in unknown if int(key, 16) % count == index - 1]
     missing = [dataset.contexts[key] for key in wanted]
     summary = ScoreSummary(
         rows=len(dataset.examples),
         contexts=2 * len(dataset.examples),
         shared=2 * len(dataset.examples) - len(dataset.keys),
-        known=len(known),
+        known=len(dataset.keys) - len(unknown),
         scored=len(missing),
         tokens=sum(len(context.ids) for context in missing),
         backend=dataset.backend,
@@ -68,7 +60,7 @@ def fill(
     if not missing:
         return summary
     log.info("backend: %s (%s)", dataset.backend, dataset.backend_reason)
-    if device := bind_device(part, settings.tensor_parallel_size):
+    if device := bind_device(job.part, settings.tensor_parallel_size):
         log.info("part %d of %d: on GPU %s", index, count, device)
     scorer = make_scorer(
         dataset.backend,
@@ -90,8 +82,10 @@ def fill(
         StoreWriter(dataset.store, dataset.identity, settings.shard_steps, facts) as writer,
         bar("scoring", summary.tokens, "tokens") as progress,
     ):
+        job.lease.take()  # of a store that was not there until now
         for scored in scorer.score(missing):
             context = missing[scored.position]
             writer.add(context, scored.log_confidences)
             progress.update(len(context.ids))
+    job.add(writer.shards)
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     ValidationError,
+    field_validator,
 )
 
 from pact_offline.errors import SettingError
@@ -17,10 +19,40 @@ from pact_offline.errors import SettingError
 S = TypeVar("S", bound=BaseModel)
 
 
-class Settings(BaseModel):
-    """Frozen settings that refuse unknown keys."""
+_LARGEST = 2**32 - 1  # what every library takes, as a seed or a size
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Settings(BaseModel):
+    """Frozen settings that refuse unknown keys, numbers without end, and text that is none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int) and item > _LARGEST:
+                raise ValueError(f"expected at most {_LARGEST}, found {_shown(item)}")
+            if isinstance(item, str) and not is_text(item):
+                raise ValueError(f"expected Unicode text without NUL, found {_shown(item)}")
+        return value
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written to a file, and name one."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _shown(value: Any) -> str:
+    """The start of a value as JSON; of one that aliases make endless or huge, some of it."""
+    try:
+        is_plain = value is None or isinstance(value, str | int | float)
+        return json.dumps(value)[:60] if is_plain else reprlib.repr(value)[:60]
+    except ValueError:
+        return "a number of very many digits"
 
 
 def _describe(problem: Any, source: str) -> str:
@@ -30,11 +62,11 @@ def _describe(problem: Any, source: str) -> str:
         text = message.removeprefix("Value error, ")
         return f"{source}: {key + ': ' if key else ''}{text}"
     if kind == "extra_forbidden":
-        return f"{source}: {key}: unknown key (value {json.dumps(found, default=str)[:60]})"
+        return f"{source}: {key}: unknown key (value {_shown(found)})"
     if kind == "missing":
         return f"{source}: {key}: required key is missing"
     expected = message.replace("Input should be ", "").replace("Input should ", "")
-    return f"{source}: {key}: expected {expected}, found {json.dumps(found, default=str)[:60]}"
+    return f"{source}: {key}: expected {expected}, found {_shown(found)}"
 
 
 def parse_settings(cls: type[S], values: Mapping[str, Any], source: str) -> S:

@@ -61,10 +61,21 @@ class RunConfig(FinetuneSettings):
     """One fine-tuning run: a dataset, and any training setting."""
 
     dataset: RunName = Field(description="A key of `datasets`.")
+    save_steps: int = Field(
+        100,
+        ge=0,
+        description="Write a checkpoint every so many optimizer steps, from which a killed run "
+        "goes on; changing it trains nothing again. 0: none.",
+    )
 
 
 class WorkflowConfig(Settings):
-    """The workflow's config file."""
+    """The workflow's config file.
+
+    A relative path of a file or model to read is looked up in the working directory
+    (`snakemake -d`) and, if nothing is there, beside the Snakefile, where the bundled data is.
+    What is made, `output` and `cache`, goes to the working directory.
+    """
 
     output: str = Field("results", description="Directory of everything the workflow makes.")
     cache: str | None = Field(

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, SettingError
 from pact_offline.files import write_json
-from pact_offline.folders import RUN_FILE, output_aside, scratch_folder
+from pact_offline.folders import RUN_FILE, output_aside, require_place, scratch_folder
 from pact_offline.models.cpu_dropout import use_fast_dropout
 from pact_offline.models.load import default_device, load_model, require_compiler
 from pact_offline.models.locate import ModelFiles
@@ -69,10 +69,12 @@ def finetune(
     *,
     targets_path: Path | None = None,
     tokens_path: Path | None = None,
+    cache_place: str | None = None,
 ) -> dict[str, Any]:
     """Train a policy and write it, whole or not at all, to `output`.
 
-    Everything that can be refused is refused before any weight is loaded.
+    Everything that can be refused is refused before any weight is loaded. `cache_place` is the
+    `cache` of `TargetCache.open`.
 
     Returns:
         what is written to `pact_offline.json`: settings, targets hash, metrics and provenance;
@@ -81,13 +83,14 @@ def finetune(
     Raises:
         Interrupted: says what is kept.
     """
+    require_place(output)
     _check_report_to(settings)
     objective_named(settings.objective)
     own_content = content_of("objective", settings.objective)
     check_lora_modules(str(model.path), settings)
     if settings.compile:
         require_compiler()
-    inputs = _read_inputs(model, sources, settings, targets_path, tokens_path)
+    inputs = _read_inputs(model, sources, settings, targets_path, cache_place, tokens_path)
     tokenizer, examples, tokens, cache = inputs
     counts = count_rows(examples, _rows_per_batch(settings))
     unheld = why_nothing_is_held(settings, examples)
@@ -149,6 +152,7 @@ def _read_inputs(
     sources: Sequence[str | Path],
     settings: FinetuneSettings,
     targets_path: Path | None,
+    cache_place: str | None,
     tokens_path: Path | None,
 ) -> _Inputs:
     """Read what a run needs beside the model, and refuse what does not belong together."""
@@ -162,7 +166,7 @@ def _read_inputs(
             f"every process), found {len(examples)}"
         )
     tokens = _load_safety_tokens(tokens_path, tokenizer, settings)
-    cache = _open_cache(targets_path, settings)
+    cache = _open_cache(targets_path, cache_place, settings)
     if cache is not None and tokens is not None:
         cache.check_model(model)
         cache.check_safety_ids(tokens.ids, str(tokens_path))
@@ -215,7 +219,9 @@ def _load_safety_tokens(
     return tokens
 
 
-def _open_cache(path: Path | None, settings: FinetuneSettings) -> TargetCache | None:
+def _open_cache(
+    path: Path | None, place: str | None, settings: FinetuneSettings
+) -> TargetCache | None:
     if settings.objective == "none":
         return None
     if settings.reference == "live":
@@ -227,7 +233,7 @@ def _open_cache(path: Path | None, settings: FinetuneSettings) -> TargetCache | 
             f"--objective {settings.objective}: expected --targets, found none; only "
             "--objective none and --reference live train without them"
         )
-    return TargetCache.open(path, verify_all=True)
+    return TargetCache.open(path, verify_all=True, cache=place)
 
 
 def train(
@@ -265,7 +271,7 @@ def train(
     scratch.mkdir(parents=True, exist_ok=True)
     arguments = training_arguments(settings, scratch, output.name if output else None)
     resumed = checkpoints.latest() if checkpoints else None
-    journal = scratch / STEP_LOG
+    journal = Journal(scratch / STEP_LOG)
     trainer = PactTrainer(
         policy,
         arguments,
@@ -276,18 +282,21 @@ def train(
         targets=targets,
         weights=weights,
         pass_tokens=settings.pass_tokens or _default_pass_tokens(),
-        callbacks=[Journal(journal), *([EpochOrder(resumed)] if checkpoints else [])],
+        callbacks=[journal, *([EpochOrder(resumed)] if checkpoints else [])],
     )
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and output:
             callback.logging_dir = str(output.parent / "tensorboard" / output.name)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finally:
+        journal.close()
     seconds = time.monotonic() - started
     before = step_of(resumed) if resumed else 0
     if trainer.is_world_process_zero():
-        shutil.copy(journal, folder / STEP_LOG)
+        shutil.copy(scratch / STEP_LOG, folder / STEP_LOG)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return trainer, _final_metrics(trainer, trainer.state.global_step - before, seconds)
 

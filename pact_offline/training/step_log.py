@@ -23,6 +23,7 @@ class Journal(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, path: Path) -> None:
         self._path, self._started = path, time.monotonic()
+        self._bar = bar("training", 0, "steps", shown=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         self._is_first = state.is_world_process_zero
@@ -47,7 +48,6 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         if not logs or "loss" not in logs:
             return
         if not all(map(_is_finite, logs.values())):
-            self._bar.close()
             raise TrainingError(
                 f"step {state.global_step}: expected a finite loss and gradient, found "
                 f"loss {logs['loss']}; lower --learning-rate or --kl-weight"
@@ -63,7 +63,8 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         }
         self._bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+    def close(self) -> None:
+        """End the bar's line, however training ended."""
         self._bar.close()
 
 
