@@ -63,5 +63,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error's text, and the next after a colon; its kind where empty."""
+    lines = [stripped for line in str(error).splitlines() if (stripped := line.strip())]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

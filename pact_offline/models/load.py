@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pact_offline.errors import ModelError, SettingError
-from pact_offline.models.locate import require_model, why_not_loaded
+from pact_offline.models.locate import (
+    locate_model,
+    looks_like_path,
+    require_model,
+    require_safetensors,
+    why_not_loaded,
+)
 
 
 def default_device() -> torch.device:
@@ -49,16 +56,19 @@ def load_model(
 
     disable_progress_bar()
     require_model(model)
+    folder = Path(model) if looks_like_path(model) else locate_model(model).path
+    require_safetensors(folder)
     device = device or default_device()
     is_cpu_default = attention == "auto" and device.type == "cpu"
     chosen = attention if attention != "auto" else "eager" if is_cpu_default else None
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model,
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            folder,
             dtype=getattr(torch, dtype),
             attn_implementation=chosen,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
         if is_cpu_default and loaded._supports_sdpa:
             from pact_offline.models.cpu_attention import NAME
@@ -66,4 +76,9 @@ def load_model(
             loaded.set_attn_implementation(NAME)
     except Exception as error:
         raise ModelError(f"{model}: cannot be loaded: {why_not_loaded(error)}") from None
+    if missing := sorted(found["missing_keys"]):  # transformers takes random numbers there
+        raise ModelError(
+            f"{model}: expected weights of all that config.json describes, found none of "
+            f"{missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}"
+        )
     return loaded.to(device).eval()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pact_offline.errors import MissingFileError, ModelError, first_line
-from pact_offline.files import remembered_checksum
+from pact_offline.errors import InputError, MissingFileError, ModelError, first_line
+from pact_offline.files import read_json, remembered_checksum
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+# The same weights again, in other layouts: `original/`, `onnx/`, and Mistral's own.
+_UNWANTED = ["*/*", "consolidated*.safetensors"]
+_WEIGHTS = "model.safetensors"
 
 
 def looks_like_path(model: str) -> bool:
@@ -18,7 +22,7 @@ def looks_like_path(model: str) -> bool:
 
 
 def require_model(model: str) -> None:
-    """Refuse a local model path that does not exist or holds no model."""
+    """Refuse a local model path that does not exist or holds no model, or a broken config.json."""
     if not looks_like_path(model):
         return
     path = Path(model)
@@ -28,12 +32,60 @@ def require_model(model: str) -> None:
         raise ModelError(f"{model}: expected a model directory, found an adapter; see --adapter")
     if not (path / "config.json").is_file():
         raise ModelError(f"{model}: expected a model directory with config.json, found none")
+    _read_object(path / "config.json")
+
+
+def require_safetensors(folder: Path) -> None:
+    """Refuse a model whose weights transformers would not take from safetensors in its directory.
+
+    transformers opens whatever an index or config.json names, pickles among it.
+
+    Raises:
+        ModelError: names the file.
+    """
+    config, index = folder / "config.json", folder / f"{_WEIGHTS}.index.json"
+    if (named := _read_object(config).get("transformers_weights")) is not None:
+        raise ModelError(
+            f"{config}: transformers_weights: expected none, as weights are read from {_WEIGHTS}, "
+            f"found {named!r:.60}"
+        )
+    if (folder / _WEIGHTS).is_file():
+        return
+    if not index.is_file():
+        raise ModelError(f"{folder}: expected weights as {_WEIGHTS} or {index.name}, found neither")
+    shards = _read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(
+            f"{index}: weight_map: expected a file of each weight, found {shards!r:.60}"
+        )
+    for weight, shard in shards.items():
+        if not (isinstance(shard, str) and shard.endswith(".safetensors") and "/" not in shard):
+            raise ModelError(
+                f"{index}: weight_map: {weight}: expected a file *.safetensors of this directory, "
+                f"found {shard!r:.60}"
+            )
+        if not (folder / shard).is_file():
+            raise ModelError(f"{index}: weight_map: {weight}: no such file: {shard}")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = read_json(file)
+    except InputError as error:
+        raise ModelError(str(error)) from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def why_not_loaded(error: Exception) -> str:
     """Why transformers could not load something, in one line."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own repository, which is never run"
+    if "ignore_mismatched_sizes" in str(
+        error
+    ):  # transformers' text is about an argument of its own
+        return "weights of other shapes than config.json's"
     return first_line(error)
 
 
@@ -62,25 +114,37 @@ def locate_model(model: str) -> ModelFiles:
 
     Raises:
         MissingFileError: no such directory, or not on the hub and not in its local cache.
-        ModelError: the directory holds no safetensors.
+        ModelError: it has no weights as safetensors, or names others.
     """
     require_model(model)
     if looks_like_path(model):
         path = Path(model)
         return ModelFiles(model, path, _weight_checksums(path))
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        path = Path(snapshot_download(model, allow_patterns=_WANTED))
+        path = Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except GatedRepoError:
+        raise MissingFileError(
+            f"{model}: no such directory, and the hub gives it only to who has accepted its terms "
+            "there, and has logged in here (hf auth login)"
+        ) from None
+    except RepositoryNotFoundError:
+        raise MissingFileError(
+            f"{model}: no such directory, and the hub has none of this name, or none for all to "
+            "see (then: hf auth login)"
+        ) from None
     except Exception as error:
         raise MissingFileError(
             f"{model}: no such directory, and the hub gave: {first_line(error)}"
         ) from None
+    require_model(str(path))
+    require_safetensors(path)
     return ModelFiles(model, path, {"hub": model, "commit": path.name})
 
 
 def _weight_checksums(path: Path) -> dict[str, str]:
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(f"{path}: expected weights as *.safetensors, found none")
+    require_safetensors(path)
+    weights = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     return {file.name: remembered_checksum(file) for file in [path / "config.json", *weights]}
