@@ -82,9 +82,7 @@ def why_not_loaded(error: Exception) -> str:
     """Why transformers could not load something, in one line."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own repository, which is never run"
-    if "ignore_mismatched_sizes" in str(
-        error
-    ):  # transformers' text is about an argument of its own
+    if "ignore_mismatched_sizes" in str(error):  # their text is about an argument of theirs
         return "weights of other shapes than config.json's"
     return first_line(error)
 
