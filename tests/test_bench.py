@@ -4,6 +4,7 @@ Of each command one run is in a process of its own, as for a user; but not of tr
 """
 
 import json
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -71,8 +72,9 @@ def test_bench_train_compares_the_ways(
 
 
 def test_bench_cache_compares_encodings(
-    common: list[Any], score: Callable[..., Path], run: Run, fails: Callable[..., str]
-) -> None:
+    common: list[Any], score: Callable[..., Path], run: Run, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     exact, coarse = score("exact.json", "--stored-dtype", "float32"), score("coarse.json")
     bench = ["bench", "cache", "--steps", 3200, *common[4:]]
     result = run(*bench, "--targets", exact, "--policy", coarse, "--json")
@@ -84,6 +86,8 @@ def test_bench_cache_compares_encodings(
     assert sizes["float32", "plain"]["pact_change"] == 0
     assert [one["steps"] for one in found["reading"]] == [3200, 3200]
     assert "stored as float32" in fails(*bench, "--targets", coarse, "--policy", coarse)
+    monkeypatch.setitem(sys.modules, "numcodecs", None)
+    assert "install pact-offline[bench]" in fails(*bench, "--targets", exact, "--policy", coarse)
 
 
 def test_bench_score_compares_backends(
