@@ -106,6 +106,24 @@ class ModelFiles:
     path: Path
     identity: dict[str, str]
 
+    def require_unchanged(self) -> None:
+        """Refuse a local model whose files are no longer those that were located.
+
+        Raises:
+            ModelError: they are not.
+        """
+        if "commit" in self.identity:  # a commit stays what it is
+            return
+        try:
+            found = _weight_checksums(self.path)
+        except (OSError, ModelError):
+            found = {}
+        if found != self.identity:
+            raise ModelError(
+                f"{self.path}: expected its config and weights to stay as they were when this "
+                "command began, found others; run it again"
+            )
+
 
 def locate_model(model: str) -> ModelFiles:
     """Find a model's files, fetching them from the hub (safetensors only) where needed.
