@@ -74,10 +74,15 @@ def extract(output: Path) -> None:
     if found != GGUF_SHA256:
         raise ModelError(f"{file}: expected sha256 {GGUF_SHA256:.12}…, found {found:.12}…")
     with output_aside(output) as aside:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
         tokenizer.chat_template = CHAT_TEMPLATE
         quantised = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.bfloat16
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            trust_remote_code=False,
         )
         config = quantised.config.to_dict()
         config.pop("quantization_config", None)

@@ -26,6 +26,10 @@ class ModelError(PactError, ValueError):
     """A model or tokenizer cannot be used for what was asked."""
 
 
+class UnsupportedModelError(ModelError):
+    """vLLM does not run a model; transformers may."""
+
+
 class ScoringError(PactError, RuntimeError):
     """A scorer did not return what it was asked for."""
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from typing import Any
 import yaml
 
 from pact_offline.errors import InputError, MissingFileError, PactError, first_line
+
+_SETTLED_NS = 2_000_000_000
 
 
 @contextmanager
@@ -237,9 +240,14 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def remembered_checksum(file: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and modification time."""
-    stat = file.stat()
-    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    """SHA-256 of a file, remembered by its path and by what changes with its bytes.
+
+    The time of the last change of its status is among that: nobody can set it back. What was
+    changed a moment ago is not remembered, as it may change again within the same tick.
+    """
+    before = file.stat()
+    changed = (before.st_size, before.st_ino, before.st_mtime_ns, before.st_ctime_ns)
+    key = f"{file.resolve()}:{':'.join(map(str, changed))}"
     memory = user_cache() / "checksums.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
@@ -248,6 +256,8 @@ def remembered_checksum(file: Path) -> str:
     except (OSError, ValueError):
         known = {}
     checksum = sha256_file(file)
+    if time.time_ns() - max(changed[2:]) < _SETTLED_NS:
+        return checksum
     # A home directory that cannot be written to costs time, not truth.
     with contextlib.suppress(ValueError):
         write_json(memory, {**(known if isinstance(known, dict) else {}), key: checksum})

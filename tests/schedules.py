@@ -15,11 +15,24 @@ from typing import Any, ClassVar
 from pact_offline.errors import DamagedError, StoreError
 
 
+class Killed(BaseException):
+    """Ends a thread as SIGKILL ends a process: no later call of the storage is answered."""
+
+
 class Schedule:
     """Runs functions as threads that change turns where `step` or `wait` is called."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, seconds: float = 0.0, kills: float = 0.0) -> None:
+        """Start the clock.
+
+        Args:
+            seed: draws the turns.
+            seconds: that pass at each step.
+            kills: share of the threads that are killed at a step of theirs.
+        """
         self.draw = random.Random(seed)
+        self._seconds, self._kills = seconds, kills
+        self._killed_at: dict[threading.Thread, int] = {}
         self._change = self.draw.choice([1.0, 0.5, 0.2, 0.05])
         self._turns: dict[threading.Thread, Any] = {}
         self._failures: list[BaseException] = []
@@ -34,6 +47,8 @@ class Schedule:
             turn.acquire()
             thread = threading.Thread(target=self._work, args=(function, turn, done), daemon=True)
             self._turns[thread] = turn
+            if self.draw.random() < self._kills:
+                self._killed_at[thread] = self.draw.randrange(200)
         threads = list(self._turns)
         for thread in threads:
             thread.start()
@@ -48,6 +63,8 @@ class Schedule:
         turn.acquire()
         try:
             function()
+        except Killed:
+            pass
         except BaseException as error:
             self._failures.append(error)
         del self._turns[threading.current_thread()]
@@ -60,19 +77,23 @@ class Schedule:
         """Perhaps let another thread go on; nothing in a thread that is not of the schedule."""
         if threading.current_thread() in self._turns:
             self.steps += 1
+            if self.steps > self._killed_at.get(threading.current_thread(), self.steps):
+                raise Killed
             if self.draw.random() < self._change:
                 self._give(self.draw.choice(list(self._turns.values())))
 
     def age(self, step: int) -> float:
-        """Seconds since a step; none have passed, since nobody is slow."""
-        return 0.0
+        """Seconds since a step."""
+        return (self.steps - step) * self._seconds
 
     def wait(self, seconds: float) -> None:
         """Let another thread go on, as one does that sleeps."""
-        own = self._turns[threading.current_thread()]
+        self.steps += 1
+        own = self._turns.get(threading.current_thread())
         others = [turn for turn in self._turns.values() if turn is not own]
-        assert others, "waits for what nobody ends"
-        self._give(self.draw.choice(others))
+        assert others or self._seconds, "waits for what nobody ends"
+        if others:
+            self._give(self.draw.choice(others))
 
     def _give(self, turn: Any) -> None:
         own = self._turns[threading.current_thread()]
@@ -92,6 +113,7 @@ class TurnStorage:
     turns: ClassVar[Schedule]
     is_disk: ClassVar[bool] = True
     scratch: ClassVar[Path]
+    made: ClassVar[dict[Path, dict[str, bytes]]] = {}  # what is in a folder that was written aside
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -151,14 +173,14 @@ class TurnStorage:
         return folder
 
     def commit(self, folder: Path, name: str, last: str) -> None:
-        paths = [path for path in folder.rglob("*") if path.is_file()]
+        made = self.made.pop(folder)
         self.turns.step()
         if self.is_disk and self._in(name):
             raise StoreError(f"{self.url}/{name}: cannot be used: Directory not empty")
-        for path in sorted(paths, key=lambda path: path.name == last):
+        for file in sorted(made, key=lambda file: file == last):
             if not self.is_disk:
                 self.turns.step()
-            self._put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+            self._put(f"{name}/{file}", made[file])
         shutil.rmtree(folder)
 
     def remove(self, name: str, first: str) -> None:

@@ -3,16 +3,20 @@
 Light on imports, since a process is started for each of a hundred writers.
 """
 
+import gc
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.random  # before a writer becomes a user who may not read it
@@ -22,6 +26,7 @@ from pact_offline.cache.identity import Identity
 from pact_offline.cache.inspect import verify_store
 from pact_offline.cache.storage import open_storage
 from pact_offline.cache.store import Store
+from pact_offline.cache.targets import TargetCache
 from pact_offline.cache.writer import StoreWriter
 from pact_offline.errors import StoreError
 from pact_offline.rows.contexts import Context
@@ -80,6 +85,15 @@ def write_missing(store: Path, seed: int, pause: float) -> None:
         for number in numbers:
             writer.add(context(number), values(number))
             time.sleep(pause)
+
+
+def commit_together(store: Path, gate: Any, count: int) -> None:
+    """Commit shards at the same moments as others do that hold the same."""
+    writer = StoreWriter(store, IDENTITY, 10**6, {"by": "test"})
+    for number in range(count):
+        writer.add(context(number), values(number))
+        gate.wait(60)
+        writer.commit()
 
 
 def holds_all(store: Path, numbers: range) -> None:
@@ -145,3 +159,15 @@ def write_as_nobody(store: Path) -> None:
 
 def fill_from(store: Path, first: int) -> None:
     fill(store, range(first, first + 20), shard_steps=20)
+
+
+def read_as_worker(
+    targets: TargetCache, right: list[np.ndarray], scratch: str, env: dict[str, str]
+) -> None:
+    """Read all that `targets` has, as a data-loader's worker does, and end a copy of it."""
+    os.environ.update(env)
+    tempfile.tempdir = scratch
+    for index, expected in enumerate(right):
+        pickle.loads(pickle.dumps(targets))[index]  # noqa: S301
+        gc.collect()
+        np.testing.assert_array_equal(targets[index].full, expected)

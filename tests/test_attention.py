@@ -94,6 +94,19 @@ def test_a_model_that_sdpa_is_not_right_for_keeps_its_own(
     assert model.config._attn_implementation == expected
 
 
+def test_a_family_without_sdpa_is_loaded_off_the_cpu_too(tmp_path: Path) -> None:
+    config = GptOssConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(tmp_path / "oss")
+    meta = torch.device("meta")
+    model = load_model(str(tmp_path / "oss"), "float32", device=meta)
+    assert model.config._attn_implementation == "eager"
+    model = load_model(str(make_model(tmp_path / "llama")), "float32", device=meta)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_the_implementation_is_not_saved_with_the_model(tmp_path: Path) -> None:
     model = load_model(str(make_model(tmp_path / "m")), "float32")
     assert model.config._attn_implementation == attention.NAME

@@ -1,4 +1,7 @@
-"""`pact-offline bench`: every table is made, on tiny models; the numbers are no claim."""
+"""`pact-offline bench`: every table is made, on tiny models; the numbers are no claim.
+
+Training is measured in this process, scoring and reading in processes of their own, as for a user.
+"""
 
 import json
 from collections.abc import Callable
@@ -13,7 +16,7 @@ Run = Callable[..., Result]
 
 
 class InThisProcess:
-    """Stands in for processes whose imports take longer than all else here."""
+    """Stands in for three processes whose imports take longer than all else here."""
 
     def __init__(self, *args: Any) -> None: ...
 
@@ -26,12 +29,6 @@ class InThisProcess:
         future: Future[Any] = Future()
         future.set_result(function(*args))
         return future
-
-
-@pytest.fixture(autouse=True)
-def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for bench in ("train", "score"):
-        monkeypatch.setattr(f"pact_offline.bench.{bench}.ProcessPoolExecutor", InThisProcess)
 
 
 @pytest.fixture
@@ -53,8 +50,9 @@ def score(common: list[Any], tmp_path: Path, run: Run) -> Callable[..., Path]:
 
 
 def test_bench_train_compares_the_ways(
-    common: list[Any], score: Callable[..., Path], run: Run
+    common: list[Any], score: Callable[..., Path], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pact_offline.bench.train.ProcessPoolExecutor", InThisProcess)
     result = run(
         "bench", "train", *common, "--targets", score("t.json"), "--batch-size", 4, "--steps", 3,
         "--repeats", 1, "--published-steps", 1, "--dtype", "float32", "--json",
@@ -82,7 +80,7 @@ def test_bench_cache_compares_encodings(
     assert "stored as float32" in fails(*bench, "--targets", coarse, "--policy", coarse)
 
 
-def test_bench_score_compares_backends(
+def test_bench_score_compares_backends_in_processes_of_their_own(
     common: list[Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pact_offline.bench.score.find_spec", lambda name: None)  # no engine starts

@@ -229,7 +229,7 @@ def test_a_response_that_occurs_often_is_one_context(
     assert sum(context.kind == "response_only" for context in dataset.contexts.values()) == 1
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 def test_loader_workers_read_what_this_process_reads(scored: Path, start: str) -> None:
     from torch.utils.data import DataLoader
 

@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_the_loops_of_pytorch_and_trl_train(readers_folder: Path) -> None:
         '"trained",', '"trained", use_cpu=True, bf16=False,'
     )
     exec(code, names)
+    alone, two = (
+        names["PactSFTTrainer"].compute_loss(
+            SimpleNamespace(accelerator=SimpleNamespace(num_processes=processes)),
+            names["model"].eval(),
+            names["batch"],
+            num_items_in_batch=torch.tensor(100),
+        )
+        for processes in (1, 2)
+    )
+    assert two.item() == pytest.approx(2 * alone.item())
     after = dict(names["model"].named_parameters())
     assert any(not torch.equal(before[name], after[name]) for name in before)
 

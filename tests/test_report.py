@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 
 from pact_offline.errors import InputError
 from pact_offline.evaluation.metrics import Drift, Metrics, Rate, Sample, TokenCurve
@@ -92,7 +95,8 @@ def make_drift() -> Drift:
 
 
 def sft(refused: int | None = 4, **changes: Any) -> Metrics:
-    return make_metrics("sft", refused, 177, run={"objective": "none", "kl_weight": 1.0}, **changes)
+    changes = {"run": {"objective": "none", "kl_weight": 1.0}, **changes}
+    return make_metrics(changes.pop("name", "sft"), refused, 177, **changes)
 
 
 def reference() -> Metrics:
@@ -349,3 +353,111 @@ def test_ticks_enclose_the_values_in_few_round_steps(low: float, high: float) ->
 def test_twenty_runs_look_different() -> None:
     styles = styles_of([make_metrics(f"run{n}") for n in range(20)])
     assert len({style.css for style in styles.values()}) == 20
+
+
+def save(folder: Path, *metrics: Metrics) -> list[Path]:
+    paths = [folder / f"{number}.json" for number in range(len(metrics))]
+    for path, one in zip(paths, metrics, strict=True):
+        one.save(path)
+    return paths
+
+
+def made_otherwise(**changes: Any) -> MadeFrom:
+    return replace(reference().made_from, **changes)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (sft(name="reference"), "name: expected one run a name, found 'reference' in {0} too"),
+        (sft(is_reference=True), "expected one reference, found another in {0}"),
+        (
+            sft(made_from=made_otherwise(rows={"task": "9", "harmful": "8"})),
+            'harmful prompts: expected "2", found "8"; {0} was evaluated so',
+        ),
+        (sft(made_from=made_otherwise(models={"evaluated": {"w": "9"}})), "evaluated model: "),
+        (sft(made_from=made_otherwise(template="9" * 64)), "found sha256 999999999999; {0} was"),
+        (sft(reference_sha256="others"), "reference: expected answers of sha256 answers of r"),
+    ],
+)
+def test_evaluations_that_do_not_belong_together_are_refused(
+    other: Metrics, expected: str, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    first, second = save(tmp_path, reference(), other)
+    line = fails("report", first, second, "-o", tmp_path / "report.html")
+    assert f"{second}: " in line
+    assert expected.format(first) in line
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("what", ["safety_tokens", "settings", "code", "reference_sha256"])
+def test_runs_alone_must_belong_together_too(
+    what: str, tmp_path: Path, fails: Callable[..., str], run: Callable[..., Result]
+) -> None:
+    values: dict[str, list[Any]] = {
+        "safety_tokens": ["a" * 64, "b" * 64],
+        "settings": [{"max_new_tokens": 40}, {"max_new_tokens": 41}],
+        "code": [{"refusals": "phrases"}, {"refusals": "mine"}],
+    }
+    runs = [
+        sft(name=f"run{n}", made_from=made_otherwise(**{what: values[what][n]}))
+        if what in values
+        else sft(name=f"run{n}", reference_sha256=f"reference {n}")
+        for n in range(2)
+    ]
+    paths = save(tmp_path, *runs)
+    assert f"{paths[1]}: " in fails("report", *paths, "-o", tmp_path / "report.html")
+    assert run("report", paths[0], "-o", tmp_path / "report.html").exit_code == 0
+
+
+def test_runs_on_different_sets_of_prompts_stand_on_one_page(
+    tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    rates = {"task_accuracy": Rate.of(9, 10)}
+    other = sft(made_from=made_otherwise(rows={"task": "5"}), rates=rates, drift=None)
+    result = run("report", *save(tmp_path, reference(), other), "-o", tmp_path / "report.html")
+    assert result.exit_code == 0, result.output
+    assert "sft –" in result.stdout
+
+
+def test_safety_tokens_of_another_evaluation_are_refused(
+    tmp_path: Path, fails: Callable[..., str], run: Callable[..., Result]
+) -> None:
+    tokens().save(tmp_path / "tokens.json")
+    (path,) = save(tmp_path, sft(made_from=made_otherwise(safety_tokens="a" * 64)))
+    words = ["-o", tmp_path / "report.html", "--safety-tokens", tmp_path / "tokens.json"]
+    line = fails("report", path, *words)
+    assert "tokens.json: expected the safety tokens that sft was evaluated with" in line
+    (path,) = save(tmp_path, sft(made_from=made_otherwise(safety_tokens=tokens().digest)))
+    assert run("report", path, *words).exit_code == 0
+
+
+@pytest.mark.parametrize("place", [".", "..", "/", "file/below", "folder"])
+def test_places_that_no_page_can_take_are_refused(
+    place: str, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = save(tmp_path, sft())
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fails("report", path, "-o", place)
+
+
+def test_a_run_whose_objective_did_nothing_is_plain_fine_tuning(tmp_path: Path) -> None:
+    idle = make_metrics("pact", 4, run={"objective": "pact", "kl_weight": 1.0, "holds": False})
+    assert finding([reference(), idle]).startswith("Plain fine-tuning (pact) cuts refusals")
+    assert "plain fine-tuning: the objective did nothing" in Page(render(tmp_path, [idle])).text
+    held = make_metrics("pact", 4, run={"objective": "pact", "kl_weight": 1.0, "holds": True})
+    assert finding([reference(), held]).startswith("After fine-tuning, pact refuses")
+    assert "did nothing" not in Page(render(tmp_path, [held])).text
+
+
+def test_what_was_not_measured_has_no_column_and_no_line(tmp_path: Path) -> None:
+    only = sft(rates={"benign_refused": Rate.of(1, 10)}, drift=None, samples=[])
+    text = Page(render(tmp_path, [only])).text
+    assert "Plain benign prompts refused" in text
+    assert "Task accuracy" not in text
+    assert "Harmful prompts refused" not in text
+    assert headline([only]) == ["benign prompts refused   sft 10 %"]
+    assert finding([only]) == "Refusals of harmful prompts were not measured."
+    assert headline([sft(rates={})]) == []

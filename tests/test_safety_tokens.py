@@ -2,6 +2,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny import make_model
 
 from pact_offline.errors import InputError, ModelError, TargetsMismatchError
 from pact_offline.models.load import load_model
+from pact_offline.models.locate import locate_model
 from pact_offline.rows.chat import load_tokenizer, render
 from pact_offline.rows.read import read_rows
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
@@ -233,3 +235,44 @@ def test_the_pieces_of_a_word_are_shown(aligned: Path, tmp_path: Path) -> None:
     path = hand_made(tmp_path, [" sorry can"])
     with pytest.raises(InputError, match="in 3 pieces: ' sorr', 'y', ' can'"):
         read_hand_list(path, str(aligned))
+
+
+def test_tokens_say_which_models_and_refusals_they_were_found_from(
+    aligned: Path, base: Path, rows_file: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    words = ["tokens", "--aligned", aligned, "--refusals", rows_file, "--top-k", 7]
+    found = {}
+    for name, given in (("one", base), ("again", base), ("other", make_model(tmp_path / "m"))):
+        result = run(*words, "--base", given, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        found[name] = SafetyTokens.load(tmp_path / name)
+    one, other = found["one"].made_from, found["other"].made_from
+    assert one is not None
+    assert other is not None
+    assert one == found["again"].made_from
+    assert one.models["aligned"] == locate_model(str(aligned)).identity
+    assert one.models["base"] == locate_model(str(base)).identity
+    assert (one.difference(other) or "").startswith("base model: expected weights")
+    rows = replace(one, rows={"refusals": "others"})
+    assert (one.difference(rows) or "").startswith("refusals prompts: expected sha256")
+    assert one.difference(one) is None
+
+
+def test_a_file_without_what_it_was_made_from_still_loads(tokens_file: Path) -> None:
+    value = json.loads(tokens_file.read_text())
+    del value["made_from"]
+    tokens_file.write_text(json.dumps(value))
+    assert SafetyTokens.load(tokens_file).made_from is None
+    tokens_file.write_text(json.dumps(value | {"made_from": {"models": {}}}))
+    with pytest.raises(InputError, match="expected safety tokens, found a bad entry"):
+        SafetyTokens.load(tokens_file)
+
+
+def test_a_place_that_no_tokens_can_take_is_refused_before_a_model_is_loaded(
+    aligned: Path, base: Path, rows_file: Path, tmp_path: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pact_offline.models.load.load_model", None)
+    words = ["tokens", "--aligned", aligned, "--base", base, "--refusals", rows_file]
+    for place in (tmp_path, ".", "/", rows_file / "below"):
+        fails(*words, "-o", place)

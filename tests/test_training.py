@@ -683,6 +683,7 @@ def test_two_processes_give_the_losses_of_one(
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*common, "--batch-size", 4, "-o", one).exit_code == 0
     words = [*common, "--batch-size", 2, "--pass-tokens", 40, "-o", two]  # a pass a row
+    words += ["--save-steps", 2]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -696,6 +697,8 @@ def test_two_processes_give_the_losses_of_one(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("final_cross_entropy") == 1
+    assert done.stderr.count("trains 3,584 parameters") == 1
+    assert not list(tmp_path.glob(".two*"))
     histories = [
         [json.loads(line) for line in (path / "training.jsonl").read_text().splitlines()]
         for path in (one, two)

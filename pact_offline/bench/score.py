@@ -195,6 +195,8 @@ def _prompt_logprobs(way: str, job: _Job) -> _Timed:
         gpu_memory_utilization=job.settings.gpu_memory_utilization or 0.4,
         enable_prefix_caching=False,
         enforce_eager=True,
+        trust_remote_code=False,
+        load_format="safetensors",
         disable_log_stats=True,
     )
     options = vllm.SamplingParams(prompt_logprobs=50, max_tokens=1, flat_logprobs=True)

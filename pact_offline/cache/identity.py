@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,7 +48,7 @@ class Identity:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        value = asdict(self)
+        value = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**value, "safety_ids": [*self.safety_ids], "header_ids": [*self.header_ids]}
 
     @classmethod

@@ -15,7 +15,7 @@ def is_there(targets: Path, cache: str) -> bool:
 
     Args:
         targets: a targets.json; one that cannot be read names nothing that is there.
-        cache: the only place, other than a disk, that is asked: a directory, or a URL.
+        cache: the cache, a directory or a URL; no other URL is asked.
     """
     try:
         binding = Binding.load(targets)

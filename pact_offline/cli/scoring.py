@@ -135,25 +135,17 @@ def score(
     from dataclasses import asdict
 
     from pact_offline.models.locate import locate_model
-    from pact_offline.scoring.bind import bind
-    from pact_offline.scoring.dataset import prepare
-    from pact_offline.scoring.fill import fill
-    from pact_offline.scoring.job import ScoringJob
+    from pact_offline.scoring.score import score as run
 
     if (output is None) == (part is None):
         raise click.UsageError("expected either --output or --part I/N")
     files = locate_model(model)
-    dataset = prepare(files, rows, safety_tokens, cache, settings)
-    with ScoringJob(dataset, part) as job:
-        try:
-            summary = fill(job, files, settings)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                "interrupted; what was scored is in the cache, and the same command goes on from "
-                "there"
-            ) from None
-        if output is not None:
-            bind(job, files, settings, output)
+    try:
+        summary = run(files, rows, safety_tokens, cache, settings, output=output, part=part)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; what was scored is in the cache, and the same command goes on from there"
+        ) from None
     if as_json:
         click.echo(json.dumps(asdict(summary)))
     else:

@@ -41,6 +41,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id or 0
+    ends = _end_ids(model, tokenizer)
     avoided = [tokenizer(text, add_special_tokens=False).input_ids for text in avoid]
     avoided_first = [i for i in tokenizer.convert_tokens_to_ids(list(avoid_first)) if i is not None]
     for first in range(0, len(order), batch_size):
@@ -60,12 +61,21 @@ def generate(
             top_p=None,
             top_k=None,
             pad_token_id=pad_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends or None,
             bad_words_ids=avoided or None,
             begin_suppress_tokens=avoided_first or None,
         )
         for row, i in enumerate(batch):
-            answers[i] = tokenizer.decode(output[row, width:], skip_special_tokens=True).strip()
+            answer = output[row, width:].tolist()
+            stop = next((at for at, token in enumerate(answer) if token in ends), len(answer))
+            answers[i] = tokenizer.decode(answer[:stop], skip_special_tokens=True).strip()
         if progress is not None:
             progress(len(batch))
     return answers
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer: those of the model's generation config, and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    ends = [*own] if isinstance(own, list) else [own]
+    return [*dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if end is not None)]

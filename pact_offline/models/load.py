@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from pact_offline.errors import ModelError, SettingError, first_line
+from pact_offline.errors import ModelError, SettingError
 from pact_offline.models.locate import (
     locate_model,
     looks_like_path,
     require_model,
     require_safetensors,
+    why_not_loaded,
 )
 
 
@@ -42,9 +43,9 @@ def load_model(
     Args:
         model: path, or hub id.
         dtype: name of the weights' dtype.
-        attention: an implementation of transformers; "auto": sdpa, but on a CPU, whose sdpa is slow
-            in bfloat16 at chat lengths, `grouped_attention` for models that sdpa is right for, and
-            eager for the others.
+        attention: an implementation of transformers; "auto": what transformers takes for the model,
+            but on a CPU, whose sdpa is slow in bfloat16 at chat lengths, `grouped_attention` for
+            models that sdpa is right for, and eager for the others.
         device: default: `default_device`.
 
     Raises:
@@ -59,13 +60,12 @@ def load_model(
     require_safetensors(folder)
     device = device or default_device()
     is_cpu_default = attention == "auto" and device.type == "cpu"
-    if attention == "auto":
-        attention = "eager" if is_cpu_default else "sdpa"
+    chosen = attention if attention != "auto" else "eager" if is_cpu_default else None
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=chosen,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -75,10 +75,7 @@ def load_model(
 
             loaded.set_attn_implementation(NAME)
     except Exception as error:
-        # Of a misfit, transformers' text is about an argument of its own.
-        is_misfit = "ignore_mismatched_sizes" in str(error)
-        reason = "weights of other shapes than config.json's" if is_misfit else first_line(error)
-        raise ModelError(f"{model}: cannot be loaded: {reason}") from None
+        raise ModelError(f"{model}: cannot be loaded: {why_not_loaded(error)}") from None
     if missing := sorted(found["missing_keys"]):  # transformers takes random numbers there
         raise ModelError(
             f"{model}: expected weights of all that config.json describes, found none of "

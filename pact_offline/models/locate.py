@@ -78,6 +78,15 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def why_not_loaded(error: Exception) -> str:
+    """Why transformers could not load something, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own repository, which is never run"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights are of other shapes than those that config.json gives"
+    return first_line(error)
+
+
 def files_of(folder: Path) -> list[Path]:
     """The files of a local model that decide what it does, sorted; none where it is no folder."""
     return sorted({file for pattern in _WANTED for file in folder.glob(pattern)})

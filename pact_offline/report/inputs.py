@@ -32,8 +32,9 @@ def read_metrics(paths: Sequence[Path]) -> list[Metrics]:
         raise InputError(
             f"{references[1][0]}: expected one reference, found another in {references[0][0]}"
         )
-    for path, metrics in loaded:
-        for other, compared in [*references, *loaded]:
+    ordered = sorted(loaded, key=lambda one: not one[1].is_reference)
+    for position, (path, metrics) in enumerate(ordered):
+        for other, compared in ordered[:position]:
             _require_alike(path, metrics, other, compared)
     return [metrics for _, metrics in loaded]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pact_offline.errors import InputError, ModelError, first_line
-from pact_offline.models.locate import require_model
+from pact_offline.models.locate import require_model, why_not_loaded
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.read import Message, Row
 
@@ -27,9 +27,11 @@ def load_tokenizer(model: str) -> Any:
 
     require_model(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{model}: no tokenizer could be loaded: {first_line(error)}") from None
+        raise ModelError(
+            f"{model}: no tokenizer could be loaded: {why_not_loaded(error)}"
+        ) from None
     return tokenizer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +118,18 @@ def prepare(
         backend=backend,
         backend_reason=reason,
         read_contexts=read_contexts,
+    )
+
+
+def on_transformers(dataset: Dataset, model: ModelFiles, cache: str | Path, reason: str) -> Dataset:
+    """The same contexts, and the store of what transformers computes for them."""
+    identity = replace(dataset.identity, engine=engine_name("transformers"))
+    return replace(
+        dataset,
+        identity=identity,
+        store=store_path(cache, model.name, identity),
+        backend="transformers",
+        backend_reason=reason,
     )
 
 

@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from pact_offline.errors import ModelError, ScoringError, first_line
+from pact_offline.errors import (
+    ModelError,
+    PactError,
+    ScoringError,
+    UnsupportedModelError,
+    first_line,
+)
 from pact_offline.models.batches import batches
 from pact_offline.models.load import require_compiler
 from pact_offline.rows.contexts import Context
@@ -55,10 +62,11 @@ class VllmScorer:
     def __init__(
         self, model: Path, safety_ids: Sequence[int], longest: int, settings: ScoreSettings
     ) -> None:
-        """Start the engine.
+        """Start the engine, and score one token: some models are refused only then.
 
         Raises:
-            ModelError: vLLM does not know the architecture, or did not start.
+            UnsupportedModelError: vLLM does not know the architecture, or refuses the model.
+            ModelError: no architecture is named, or a context is longer than the model's positions.
         """
         prepare_environment(settings.tensor_parallel_size)
         import torch
@@ -70,7 +78,7 @@ class VllmScorer:
             require_compiler()
         architecture = _architecture(model)
         if architecture not in vllm.ModelRegistry.get_supported_archs():
-            raise ModelError(
+            raise UnsupportedModelError(
                 f"{model}: expected an architecture that vLLM runs, found {architecture}; use "
                 "--backend transformers"
             )
@@ -96,15 +104,30 @@ class VllmScorer:
             if (
                 config is None
                 or not config.use_v2_model_runner
-                or config.model_config.max_model_len < longest + 2
+                or config.model_config.max_model_len < longest + self._way.extra_tokens
             ):
                 self._way = _Plugin(safety_ids, architecture)
-                config = _engine_config({**options, **self._way.options(longest)})
+                config = _engine_config({**options, **self._way.options()})
+            positions = config.model_config.max_model_len
+            if positions < longest:
+                raise ModelError(
+                    f"{model}: expected contexts of at most {positions} tokens, the model's "
+                    f"positions, found one of {longest}; lower --max-tokens"
+                )
             self.how = self._way.how
-            options |= _memory(config, longest, settings)
-            self._llm = vllm.LLM(**options, **self._way.options(longest))
+            options["max_model_len"] = longest + self._way.extra_tokens
+            options |= _memory(config, longest, settings) | self._way.options()
+            self._llm = vllm.LLM(**options)
+            first = Context("full", np.asarray(safety_ids[:1], dtype=np.int32), 1)
+            self._way.run(self._llm, [first])
         except Exception as error:
-            raise ModelError(f"{model}: vLLM did not start: {first_line(error)}") from error
+            self.close()
+            if isinstance(error, PactError):
+                raise
+            raise UnsupportedModelError(
+                f"{model}: vLLM does not run this model here: {_reason(error)}; use --backend "
+                "transformers"
+            ) from error
 
     def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].ids), reverse=True)
@@ -113,7 +136,7 @@ class VllmScorer:
             try:
                 found = self._way.run(self._llm, [contexts[i] for i in batch])
             except Exception as error:
-                raise ScoringError(f"vLLM stopped: {first_line(error)}") from error
+                raise ScoringError(f"vLLM stopped: {_reason(error)}") from error
             if len(found) != len(batch):
                 raise ScoringError(f"vLLM: expected {len(batch)} results, found {len(found)}")
             for index, values in zip(batch, found, strict=True):
@@ -129,8 +152,9 @@ class VllmScorer:
     def close(self) -> None:
         import torch
 
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        engine = self.__dict__.pop("_llm", None)  # none where it did not start
+        if engine is not None:
+            engine.llm_engine.engine_core.shutdown()
         torch.set_num_threads = self._set_num_threads  # vLLM's CPU worker switches it off
 
 
@@ -138,13 +162,14 @@ class _Official:
     """vLLM's own scoring of given ids."""
 
     how = "prompt_logprob_token_ids"
+    extra_tokens = 2
 
     def __init__(self, safety_ids: Sequence[int]) -> None:
         self._safety_ids = np.asarray(safety_ids, dtype=np.int32)
         self.ids = len(safety_ids)
 
-    def options(self, longest: int) -> dict[str, Any]:
-        return {"max_model_len": longest + 2, "max_logprobs": self.ids}
+    def options(self) -> dict[str, Any]:
+        return {"max_logprobs": self.ids}
 
     def run(self, llm: Any, contexts: Sequence[Context]) -> list[np.ndarray | None]:
         from vllm import SamplingParams
@@ -170,6 +195,7 @@ class _Plugin:
     """Our model class in the pooling engine."""
 
     how = "a pooling class of pact-offline"
+    extra_tokens = 0
 
     def __init__(self, safety_ids: Sequence[int], architecture: str) -> None:
         from vllm import ModelRegistry
@@ -182,14 +208,13 @@ class _Plugin:
         self._overrides = {"architectures": [name], vllm_model.SAFETY_IDS: list(safety_ids)}
         self.ids = len(safety_ids)
 
-    def options(self, longest: int) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         from vllm.config import PoolerConfig
 
         return {
             "runner": "pooling",
             "pooler_config": PoolerConfig(task="token_classify"),
             "hf_overrides": self._overrides,
-            "max_model_len": longest,
         }
 
     def run(self, llm: Any, contexts: Sequence[Context]) -> list[np.ndarray | None]:
@@ -232,6 +257,14 @@ def _memory(config: Any, longest: int, settings: ScoreSettings) -> dict[str, Any
     tokens = 2 * settings.batch_tokens + longest + blocks
     # vLLM wants the share to be free even where it does not use it.
     return {"kv_cache_memory_bytes": per_token * tokens, "gpu_memory_utilization": 0.01}
+
+
+def _reason(error: BaseException) -> str:
+    """What the engine itself says; pydantic's first line only counts its errors."""
+    if isinstance(error, ValidationError):
+        inner = error.errors()[0]
+        return first_line(inner.get("ctx", {}).get("error") or ValueError(inner["msg"]))
+    return first_line(error)
 
 
 def _architecture(model: Path) -> str:

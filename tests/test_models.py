@@ -1,0 +1,117 @@
+"""Models and tokenizers from disk: what fixes them, and what of them is never run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model
+
+from pact_offline import files
+from pact_offline.evaluation.generate import generate
+from pact_offline.models.load import load_model
+from pact_offline.models.locate import locate_model
+from pact_offline.rows.chat import load_tokenizer, render
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("ran").write_text("")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+class Config(LlamaConfig):
+    model_type = "custom"
+
+
+class Model(LlamaForCausalLM):
+    pass
+
+
+class Custom(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def with_code(aligned: Path, folder: Path, part: str) -> Path:
+    """A model whose tokenizer, or whose weights, ask for code of the repository's own."""
+    shutil.copytree(aligned, folder)
+    (folder / "custom.py").write_text(CODE)
+    if part == "tokenizer":
+        path, change = folder / "tokenizer_config.json", {"tokenizer_class": "Custom"}
+        change["auto_map"] = {"AutoTokenizer": [None, "custom.Custom"]}  # type: ignore[assignment]
+    else:
+        path, change = folder / "config.json", {"model_type": "custom"}
+        change["auto_map"] = {  # type: ignore[assignment]
+            "AutoConfig": "custom.Config",
+            "AutoModelForCausalLM": "custom.Model",
+        }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return folder
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "model"])
+def test_code_of_a_repository_is_neither_run_nor_asked_about(
+    part: str, aligned: Path, tmp_path: Path, rows_file: Path
+) -> None:
+    model = with_code(aligned, tmp_path / "custom", part)
+    command = [
+        sys.executable, "-m", "pact_offline", "finetune", "--model", str(model),
+        "--rows", str(rows_file), "--objective", "none", "-o", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(command, input="y\ny\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("pact-offline:")]
+    assert "code of its own repository, which is never run" in line
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [*tmp_path.rglob("ran")]
+
+
+def age(path: Path) -> None:
+    """Wait out the moment in which a change is too fresh to be remembered."""
+    time.sleep(max(0.0, path.stat().st_ctime + files._SETTLED_NS / 1e9 - time.time() + 0.01))
+
+
+def test_weights_changed_with_their_time_kept_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_SETTLED_NS", 50_000_000)
+    model = make_model(tmp_path / "m")
+    weights = model / "model.safetensors"
+    age(weights)
+    before = locate_model(str(model)).identity
+    read: list[Path] = []
+    right = files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path) or right(path))
+    assert locate_model(str(model)).identity == before
+    assert read == []  # remembered
+    status, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-1] ^= 0x40
+    with weights.open("r+b") as file:
+        file.write(data)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert locate_model(str(model)).identity != before
+    assert weights in read
+
+
+def test_an_answer_ends_at_every_end_that_the_model_knows(aligned: Path) -> None:
+    """Gemma's and Phi's turns end by another id than their tokenizer's end of text."""
+    model, tokenizer = load_model(str(aligned), "float32"), load_tokenizer(str(aligned))
+    chat = [{"role": "user", "content": "Hello there"}]
+    prompt = torch.tensor([render(tokenizer, chat, generation_prompt=True)])
+    free = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12,
+        do_sample=False, pad_token_id=0, eos_token_id=2,
+    )[0, prompt.shape[1] :].tolist()  # fmt: skip
+    end = free[3]
+    model.generation_config.eos_token_id = [2, end]
+    short = [{"role": "user", "content": "Hi"}]
+    for chats in ([chat], [short, chat]):  # alone, and beside one that may be longer
+        answer = generate(model, tokenizer, chats, max_new_tokens=12, batch_size=2)[-1]
+        expected = tokenizer.decode(free[: free.index(end)], skip_special_tokens=True).strip()
+        assert answer == expected
