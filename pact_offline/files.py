@@ -85,6 +85,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_text(value: str) -> bool:
+    """Whether a text can be written to a file, and name one."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
 def status_of(path: Path) -> os.stat_result | None:
     """What the system says of a place; None where nothing is there.
 

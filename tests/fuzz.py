@@ -267,7 +267,7 @@ class Draw:
         case.arguments += given
 
     def _dropped(self, case: Case) -> None:
-        at = self._random.randrange(len(case.arguments))
+        at = self._random.randrange(len(case.arguments) or 1)
         count = self._random.choice([1, 2])
         case.changes.append(f"without {case.arguments[at : at + count]!r:.60}")
         del case.arguments[at : at + count]

@@ -1,7 +1,9 @@
 """`pact-offline cache`: ls, show, verify, audit, gc."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from conftest import write_rows
+from stores import bind, fill, named
 
 from pact_offline.cache.format import shard_ids
 from pact_offline.cache.storage import open_storage
@@ -349,3 +352,101 @@ def test_eight_bits_keep_what_counts() -> None:
         again = decode(encode(row.astype(np.float32), "uint8"))
         expected = np.where(np.isinf(row), row, np.maximum(row, -254))  # e^-254 is nothing
         np.testing.assert_allclose(again, expected, rtol=1e-3)
+
+
+def test_a_stray_folder_and_a_bad_store_are_named_and_the_rest_goes_on(
+    targets: Path, command: list[Any], run: Run
+) -> None:
+    store, cache = store_of(targets), targets.parent / "cache"
+    (shard,) = shard_ids(open_storage(store))
+    shutil.copytree(store / "shards" / shard, store / "shards" / f"{shard}.bak")
+    for name in ("aaa-foreign", "zzz-lost"):
+        (cache / name / "shards" / ("0" * 32)).mkdir(parents=True)
+    (cache / "aaa-foreign" / "identity.json").write_text("{}")
+    (cache / "zzz-linked").mkdir()
+    (cache / "zzz-linked" / "identity.json").symlink_to(store / "identity.json")
+    (cache / "notes").mkdir()
+    bad = {
+        "aaa-foreign": "identity.json: expected the keys",
+        "zzz-linked": "expected no symbolic link",
+        "zzz-lost": "expected a store with identity.json",
+    }
+
+    listed = run("cache", "ls", cache)
+    assert f"{shard}.bak: expected a shard" in listed.stdout
+    assert "1 shards, 15 contexts" in listed.stdout
+    found = {one["name"]: one for one in json.loads(run("cache", "ls", cache, "--json").stdout)}
+    assert set(found) == {store.name, *bad}
+    assert found[store.name]["contexts"] == 15
+    assert [f"{shard}.bak" in line for line in found[store.name]["strays"]] == [True]
+    verified = run("cache", "verify", cache)
+    assert verified.exit_code == 1
+    assert "1 shards with 15 contexts are whole" in verified.stdout
+    collected = run("cache", "gc", cache, "--older-than", 0, "--yes")
+    assert collected.exit_code == 0
+    assert "nothing to remove" in collected.stdout
+    for name, reason in bad.items():
+        assert reason in found[name]["error"]
+        for text in (listed.stdout, verified.stdout, collected.stderr):
+            assert any(name in line and reason in line for line in text.splitlines()), (name, text)
+    assert f"{shard}.bak: expected a shard" in collected.stderr
+
+    alone = run("cache", "verify", store)
+    assert (alone.exit_code, f"{shard}.bak: expected a shard" in alone.stdout) == (0, True)
+    scored = run(*command, "-o", targets)
+    assert (scored.exit_code, "15 known, 0 scored" in scored.stdout) == (0, True)
+    assert f"{shard}.bak: expected a shard" in scored.stderr
+    assert len(TargetCache.open(targets, verify_all=True)) == 12
+
+
+def damage_somewhere(store: Path, draw: random.Random) -> str:
+    """Do something to a file or folder of a store; say what."""
+    path = draw.choice(sorted(store.rglob("*")))
+    how = draw.choice(["delete", "rename", "truncate", "garbage", "link", "folder", "copy"])
+    if how == "copy":
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, path.with_name(f"{path.name}.bak"))
+    elif how == "rename":
+        path.rename(path.with_name(draw.choice([f"{path.name}.bak", "0" * 32, "identity.json"])))
+    elif how in ("truncate", "garbage") and path.is_file():
+        data = path.read_bytes()
+        garbage = draw.choice([b"[" * 100_000, b"null", b"{}", draw.randbytes(len(data))])
+        path.write_bytes(data[: draw.randrange(len(data))] if how == "truncate" else garbage)
+    else:
+        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+        if how == "link":
+            path.symlink_to(draw.choice([store.parent, Path("/nowhere"), store / "identity.json"]))
+        elif how == "folder":
+            path.mkdir()
+        elif how in ("truncate", "garbage"):
+            path.write_bytes(b"")
+    return f"{how} {path.relative_to(store)}"
+
+
+def test_two_hundred_damages_of_a_store_are_told_in_lines(tmp_path: Path, run: Run) -> None:
+    """By every `cache` command that reads one; nothing but exit codes 0, 1 and 2."""
+    whole, now = tmp_path / "whole", tmp_path / "now"
+    fill(named(whole / "cache"), range(6), shard_steps=16)
+    bind(named(whole / "cache"), whole / "targets.json", range(6))
+    tokens = tmp_path / "none.json"
+    draw = random.Random(0)
+    for number in range(200):
+        shutil.copytree(whole, now)
+        cache, store, path = now / "cache", named(now / "cache"), now / "targets.json"
+        what: list[str] = []
+        for _ in range(draw.choice([1, 1, 2])):
+            with contextlib.suppress(OSError):  # a second one may find no place
+                what.append(damage_somewhere(store, draw))
+        commands = (
+            ["ls", cache], ["verify", cache], ["verify", store], ["verify", path],
+            ["show", path, 1, "--safety-tokens", tokens], ["ls", store, "--json"],
+            ["gc", cache, "--older-than", 0, "--yes"], ["verify", cache, "--repair"],
+        )  # fmt: skip
+        for command in draw.sample(commands, 2):
+            try:
+                result = run("cache", *command)
+            except Exception as error:
+                raise AssertionError(f"{number}: {what}: {command}") from error
+            assert result.exit_code in (0, 1, 2), (number, what, command, result.output)
+            assert "Traceback" not in result.output
+        shutil.rmtree(now)

@@ -117,6 +117,71 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("option", ["--rows", "--safety-tokens", "--config"])
+def test_a_pipe_is_refused_and_not_waited_on(
+    option: str, score: list[Any], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    line = fails(*score, option, tmp_path / "pipe")
+    assert "pipe: expected a file, found a pipe or a device" in line
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (".", "expected a file to write, found a directory"),
+        ("..", "expected a file to write, found a directory"),
+        ("/", "expected a file to write, found a directory"),
+        ("/dev/null", "expected a file to write, found a pipe or a device"),
+        ("rows.jsonl/page.html", "expected a directory at rows.jsonl, found a file"),
+        ("n" * 300, "cannot be used: File name too long"),
+        ("", "-o: expected a name, found nothing"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", ["report metrics.json", "tokens --aligned A --from-list l.json"]
+)
+def test_a_place_where_no_file_can_be_is_refused_before_any_work(
+    place: str, expected: str, command: str, rows_file: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(rows_file.parent)
+    assert expected in fails(*command.split(), "-o", place)
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (".", "expected a directory with a name of its own"),
+        ("/", "expected a directory with a name of its own"),
+        ("rows.jsonl", "expected a directory to write, found a file"),
+        ("rows.jsonl/adapter", "expected a directory at rows.jsonl, found a file"),
+    ],
+)
+def test_a_place_where_no_folder_can_be_is_refused_before_any_work(
+    place: str, expected: str, rows_file: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(rows_file.parent)
+    assert expected in fails("merge", "--model", "A", "--adapter", "b", "-o", place)
+
+
+def test_text_that_no_file_can_hold_is_refused(run: Callable[..., Result]) -> None:
+    for odd in ("a\0b", "\udcff"):
+        result = run("cache", "ls", odd)
+        assert result.exit_code == 2
+        assert "expected Unicode text without NUL" in result.stderr
+
+
+def test_an_error_stays_one_line_whatever_it_quotes(
+    fails: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"a\nb\u001b[31m": 1}))
+    line = fails("tokens", "--aligned", "A", "--base", "B", "--refusals", tmp_path / "rows.jsonl",
+                 "-o", tmp_path / "tokens.json")  # fmt: skip
+    assert line.endswith(r"found a\nb\x1b[31m")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -127,6 +192,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ("dtype: float8", "dtype: expected 'float32', 'bfloat16' or 'float16', found \"float8\""),
         ("max_tokens: many", "max_tokens: expected a valid integer"),
         ("shard_steps: 0", "shard_steps: expected greater than or equal to 1, found 0"),
+        ("shard_steps: 4294967296", "shard_steps: expected at most 4294967295, found 4294967296"),
+        ("shard_steps: 0x" + "f" * 5000, "expected at most 4294967295, found a number of very"),
+        ("max_tokens: " + "9" * 5000, "settings.yaml: expected YAML, found: Exceeds the limit"),
+        ("gpu_memory_utilization: .nan", "gpu_memory_utilization: expected a finite number"),
+        ("max_tokens: !!int ''", "settings.yaml: expected YAML, found: string index out of range"),
+        ("a: " + "[" * 5000, "expected keys and values, found deeply nested YAML"),
+        ("typo: &a [*a]", "typo: unknown key (value [[[["),
+        ("1: 2", "settings.yaml: 1: expected"),
     ],
 )
 def test_bad_settings_are_named(

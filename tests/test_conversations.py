@@ -168,6 +168,7 @@ def test_a_conversation_that_the_template_refuses_is_named(aligned: Path, rows_f
     [
         ('{"prompt": "a", "response": "\\ud800"}', ":1: response: expected Unicode text"),
         ('{"prompt": ' + "[" * 100_000, ":1: expected a row, found deeply nested JSON"),
+        ('{"id": ' + "1" * 5000 + "}", ":1: expected JSON, found a number of too many digits"),
     ],
 )
 def test_odd_text_is_refused_in_words(line: str, expected: str, tmp_path: Path) -> None:
@@ -175,3 +176,9 @@ def test_odd_text_is_refused_in_words(line: str, expected: str, tmp_path: Path) 
     path.write_text(line + "\n")
     with pytest.raises(InputError, match=expected):
         read_rows(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\ufeff{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    assert [row.response for row in read_rows(path)] == ["b"]

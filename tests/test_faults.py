@@ -23,8 +23,7 @@ from click.testing import Result
 from conftest import write_rows
 from stores import (
     CONTEXTS,
-    IDENTITY,
-    context,
+    bind,
     fill,
     fill_from,
     holds_all,
@@ -35,12 +34,10 @@ from stores import (
     write_with_small_files,
 )
 
-from pact_offline.cache.bindings import save_binding
 from pact_offline.cache.format import shard_ids
 from pact_offline.cache.inspect import verify_store
 from pact_offline.cache.storage import open_storage
-from pact_offline.cache.store import Store
-from pact_offline.cache.targets import Binding, TargetCache
+from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import PactError, StoreError
 
 
@@ -58,15 +55,6 @@ def process() -> Iterator[Callable[..., Any]]:
             return started
 
         yield start
-
-
-def bind(store: Path, targets: Path, numbers: range) -> None:
-    keys = [context(number).key for number in numbers]
-    places = Store(store).locate(keys)
-    shards = tuple(Store(store).shards_of(places))
-    examples = tuple(key + key for key in keys)
-    binding = Binding(str(store), IDENTITY, "", 9, examples, shards, ({},), {})
-    save_binding(str(store), binding, targets)
 
 
 def test_a_thousand_flipped_bytes_are_found(tmp_path: Path, fact: Callable[[str], None]) -> None:

@@ -1,12 +1,15 @@
 """Models and tokenizers from disk: what fixes them, and what of them is never run."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,11 @@ from pact_offline.evaluation.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.rows.chat import load_tokenizer, render
+from pact_offline.rows.contexts import Context
+from pact_offline.scoring.scorer import Scored
+from pact_offline.scoring.transformers import TransformersScorer
 
+PACKAGE = Path(files.__file__).parent
 CODE = """
 from pathlib import Path
 Path(__file__).with_name("ran").write_text("")
@@ -72,6 +79,45 @@ def test_code_of_a_repository_is_neither_run_nor_asked_about(
     assert not [*tmp_path.rglob("ran")]
 
 
+LOADERS = {"from_pretrained", "from_config", "LLM", "EngineArgs", "load_dataset"}
+TAKES_NO_CODE = {  # they have no such argument
+    ("fine_tuned.py", "from_pretrained"): "peft reads an adapter's settings and weights only",
+    ("rows/read.py", "load_dataset"): "datasets runs no scripts since its version 4",
+}
+
+
+def is_told(call: ast.Call, module: ast.Module) -> bool:
+    """Whether a call gets trust_remote_code=False, by itself or in the options it unpacks."""
+
+    def is_false(value: ast.expr | None) -> bool:
+        return isinstance(value, ast.Constant) and value.value is False
+
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if None not in given:
+        return is_false(given.get("trust_remote_code"))
+    return any(
+        isinstance(key, ast.Constant) and key.value == "trust_remote_code" and is_false(value)
+        for node in ast.walk(module)
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+    )
+
+
+def test_every_loader_is_told_to_run_no_code_of_a_repository() -> None:
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ast.parse(path.read_text())
+        for call in (node for node in ast.walk(module) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            assert name != "torch.load", f"{path}:{call.lineno}"  # pickles
+            place = (path.relative_to(PACKAGE).as_posix(), name.rpartition(".")[2])
+            if place[1] in LOADERS:
+                assert place in TAKES_NO_CODE or is_told(call, module), f"{path}:{call.lineno}"
+                found.add(place)
+    assert set(TAKES_NO_CODE) < found
+    assert {name for _, name in found} == LOADERS
+
+
 def age(path: Path) -> None:
     """Wait out the moment in which a change is too fresh to be remembered."""
     time.sleep(max(0.0, path.stat().st_ctime + files._SETTLED_NS / 1e9 - time.time() + 0.01))
@@ -97,6 +143,38 @@ def test_weights_changed_with_their_time_kept_are_others(
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert locate_model(str(model)).identity != before
     assert weights in read
+
+
+@pytest.mark.parametrize("moment", ["before they are read", "while they are used"])
+def test_weights_that_change_while_they_are_scored_are_not_bound(
+    moment: str,
+    tmp_path: Path,
+    rows_file: Path,
+    tokens_file: Path,
+    fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, cache = make_model(tmp_path / "m", seed=1), tmp_path / "cache"
+    other = (make_model(tmp_path / "other", seed=2) / "model.safetensors").read_bytes()
+
+    class Meanwhile(TransformersScorer):
+        def __init__(self, *given: Any) -> None:
+            if moment == "before they are read":
+                (model / "model.safetensors").write_bytes(other)
+            super().__init__(*given)
+
+        def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
+            yield from super().score(contexts)
+            (model / "model.safetensors").write_bytes(other)
+
+    monkeypatch.setattr("pact_offline.scoring.transformers.TransformersScorer", Meanwhile)
+    line = fails(
+        "score", "--model", model, "--rows", rows_file, "--safety-tokens", tokens_file,
+        "--cache", cache, "--backend", "transformers", "-o", tmp_path / "targets.json",
+    )  # fmt: skip
+    assert f"{model}: expected its config and weights to stay" in line
+    assert not (tmp_path / "targets.json").exists()
+    assert cache.exists() == (moment == "while they are used")
 
 
 def test_an_answer_ends_at_every_end_that_the_model_knows(aligned: Path) -> None:

@@ -259,7 +259,7 @@ def test_suspended_and_killed_processes_break_no_binding(
 ) -> None:
     """Leases and marks grow old between any two steps, and processes end at any."""
     counts: Counter[str] = Counter()
-    for seed in range(1000):
+    for seed in range(400):
         turns = Schedule(seed, seconds=(seed % 5 + 1) * 60, kills=seed % 3 * 0.2)
         TurnStorage.restart(cache.files, turns, is_disk=seed % 2 == 0)
         operations, written = draw_operations(cache, turns.draw, forgets=not seed % 3)
@@ -292,7 +292,7 @@ def test_suspended_and_killed_processes_break_no_binding(
         assert storage.names("leases") == []
     assert counts["one line"] > 50
     fact(
-        f"1,000 schedules with processes that are suspended past their leases, or killed: "
+        f"400 schedules with processes that are suspended past their leases, or killed: "
         f"{counts['one line']} ended with one line, {counts['whole']} bindings whole, 0 broken"
     )
 

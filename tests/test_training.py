@@ -599,16 +599,15 @@ def test_a_killed_run_does_not_go_on_with_an_objective_of_other_content(
 ) -> None:  # fmt: skip
     own = tmp_path / "own.py"
     name = f"{own}:gap"
-    monkeypatch.setitem(OBJECTIVES, name, None)  # taken out again afterwards
     common = [*command, "--save-steps", 2, "--objective", name, "-o", tmp_path / "adapter"]
     text = "def gap(policy, full, only, weights, steps, settings):\n    return {}\n"
     first = text.format("((policy - full) ** 2).mean(-1)")
     for content in (first, text.format("(policy - full).abs().mean(-1)")):
         own.write_text(content)
-        del OBJECTIVES[name]  # as in another process
+        monkeypatch.setattr("pact_offline.objectives.registry._own", {})  # as in another process
         stopped(*common)
     own.write_text(first)
-    del OBJECTIVES[name]
+    monkeypatch.setattr("pact_offline.objectives.registry._own", {})
     result = run(*common)
     assert result.exit_code == 0, result.output
     assert "checkpoint-4: going on from here" in result.stderr
@@ -1022,8 +1021,7 @@ def test_a_broken_objective_of_ones_own_ends_in_one_line(
 ) -> None:  # fmt: skip
     own = tmp_path / "own.py"
     own.write_text(text)
-    monkeypatch.setitem(OBJECTIVES, f"{own}:gap", None)  # taken out again afterwards
-    del OBJECTIVES[f"{own}:gap"]
+    monkeypatch.setattr("pact_offline.objectives.registry._own", {})
     line = fails(*command, "--objective", f"{own}:gap", "-o", tmp_path / "adapter")
     assert expected in line
     assert "own.py:gap" in line
@@ -1046,8 +1044,7 @@ def test_an_objective_of_an_installed_package_trains_and_is_named(
         "twin.needs_response_only = True\n"
     )
     monkeypatch.syspath_prepend(packages)
-    monkeypatch.setitem(OBJECTIVES, "twin", None)  # taken out again afterwards
-    del OBJECTIVES["twin"]
+    monkeypatch.setattr("pact_offline.objectives.registry._own", {})
     assert "none, pact, confidence, twin, or" in fails(
         *command, "--objective", "twins", "-o", tmp_path / "adapter"
     )

@@ -207,7 +207,7 @@ def test_after_any_end_no_job_is_left_and_the_same_command_goes_on(moved: Path) 
     command = snakemake_command(config, *ONE_CORE_EACH, target)
 
     def last() -> int:
-        whole = checkpoints.glob("checkpoint-*/epoch_start.safetensors")
+        whole = checkpoints.rglob("checkpoint-*/epoch_start.safetensors")
         return max((int(path.parent.name.rpartition("-")[2]) for path in whole), default=0)
 
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -120,8 +120,10 @@ def measure_encodings(
         weights: safety-token weights.
 
     Raises:
-        InputError: the targets are not exact, or the two are not of the same rows.
+        InputError: the targets are not exact, the two are not of the same rows, or numcodecs is not
+            installed.
     """
+    _blosc()
     if targets.binding.identity.stored_dtype != "float32":
         raise InputError(f"{targets.path}: expected targets stored as float32, found others")
     if targets.binding.examples != policy.binding.examples:
@@ -178,15 +180,24 @@ def _losses(
     )
 
 
+def _blosc() -> Any:
+    try:
+        from numcodecs import Blosc
+    except ImportError:
+        raise InputError(
+            "bench cache --targets: expected the package numcodecs, found none; install "
+            "pact-offline[bench]"
+        ) from None
+    return Blosc
+
+
 def _store(
     arrays: dict[str, np.ndarray], level: int, shuffle: int, chunk: int
 ) -> tuple[int, float]:
     """Bytes, and contexts a second read at random from chunks kept in memory."""
-    from numcodecs import Blosc
-
-    total, chunks = 0, []
+    blosc, total, chunks = _blosc(), 0, []
     for array in arrays.values():
-        codec = Blosc("zstd", clevel=level, shuffle=shuffle, blocksize=0)
+        codec = blosc("zstd", clevel=level, shuffle=shuffle, blocksize=0)
         parts = [
             np.ascontiguousarray(array[first : first + chunk])
             for first in range(0, len(array), chunk)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from pact_offline.cache.bindings import usages
 from pact_offline.cache.format import SHARDS, SIDECAR, is_shard_id, shard_folder, shard_ids
+from pact_offline.cache.identity import read_identity
 from pact_offline.cache.leases import marked, old_leases, old_marks, users
 from pact_offline.cache.storage import OPEN, Storage
 from pact_offline.errors import DamagedError
@@ -43,7 +44,11 @@ def find_garbage(storage: Storage, *, forget_missing: bool, older_than: float) -
         storage: of one store.
         forget_missing: also forget bindings whose targets.json is gone from this machine.
         older_than: seconds; what is younger stays.
+
+    Raises:
+        StoreError: no store, or one that is damaged, of which nothing is known to be garbage.
     """
+    read_identity(storage)
     known = usages(storage)
     forgotten = [name for name, usage in known.items() if forget_missing and usage.is_missing()]
     kept = [usage for name, usage in known.items() if name not in forgotten]

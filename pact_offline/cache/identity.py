@@ -80,8 +80,10 @@ class Identity:
                 f"{source}: stored_dtype: expected one of {', '.join(get_args(StoredDtype))}, "
                 f"found {value['stored_dtype']!r:.40}"
             )
+        if not all(isinstance(text, str) for pair in value["reference"].items() for text in pair):
+            raise StoreError(f"{source}: reference: expected names and checksums, found otherwise")
         for key in ("safety_ids", "header_ids"):
-            if not all(isinstance(item, int) and item >= 0 for item in value[key]):
+            if not all(isinstance(item, int) and 0 <= item < 2**31 for item in value[key]):
                 raise StoreError(f"{source}: {key}: expected token ids, found otherwise")
         return cls(
             **{

@@ -16,7 +16,7 @@ from pact_offline import __version__
 from pact_offline.cli import bench, cache, demo, evaluation, scoring, training
 from pact_offline.cli.lifetime import end_with_another
 from pact_offline.errors import Interrupted, PactError
-from pact_offline.settings.parse import is_text
+from pact_offline.files import is_text
 from pact_offline.threads import allowed_cores, usable_cores
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}

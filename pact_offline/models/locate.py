@@ -82,8 +82,8 @@ def why_not_loaded(error: Exception) -> str:
     """Why transformers could not load something, in one line."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own repository, which is never run"
-    if "ignore_mismatched_sizes" in str(error):
-        return "its weights are of other shapes than those that config.json gives"
+    if "ignore_mismatched_sizes" in str(error):  # their text is about an argument of theirs
+        return "weights of other shapes than config.json's"
     return first_line(error)
 
 
@@ -105,6 +105,24 @@ class ModelFiles:
     name: str
     path: Path
     identity: dict[str, str]
+
+    def require_unchanged(self) -> None:
+        """Refuse a local model whose files are no longer those that were located.
+
+        Raises:
+            ModelError: they are not.
+        """
+        if "commit" in self.identity:  # a commit stays what it is
+            return
+        try:
+            found = _weight_checksums(self.path)
+        except (OSError, ModelError):
+            found = {}
+        if found != self.identity:
+            raise ModelError(
+                f"{self.path}: expected its config and weights to stay as they were when this "
+                "command began, found others; run it again"
+            )
 
 
 def locate_model(model: str) -> ModelFiles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pact_offline.errors import InputError, TargetsMismatchError
-from pact_offline.files import read_json, write_json
+from pact_offline.files import is_text, read_json, write_json
 from pact_offline.made_from import MadeFrom
 from pact_offline.rows.chat import tokenizer_fingerprint
 
@@ -136,7 +137,7 @@ class SafetyTokens:
                 dict(value["provenance"]),
                 MadeFrom(**made_from) if made_from else None,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -144,6 +145,11 @@ class SafetyTokens:
             ) from None
         if not tokens or result.ids != sorted(set(result.ids)) or result.ids[0] < 0:
             raise InputError(f"{path}: tokens: expected ascending, distinct ids, found otherwise")
+        for token in tokens:
+            if token.id >= 2**31 or not math.isfinite(token.direction) or not is_text(token.text):
+                raise InputError(
+                    f"{path}: tokens: expected ids, text and finite weights, found {token!r:.80}"
+                )
         if tokenizer is not None and tokenizer_fingerprint(tokenizer) != result.tokenizer:
             raise TargetsMismatchError(
                 f"{path}: expected safety tokens of the tokenizer {tokenizer.name_or_path}, found "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from pact_offline.errors import InputError
-from pact_offline.files import read_json
+from pact_offline.files import is_text, read_json
 from pact_offline.provenance import provenance
 from pact_offline.rows.chat import load_tokenizer, tokenizer_fingerprint
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
+
+_LARGEST_WEIGHT = 1e30
 
 
 def _only_token(word: Any, tokenizer: Any, place: str) -> int:
@@ -19,7 +20,7 @@ def _only_token(word: Any, tokenizer: Any, place: str) -> int:
         if not 0 <= word < len(tokenizer):
             raise InputError(f"{place}: expected an id below {len(tokenizer)}, found {word}")
         return word
-    if not isinstance(word, str) or not word:
+    if not isinstance(word, str) or not word or not is_text(word):
         raise InputError(f"{place}: expected a word, an id, or a pair, found {word!r:.40}")
     ids = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids) != 1:
@@ -52,7 +53,7 @@ def read_hand_list(path: Path, model: str) -> SafetyTokens:
         place = f"{path}: entry {index + 1}"
         word, weight = entry if isinstance(entry, list) and len(entry) == 2 else (entry, 1)
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (is_number and 0 <= weight < math.inf):
+        if not (is_number and 0 <= weight <= _LARGEST_WEIGHT):
             raise InputError(f"{place}: expected a weight of 0 or more, found {weight!r:.40}")
         id_ = _only_token(word, tokenizer, place)
         if id_ in weights:

@@ -38,6 +38,10 @@ def fill(job: ScoringJob, model: ModelFiles, settings: ScoreSettings) -> ScoreSu
         job: entered.
         model: the reference model.
         settings: dtype, batch and memory.
+
+    Raises:
+        UnsupportedModelError: vLLM refuses the model; there is no new store then.
+        ModelError: the model cannot be loaded, or its files changed meanwhile.
     """
     dataset, (index, count) = job.dataset, job.part
     unknown = job.missing()
@@ -69,23 +73,25 @@ def fill(job: ScoringJob, model: ModelFiles, settings: ScoreSettings) -> ScoreSu
         max(len(context.ids) for context in missing),
         settings,
     )
-    log.info("log-confidences by %s", scorer.how)
-    facts = provenance(
-        model=model.name,
-        backend=dataset.backend,
-        backend_reason=dataset.backend_reason,
-        how=scorer.how,
-        part=f"{index}/{count}",
-    )
-    with (
-        closing(scorer),
-        StoreWriter(dataset.store, dataset.identity, settings.shard_steps, facts) as writer,
-        bar("scoring", summary.tokens, "tokens") as progress,
-    ):
-        job.lease.take()  # of a store that was not there until now
-        for scored in scorer.score(missing):
-            context = missing[scored.position]
-            writer.add(context, scored.log_confidences)
-            progress.update(len(context.ids))
+    with closing(scorer):
+        log.info("log-confidences by %s", scorer.how)
+        model.require_unchanged()  # now that the weights are read, and before any value is kept
+        facts = provenance(
+            model=model.name,
+            backend=dataset.backend,
+            backend_reason=dataset.backend_reason,
+            how=scorer.how,
+            part=f"{index}/{count}",
+        )
+        with (
+            StoreWriter(dataset.store, dataset.identity, settings.shard_steps, facts) as writer,
+            bar("scoring", summary.tokens, "tokens") as progress,
+        ):
+            job.lease.take()  # of a store that was not there until now
+            for scored in scorer.score(missing):
+                context = missing[scored.position]
+                writer.add(context, scored.log_confidences)
+                progress.update(len(context.ids))
+    model.require_unchanged()  # what is written over shows through where weights are mapped
     job.add(writer.shards)
     return summary

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from pact_offline.errors import SettingError
+from pact_offline.files import is_text
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -36,14 +37,6 @@ class Settings(BaseModel):
             if isinstance(item, str) and not is_text(item):
                 raise ValueError(f"expected Unicode text without NUL, found {_shown(item)}")
         return value
-
-
-def is_text(value: str) -> bool:
-    """Whether a text can be written to a file, and name one."""
-    try:
-        return b"\0" not in value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
 
 
 def _shown(value: Any) -> str:
