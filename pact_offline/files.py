@@ -67,7 +67,8 @@ def user_cache() -> Path:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
+    """SHA-256 of a file's bytes, 64 hex digits; errors as of `require_file`."""
+    require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -236,8 +237,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def remembered_checksum(file: Path) -> str:
     """SHA-256 of a file, remembered by path, size and modification time."""
-    stat = file.stat()
-    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    require_file(file)
+    status = file.stat()
+    key = f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
     memory = user_cache() / "checksums.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
