@@ -28,6 +28,7 @@ def load_tokenizer(model: str) -> Any:
     require_model(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer("Hello")  # odd values of its files show on first use
     except Exception as error:
         raise ModelError(
             f"{model}: no tokenizer could be loaded: {why_not_loaded(error)}"
