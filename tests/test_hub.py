@@ -72,7 +72,10 @@ def answers(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         write_rows(rows / f"{split}.jsonl", values)
     tokens = folder / "tokens.json"
     tokens.write_text("{}")
-    options = ["--rows", rows / "train.jsonl", "--safety-tokens", tokens, "-o", folder / "out"]
+    options = [
+        "--rows", rows / "train.jsonl", "--safety-tokens", tokens, "--cache", folder / "cache",
+        "-o", folder / "out",
+    ]  # fmt: skip
 
     def answer(environment: dict[str, str]) -> Any:
         done = subprocess.run(
@@ -91,7 +94,7 @@ def answers(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     with serve(repositories, "models/someone/gated", "datasets/someone/gated") as hub:
         environment = hub.environment(folder / "home")
         online, fetched = answer(environment), hub.fetched
-    assert not (folder / "out").exists()
+    assert not (folder / "cache").exists()
     offline = answer({**environment, "HF_HUB_OFFLINE": "1"})
     return {"online": online, "offline": offline, "fetched": fetched}
 

@@ -82,8 +82,8 @@ def why_not_loaded(error: Exception) -> str:
     """Why transformers could not load something, in one line."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own repository, which is never run"
-    if "ignore_mismatched_sizes" in str(error):  # their text is about an argument of theirs
-        return "weights of other shapes than config.json's"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights are of other shapes than those that config.json gives"
     return first_line(error)
 
 
