@@ -67,4 +67,6 @@ def first_line(error: BaseException) -> str:
     lines = [stripped for line in str(error).splitlines() if (stripped := line.strip())]
     if not lines:
         return type(error).__name__
+    if isinstance(error, KeyError):
+        return f"no {lines[0]}"
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -1,6 +1,5 @@
 """Models and tokenizers from disk: what fixes them, and what of them is never run."""
 
-import ast
 import json
 import os
 import shutil
@@ -24,7 +23,6 @@ from pact_offline.rows.contexts import Context
 from pact_offline.scoring.scorer import Scored
 from pact_offline.scoring.transformers import TransformersScorer
 
-PACKAGE = Path(files.__file__).parent
 CODE = """
 from pathlib import Path
 Path(__file__).with_name("ran").write_text("")
@@ -77,45 +75,6 @@ def test_code_of_a_repository_is_neither_run_nor_asked_about(
     assert "[y/N]" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not [*tmp_path.rglob("ran")]
-
-
-LOADERS = {"from_pretrained", "from_config", "LLM", "EngineArgs", "load_dataset"}
-TAKES_NO_CODE = {  # they have no such argument
-    ("fine_tuned.py", "from_pretrained"): "peft reads an adapter's settings and weights only",
-    ("rows/read.py", "load_dataset"): "datasets runs no scripts since its version 4",
-}
-
-
-def is_told(call: ast.Call, module: ast.Module) -> bool:
-    """Whether a call gets trust_remote_code=False, by itself or in the options it unpacks."""
-
-    def is_false(value: ast.expr | None) -> bool:
-        return isinstance(value, ast.Constant) and value.value is False
-
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    if None not in given:
-        return is_false(given.get("trust_remote_code"))
-    return any(
-        isinstance(key, ast.Constant) and key.value == "trust_remote_code" and is_false(value)
-        for node in ast.walk(module)
-        if isinstance(node, ast.Dict)
-        for key, value in zip(node.keys, node.values, strict=True)
-    )
-
-
-def test_every_loader_is_told_to_run_no_code_of_a_repository() -> None:
-    found = set()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = ast.parse(path.read_text())
-        for call in (node for node in ast.walk(module) if isinstance(node, ast.Call)):
-            name = ast.unparse(call.func)
-            assert name != "torch.load", f"{path}:{call.lineno}"  # pickles
-            place = (path.relative_to(PACKAGE).as_posix(), name.rpartition(".")[2])
-            if place[1] in LOADERS:
-                assert place in TAKES_NO_CODE or is_told(call, module), f"{path}:{call.lineno}"
-                found.add(place)
-    assert set(TAKES_NO_CODE) < found
-    assert {name for _, name in found} == LOADERS
 
 
 def age(path: Path) -> None:

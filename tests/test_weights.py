@@ -191,6 +191,20 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda model: _change(model, hidden_size="x"),
         "Validation error for field 'hidden_size': TypeError: Field",
     ),
+    "generation config no JSON": (
+        _with_text("generation_config.json", "{"), "generation_config.json:1: expected JSON"
+    ),
+    "an activation of nobody": (
+        lambda model: _change(model, hidden_act="nosuch"), "cannot be loaded: no 'nosuch'"
+    ),
+    "attention of a repository": (
+        lambda model: _change(model, _attn_implementation="kernels-community/flash-attn"),
+        "_attn_implementation: expected an implementation of transformers, found 'kernels-comm",
+    ),
+    "attention of a repository, deeper": (
+        lambda model: _change(model, text_config={"_attn_implementation": "someone/kernel@v1"}),
+        "found 'someone/kernel@v1', code of a repository, which is never run",
+    ),
     "no chat model": (lambda model: _change(model, model_type="t5"), "T5Config"),
 }  # fmt: skip
 
@@ -216,7 +230,9 @@ def test_a_broken_tokenizer_is_refused_in_one_line(name: str, text: str, model: 
     (model / name).write_text(text)
     with pytest.raises(ModelError) as caught:
         load_tokenizer(str(model))
-    _require_line(caught.value, model, "no tokenizer could be loaded: ")
+    is_object = text.startswith("{") and text.endswith("}")
+    where = "" if is_object else f"{model / name}:"
+    _require_line(caught.value, model, f"no tokenizer could be loaded: {where}")
 
 
 def _require_line(error: PactError, model: Path, said: str) -> None:

@@ -22,7 +22,11 @@ def looks_like_path(model: str) -> bool:
 
 
 def require_model(model: str) -> None:
-    """Refuse a local model path that does not exist or holds no model, or a broken config.json."""
+    """Refuse a local model path that does not exist or holds no model, or broken settings of one.
+
+    Raises:
+        MissingFileError, ModelError: names the file.
+    """
     if not looks_like_path(model):
         return
     path = Path(model)
@@ -32,7 +36,21 @@ def require_model(model: str) -> None:
         raise ModelError(f"{model}: expected a model directory, found an adapter; see --adapter")
     if not (path / "config.json").is_file():
         raise ModelError(f"{model}: expected a model directory with config.json, found none")
-    _read_object(path / "config.json")
+    _require_own_attention(_read_object(path / "config.json"), path / "config.json")
+    if (path / "generation_config.json").is_file():  # transformers goes on without a broken one
+        _read_object(path / "generation_config.json")
+
+
+def _require_own_attention(config: dict[str, Any], place: Path) -> None:
+    """Refuse a model that names a kernel of the hub: transformers would fetch and run it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _require_own_attention(value, place)
+        elif key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise ModelError(
+                f"{place}: {key}: expected an implementation of transformers, found {value!r:.60}, "
+                "code of a repository, which is never run; remove it, --attention says what is used"
+            )
 
 
 def require_safetensors(folder: Path) -> None:
@@ -78,12 +96,18 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def why_not_loaded(error: Exception) -> str:
-    """Why transformers could not load something, in one line."""
+def why_not_loaded(error: Exception, folder: Path | None = None) -> str:
+    """Why transformers could not load something, in one line; names a file of `folder` that is no
+    JSON object."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own repository, which is never run"
-    if "ignore_mismatched_sizes" in str(error):  # their text is about an argument of theirs
+    if "ignore_mismatched_sizes" in str(error):
         return "weights of other shapes than config.json's"
+    for file in sorted(folder.glob("*.json")) if folder else ():
+        try:
+            _read_object(file)
+        except ModelError as broken:
+            return str(broken)
     return first_line(error)
 
 

@@ -6,12 +6,13 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pact_offline.errors import InputError, ModelError, first_line
-from pact_offline.models.locate import require_model, why_not_loaded
+from pact_offline.models.locate import looks_like_path, require_model, why_not_loaded
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.read import Message, Row
 
@@ -30,9 +31,8 @@ def load_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         tokenizer("Hello")  # odd values of its files show on first use
     except Exception as error:
-        raise ModelError(
-            f"{model}: no tokenizer could be loaded: {why_not_loaded(error)}"
-        ) from None
+        reason = why_not_loaded(error, Path(model) if looks_like_path(model) else None)
+        raise ModelError(f"{model}: no tokenizer could be loaded: {reason}") from None
     return tokenizer
 
 
