@@ -80,7 +80,8 @@ def user_cache() -> Path:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
+    """SHA-256 of a file's bytes, 64 hex digits; errors as of `require_file`."""
+    require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -253,6 +254,7 @@ def remembered_checksum(file: Path) -> str:
     The time of the last change of its status is among that: nobody can set it back. What was
     changed a moment ago is not remembered, as it may change again within the same tick.
     """
+    require_file(file)
     before = file.stat()
     changed = (before.st_size, before.st_ino, before.st_mtime_ns, before.st_ctime_ns)
     key = f"{file.resolve()}:{':'.join(map(str, changed))}"

@@ -11,7 +11,7 @@ from pact_offline.own_code import file_of
 from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import WorkflowConfig
-from pact_offline.threads import usable_cores
+from pact_offline.machine import usable_cores
 
 try:
     GIVEN = parse_settings(WorkflowConfig, config, "config")

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, NoReturn
@@ -172,7 +173,7 @@ def make_inputs(folder: Path) -> None:
     chosen = [words.decode([i]) for i in (40, 70, 75)]
     (folder / "list.json").write_text(json.dumps([*chosen[:2], [chosen[2], 0.5], 80]))
     (folder / "settings.yaml").write_text("max_tokens: 64\n")
-    with _in(folder):
+    with inside(folder):
         _quietly("tokens", "--aligned", "model", "--from-list", "list.json", "-o", "tokens.json")
         _quietly(
             "score", "--model", "model", "--rows", "rows.jsonl", "--safety-tokens", "tokens.json",
@@ -211,7 +212,7 @@ def _odd_places() -> None:
 
 
 @contextmanager
-def _in(folder: Path) -> Iterator[None]:
+def inside(folder: Path) -> Iterator[None]:
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -294,7 +295,7 @@ class Draw:
 
     def _odd_yaml(self, file: Path) -> str:
         text = self._random.choice(ODD_YAML)
-        file.write_text(text, encoding="utf-8")
+        _rewrite(file, text.encode())
         return f"{text!r:.80}"
 
     def _no_file(self, file: Path) -> str:
@@ -328,7 +329,7 @@ class Draw:
             data[place:place] = b"\0" if what == "nul" else b"\xe9"
         elif what == "twice":
             data *= 2
-        file.write_bytes(data)
+        _rewrite(file, data)
         return f"{what} at {place}"
 
     def _odd_value(self, file: Path) -> str:
@@ -343,7 +344,7 @@ class Draw:
         odd, marker = self._random.choice(ODD_VALUES), "odd-value-here"
         value, place = self._replaced(value, marker)
         parts[at] = json.dumps(value).replace(f'"{marker}"', odd)
-        file.write_text("\n".join(parts), encoding="utf-8")
+        _rewrite(file, "\n".join(parts).encode())
         return f"{place} is {odd:.40}"
 
     def _replaced(self, value: Any, marker: str, place: str = "") -> tuple[Any, str]:
@@ -364,6 +365,22 @@ class Draw:
             value[key], found = self._replaced(value[key], marker, f"{place}.{str(key)[:40]}")
             return value, found
         return marker, place
+
+
+def _rewrite(file: Path, data: bytes | bytearray) -> None:
+    file.unlink()  # its bytes are other cases' too
+    file.write_bytes(data)
+
+
+def all_commands(
+    group: click.Group = cli, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    """The words of every command."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from all_commands(command, (*prefix, name))
+        else:
+            yield (*prefix, name)
 
 
 def command_of(words: str) -> click.Command:
@@ -388,6 +405,7 @@ def no_work() -> Iterator[None]:
     """What would load a model, start an engine or measure fails."""
     stopped = [
         "transformers.AutoModelForCausalLM.from_pretrained",
+        "pact_offline.bench.cache.measure_encodings",
         "pact_offline.bench.cache.measure_reading",
         "pact_offline.bench.train.ProcessPoolExecutor",
         "pact_offline.bench.score.ProcessPoolExecutor",
@@ -447,23 +465,24 @@ def _tree() -> set[str]:
     return {str(path) for path in Path().rglob("*") if "__pycache__" not in path.parts}
 
 
-def run(count: int, seed: int, folder: Path, progress: Callable[[int], object] = id) -> Tally:
+def run(
+    count: int, seed: int, made: Path, scratch: Path, found: Callable[[str], object] = id
+) -> Tally:
     """Run some inputs, in turn over all commands.
 
     Args:
         count: how many.
         seed: of the draw; the same cases for the same number.
-        folder: an empty one, to work in.
-        progress: called with the number done.
+        made: holds what `make_inputs` makes.
+        scratch: a folder that is not there, to work in.
+        found: called with each finding.
     """
-    made, scratch, tally = folder / "made", folder / "scratch", Tally()
-    made.mkdir()
-    make_inputs(made)
+    tally = Tally()
     with no_work():
         for number, command in zip(range(count), itertools.cycle(COMMANDS), strict=False):
-            shutil.copytree(made, scratch, symlinks=True, copy_function=_linked)
+            copy_inputs(made, scratch)
             Path(scratch, "closed").mkdir(mode=0)
-            with _in(scratch):
+            with inside(scratch):
                 case = Draw(seed * 1_000_003 + number).case(command)
                 kind, text = outcome(case, verbose=bool(number % 2))
             Path(scratch, "closed").chmod(0o700)
@@ -473,8 +492,13 @@ def run(count: int, seed: int, folder: Path, progress: Callable[[int], object] =
                 tally.findings.append(
                     f"{number}: pact-offline {command}: {'; '.join(case.changes)}\n{text}"
                 )
-            progress(number + 1)
+                found(tally.findings[-1])
     return tally
+
+
+def copy_inputs(made: Path, scratch: Path) -> None:
+    """What `make_inputs` made, once more."""
+    shutil.copytree(made, scratch, symlinks=True, copy_function=_linked)
 
 
 def _linked(source: str, target: str) -> str:
@@ -483,7 +507,7 @@ def _linked(source: str, target: str) -> str:
     elif Path(source).is_symlink():
         Path(target).symlink_to(Path(source).readlink())
     else:
-        shutil.copyfile(source, target)
+        os.link(source, target)
     return target
 
 
@@ -493,10 +517,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
-        tally = run(options.count, options.seed, Path(folder))
-    print("\n".join([*tally.findings, tally.table()]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["XDG_CACHE_HOME"] = name
+        (folder / "made").mkdir()
+        make_inputs(folder / "made")
+        say = partial(print, flush=True)
+        tally = run(options.count, options.seed, folder / "made", folder / "scratch", say)
+    print(tally.table())
     sys.exit(bool(tally.findings))
 
 

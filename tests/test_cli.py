@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 
 from pact_offline.cli import cli
 from pact_offline.cli.options import settings_options
+from pact_offline.machine import allowed_cores, usable_cores
 from pact_offline.scoring.transformers import TransformersScorer
 from pact_offline.settings.stages import FinetuneSettings
-from pact_offline.threads import allowed_cores, usable_cores
 
 
 def commands(group: click.Group = cli, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -318,7 +318,7 @@ def test_cores_follow_the_quota_of_a_container(
     group: str, files: dict[str, str], expected: int, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pact_offline.threads.allowed_cores", lambda: 1000)
+    monkeypatch.setattr("pact_offline.machine.allowed_cores", lambda: 1000)
     for name, text in {
         "proc/self/cgroup": group,
         **{f"sys/fs/cgroup/{n}": t for n, t in files.items()},

@@ -22,7 +22,7 @@ def imports(path: Path) -> set[str]:
 
 # Each layer's rooms may import those of the layers above, and nothing else of the package.
 LAYERS = [
-    ["errors", "machine", "memory", "progress", "provenance", "threads"],
+    ["errors", "machine", "progress", "provenance"],
     ["files"],
     ["own_code"],
     ["folders", "settings", "models"],

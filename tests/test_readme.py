@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_rows
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -86,6 +86,26 @@ def test_an_objective_of_ones_own_trains(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert f"the objective {name}" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_judge_and_a_rate_of_ones_own_are_counted_and_shown(
+    aligned: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    judge = f"{own_code('strict.py', tmp_path)}:starts_with_no"
+    rate = f"{own_code('short.py', tmp_path)}:one_word"
+    prompts = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hello", "response": "Hi"}])
+    result = run(
+        "evaluate", "--name", "reference", "--model", aligned, "--harmful", prompts,
+        "--task", prompts, "--judge", judge, "--rates", rate, "--max-new-tokens", 2,
+        "-o", tmp_path / "evaluation",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "one_word" in result.stdout
+    page = tmp_path / "report.html"
+    shown = run("report", tmp_path / "evaluation" / "metrics.json", "-o", page)
+    assert shown.exit_code == 0, shown.output
+    assert "One word" in page.read_text()
+    assert "strict.py:starts_with_no" in page.read_text()
 
 
 @pytest.mark.parametrize("stored", ["uint8", "float16", "float32"])

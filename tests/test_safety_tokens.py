@@ -1,5 +1,6 @@
 import gc
 import json
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -118,6 +119,9 @@ def test_a_base_with_another_vocabulary_is_refused(aligned: Path, tmp_path: Path
         find_safety_tokens(str(aligned), str(other), rows, TokensSettings())
 
 
+ONE = {"id": 1, "text": "a", "direction": 0.5, "aligned": None, "base": None}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -126,6 +130,10 @@ def test_a_base_with_another_vocabulary_is_refused(aligned: Path, tmp_path: Path
         {"tokens": [{"id": 1}]},
         {"tokens": 3},
         {"settings": None},
+        {"tokens": [ONE | {"direction": math.inf}]},
+        {"tokens": [ONE | {"direction": 10**400}]},
+        {"tokens": [ONE | {"id": 2**40}]},
+        {"tokens": [ONE | {"text": "\ud800"}]},
     ],
 )
 def test_a_damaged_file_is_refused(tokens_file: Path, change: dict) -> None:
@@ -216,6 +224,8 @@ def test_a_hand_made_list_of_words_and_ids(
         ([True], "entry 1: expected a word, an id, or a pair, found True"),
         ([[" can", "much"]], "entry 1: expected a weight of 0 or more, found 'much'"),
         ([[" can", -1]], "entry 1: expected a weight of 0 or more, found -1"),
+        ([[" can", 10**400]], "entry 1: expected a weight of 0 or more, found 1000"),
+        (["\ud800"], "entry 1: expected a word, an id, or a pair, found"),
         ([[" can", float("nan")]], "entry 1: expected a weight of 0 or more, found nan"),
         ([""], "entry 1: expected a word, an id, or a pair, found ''"),
         ([], "expected a list of words or ids, found []"),

@@ -22,7 +22,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, Interrupted
-from pact_offline.memory import peak_resident_mib
+from pact_offline.machine import peak_resident_mib
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.objectives.registry import OBJECTIVES

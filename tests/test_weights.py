@@ -167,7 +167,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a link to nothing": (_gone, "found neither"),
     "other shapes": (
         _with_weights(lambda w: w.update({NORM: w[NORM][1:].clone()})),
-        "its weights are of other shapes than those that config.json gives",
+        "weights of other shapes than config.json's",
     ),
     "a weight less": (
         _with_weights(lambda w: w.pop(NORM)),

@@ -20,10 +20,10 @@ from conftest import ROOT, write_rows
 from pact_offline.errors import MissingFileError, SettingError
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.files import read_yaml
+from pact_offline.machine import usable_cores
 from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import WorkflowConfig, workflow_schema_text
-from pact_offline.threads import usable_cores
 
 CONFIGS = ["config.yaml", "sweep.yaml", "llama-3.1-8b.yaml"]
 # On tiny models a job's start is most of its time, so one core each lets two run at once.

@@ -21,7 +21,7 @@ from pact_offline.cache.store import Store
 from pact_offline.cache.targets import Binding, TargetCache
 from pact_offline.cache.writer import StoreWriter
 from pact_offline.errors import InputError
-from pact_offline.memory import peak_resident_mib
+from pact_offline.machine import peak_resident_mib
 from pact_offline.progress import bar
 from pact_offline.rows.contexts import Context
 

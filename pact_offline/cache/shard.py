@@ -39,7 +39,7 @@ from pact_offline.cache.format import (
 )
 from pact_offline.cache.identity import Identity
 from pact_offline.cache.storage import Storage
-from pact_offline.errors import DamagedError, StoreError
+from pact_offline.errors import DamagedError, InputError, StoreError
 from pact_offline.files import parse_json, sha256_file
 
 _MAX_SIDECAR = 1 << 20
@@ -236,6 +236,8 @@ class Shard:
             actual = sha256_file(path)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise DamagedError(f"{self.place}/{name}: expected a file, found none") from None
+        except InputError as error:
+            raise DamagedError(str(error)) from None
         except OSError as error:
             raise StoreError(f"{self.place}/{name}: cannot be read: {error.strerror}") from None
         if actual != expected:

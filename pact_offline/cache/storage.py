@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -131,6 +132,8 @@ class LocalStorage:
     def read(self, name: str, limit: int) -> bytes:
         path = self._inside(name)
         with _failures(path):
+            if stat.S_ISFIFO(path.stat().st_mode):  # which would be waited on
+                raise DamagedError(f"{path}: expected a file, found a pipe")
             if path.stat().st_size > limit:
                 raise StoreError(f"{path}: expected at most {limit} bytes, found more")
             return path.read_bytes()

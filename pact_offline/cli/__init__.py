@@ -17,7 +17,7 @@ from pact_offline.cli import bench, cache, demo, evaluation, scoring, training
 from pact_offline.cli.lifetime import end_with_another
 from pact_offline.errors import Interrupted, PactError
 from pact_offline.files import is_text
-from pact_offline.threads import allowed_cores, usable_cores
+from pact_offline.machine import allowed_cores, usable_cores
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 

@@ -31,7 +31,10 @@ class Place(click.Path):
         self.name, self._check = name, check
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        path = Path(_given(value, param))
+        text = _given(value, param)
+        if "://" in text:
+            raise InputError(f"{text:.200}: expected a path on this machine, found a URL")
+        path = Path(text)
         self._check(path)
         return path
 

@@ -102,7 +102,7 @@ def why_not_loaded(error: Exception, folder: Path | None = None) -> str:
     if "trust_remote_code" in str(error):
         return "it needs code of its own repository, which is never run"
     if "ignore_mismatched_sizes" in str(error):
-        return "its weights are of other shapes than those that config.json gives"
+        return "weights of other shapes than config.json's"
     for file in sorted(folder.glob("*.json")) if folder else ():
         try:
             _read_object(file)

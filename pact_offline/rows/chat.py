@@ -29,6 +29,7 @@ def load_tokenizer(model: str) -> Any:
     require_model(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer("Hello")  # odd values of its files show on first use
     except Exception as error:
         reason = why_not_loaded(error, Path(model) if looks_like_path(model) else None)
         raise ModelError(f"{model}: no tokenizer could be loaded: {reason}") from None

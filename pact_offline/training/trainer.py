@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from pact_offline.errors import SettingError
-from pact_offline.memory import peak_resident_mib
+from pact_offline.machine import peak_resident_mib
 from pact_offline.objectives.registry import (
     kl_weight_at,
     objective_named,
