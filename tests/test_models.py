@@ -1,6 +1,7 @@
 """Models and tokenizers from disk: what fixes them, and what of them is never run."""
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -82,8 +83,24 @@ def age(path: Path) -> None:
     time.sleep(max(0.0, path.stat().st_ctime + files._SETTLED_NS / 1e9 - time.time() + 0.01))
 
 
+def write_over(path: Path, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.write(data)
+
+
+def write_mapped(path: Path, data: bytes) -> None:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped[:] = data
+
+
+def replace(path: Path, data: bytes) -> None:
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("write", [write_over, write_mapped, replace])
 def test_weights_changed_with_their_time_kept_are_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[[Path, bytes], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_SETTLED_NS", 50_000_000)
     model = make_model(tmp_path / "m")
@@ -97,8 +114,7 @@ def test_weights_changed_with_their_time_kept_are_others(
     assert read == []  # remembered
     status, data = weights.stat(), bytearray(weights.read_bytes())
     data[-1] ^= 0x40
-    with weights.open("r+b") as file:
-        file.write(data)
+    write(weights, bytes(data))
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert locate_model(str(model)).identity != before
     assert weights in read

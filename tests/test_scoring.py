@@ -137,7 +137,9 @@ def test_a_model_that_vllm_refuses_is_scored_by_transformers_where_that_is_left_
     again = run(*command, "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["scored"] == 0
-    assert TargetCache.open(targets).binding.store == binding.store
+    bound = TargetCache.open(targets).binding
+    assert bound.store == binding.store
+    assert bound.provenance["backend_reason"] == "its store knows every context"
 
 
 def test_a_part_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pact_offline.errors import UnsupportedModelError
@@ -29,7 +30,8 @@ def score(
 ) -> ScoreSummary:
     """Score the contexts of a dataset that the cache does not know yet.
 
-    Where the backend is left open and vLLM refuses the model, transformers scores it.
+    Where the backend is left open, transformers scores a model that vLLM refuses; and its store is
+    taken where it knows every context and vLLM's does not.
 
     Args:
         model: the reference model.
@@ -54,14 +56,15 @@ def score(
     dataset = prepare(model, sources, tokens_path, cache, settings)
     if settings.backend != "auto" or dataset.backend != "vllm":
         return run(dataset)
-    other = on_transformers(dataset, model, cache, "vLLM does not run this model")
+    other = on_transformers(dataset, model, cache, "its store knows every context")
     if _is_known(other) and not _is_known(dataset):
         return run(other)
     try:
         return run(dataset)
     except UnsupportedModelError as refusal:
         log.warning("%s, as --backend auto does now", refusal)
-    return run(other)  # here, as the error's traceback holds the engine's memory
+    # Out of the except block: the error's traceback holds the engine's memory.
+    return run(replace(other, backend_reason="vLLM does not run this model"))
 
 
 def _is_known(dataset: Dataset) -> bool:

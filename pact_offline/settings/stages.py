@@ -48,7 +48,8 @@ class ScoreSettings(Settings):
     """How the reference model is run over the contexts."""
 
     backend: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="auto: vLLM where it is installed, else transformers."
+        "auto",
+        description="auto: vLLM where it is installed and runs the model, else transformers.",
     )
     dtype: Dtype = Field(
         default_factory=default_dtype, description=f"Compute dtype of the reference model{_DEFAULT}"
