@@ -5,10 +5,8 @@ And a place in memory for stores, whose every call is a step.
 
 import hashlib
 import random
-import shutil
 import threading
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -113,7 +111,6 @@ class TurnStorage:
     turns: ClassVar[Schedule]
     is_disk: ClassVar[bool] = True
     scratch: ClassVar[Path]
-    made: ClassVar[dict[Path, dict[str, bytes]]] = {}  # what is in a folder that was written aside
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -167,21 +164,14 @@ class TurnStorage:
         self.turns.step()
         self._put(name, data)
 
-    def aside(self) -> Path:
-        folder = self.scratch / uuid.uuid4().hex
-        folder.mkdir()
-        return folder
-
-    def commit(self, folder: Path, name: str, last: str) -> None:
-        made = self.made.pop(folder)
+    def commit(self, name: str, files: Mapping[str, bytes], last: str) -> None:
         self.turns.step()
         if self.is_disk and self._in(name):
             raise StoreError(f"{self.url}/{name}: cannot be used: Directory not empty")
-        for file in sorted(made, key=lambda file: file == last):
+        for file in sorted(files, key=lambda file: file == last):
             if not self.is_disk:
                 self.turns.step()
-            self._put(f"{name}/{file}", made[file])
-        shutil.rmtree(folder)
+            self._put(f"{name}/{file}", files[file])
 
     def remove(self, name: str, first: str) -> None:
         self.turns.step()

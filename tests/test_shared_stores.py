@@ -83,16 +83,15 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     written: dict[str, tuple[str, dict[str, bytes]]] = {}
     tables: dict[str, shard.Contexts] = {}
     checked: dict[tuple[Any, ...], bytes] = {}
-    write_shard, contexts, check_array = (
-        shard.write_shard, shard.Shard.contexts, shard._check_array
+    shard_files, contexts, check_array = (
+        shard.shard_files, shard.Shard.contexts, shard._check_array
     )  # fmt: skip
 
-    def write_once(folder: Path, keys: list[str], *args: Any, **kwargs: Any) -> str:
+    def make_once(keys: list[str], *args: Any, **kwargs: Any) -> tuple[str, dict[str, bytes]]:
         name = "-".join([*keys, str(kwargs["provenance"].get("instead_of"))])
         if name not in written:
-            written[name] = (write_shard(folder, keys, *args, **kwargs), files_in(folder))
-        TurnStorage.made[folder] = written[name][1]
-        return written[name][0]
+            written[name] = shard_files(keys, *args, **kwargs)
+        return written[name]
 
     def contexts_once(self: shard.Shard) -> shard.Contexts:
         if self.id not in tables:
@@ -107,7 +106,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
             check_array(folder, *args)
             checked[args[:2]] = data
 
-    monkeypatch.setattr("pact_offline.cache.writer.write_shard", write_once)
+    monkeypatch.setattr("pact_offline.cache.writer.shard_files", make_once)
     monkeypatch.setattr(shard.Shard, "contexts", contexts_once)
     monkeypatch.setattr(shard, "_check_array", check_once)
 
@@ -192,7 +191,7 @@ def draw_operations(
 
 
 def read_all(targets: Path, numbers: tuple[int, ...]) -> None:
-    cache = TargetCache.open(targets)
+    cache = TargetCache.open(targets, cache="turns://cache")
     for index, number in enumerate(numbers):
         for found in cache[index]:
             assert np.abs(found - RIGHT[number]).max() < 0.02
