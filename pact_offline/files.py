@@ -245,9 +245,12 @@ def remembered_checksum(file: Path) -> str:
         known = json.loads(memory.read_text(encoding="utf-8"))
         if isinstance(known, dict) and isinstance(known.get(key), str):
             return str(known[key])
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         known = {}
-    checksum = sha256_file(file)
+    try:
+        checksum = sha256_file(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     # A home directory that cannot be written to costs time, not truth.
     with contextlib.suppress(ValueError):
         write_json(memory, {**(known if isinstance(known, dict) else {}), key: checksum})
