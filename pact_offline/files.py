@@ -263,9 +263,12 @@ def remembered_checksum(file: Path) -> str:
         known = json.loads(memory.read_text(encoding="utf-8"))
         if isinstance(known, dict) and isinstance(known.get(key), str):
             return str(known[key])
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         known = {}
-    checksum = sha256_file(file)
+    try:
+        checksum = sha256_file(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     if time.time_ns() - max(changed[2:]) < _SETTLED_NS:
         return checksum
     # A home directory that cannot be written to costs time, not truth.

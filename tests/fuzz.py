@@ -275,7 +275,7 @@ class Draw:
 
     def _odd_file(self, case: Case) -> None:
         """One of the named files, or one in a named folder, holds or is something else."""
-        named = [Path(a) for a in case.arguments if re.fullmatch(r"[a-z]+(\.[a-z]+)?", a)]
+        named = [Path(a) for a in case.arguments if re.fullmatch(r"[a-z]{1,20}(\.[a-z]{1,9})?", a)]
         files = [
             f
             for n in named

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pact_offline.errors import PactError
+from pact_offline.errors import InputError, PactError
 from pact_offline.files import remembered_checksum, sha256_file, user_cache, write_json
 from pact_offline.models.locate import ModelFiles
 from pact_offline.provenance import installed
@@ -36,14 +36,16 @@ class Recalled:
 
 
 def _place(model: ModelFiles, source: str | Path, max_tokens: int) -> Path | None:
-    """The file that would remember; None for rows that are not in a file."""
-    if not Path(source).is_file():
+    """The file that would remember; None for rows that are not in a file that can be read."""
+    try:
+        rows = sha256_file(Path(source))
+    except (OSError, InputError):
         return None
     parts = [
         "pact-offline rows 1",
         *(f"{name} {installed(name)}" for name in ("transformers", "tokenizers", "jinja2")),
         str(max_tokens),
-        sha256_file(Path(source)),
+        rows,
     ]
     for file in sorted(model.path.iterdir()):
         if file.is_file() and file.suffix != ".safetensors":
@@ -62,7 +64,7 @@ def recall(model: ModelFiles, source: str | Path, max_tokens: int) -> Recalled |
         return Recalled(
             str(value["tokenizer"]), tuple(value["header_ids"]), tuple(value["examples"])
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
