@@ -121,13 +121,16 @@ def kill_writers(place: str, count: str) -> None:
     store, draw = Path(place), random.Random(1)
     killed = midway = filled = 0
     fill(store.with_name("warm-up"), range(1))  # what the first shard alone has to load
+    started = time.monotonic()
+    write_missing(store.with_name("whole"), 0, 0.0002)
+    whole_run = time.monotonic() - started  # of this machine, as busy as it is
     while killed < int(count):
         before = len(Store(store)) if (store / "identity.json").exists() else 0
         child = os.fork()
         if not child:
             write_missing(store, killed, 0.0002)
             os._exit(0)
-        time.sleep(draw.uniform(0.0, 0.1))
+        time.sleep(draw.uniform(0.0, whole_run))
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         if not (store / "identity.json").exists():
