@@ -217,8 +217,8 @@ def test_an_interrupted_scoring_ends_with_one_line_and_the_next_run_goes_on(
     assert process.returncode == code, error
     if sent == signal.SIGINT:
         assert error.splitlines()[-1] == (
-            "pact-offline: interrupted; what was scored is in the cache, and the same command goes on "
-            "from there"
+            "pact-offline: interrupted; what was scored is in the cache, and the same command goes "
+            "on from there"
         )
     assert "Traceback" not in error
     assert not (tmp_path / "targets.json").exists()
