@@ -462,7 +462,13 @@ def outcome(case: Case, verbose: bool) -> tuple[str, str]:
 
 
 def _tree() -> set[str]:
-    return {str(path) for path in Path().rglob("*") if "__pycache__" not in path.parts}
+    """Every file here; a folder without one is nothing half-written."""
+    return {
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(".")
+        if not folder.endswith("__pycache__")
+        for name in names
+    }
 
 
 def run(
