@@ -204,7 +204,7 @@ def test_after_any_end_no_job_is_left_and_the_same_command_goes_on(moved: Path) 
     config = with_runs(moved, long={"objective": "none", "epochs": 80, "save_steps": 5})
     checkpoints = moved / "out put" / "adapters" / ".long.checkpoints"
     target = str(Path("out put", "adapters", "long"))
-    command = snakemake_command(config, *ONE_CORE_EACH, target)
+    command = snakemake_command(config, target, *ONE_CORE_EACH)  # which takes all that follows
 
     def last() -> int:
         whole = checkpoints.rglob("checkpoint-*/epoch_start.safetensors")
