@@ -464,7 +464,7 @@ def outcome(case: Case, verbose: bool) -> tuple[str, str]:
 def _tree() -> set[str]:
     """Every file here; a folder without one is nothing half-written."""
     return {
-        os.path.join(folder, name)
+        str(Path(folder, name))
         for folder, _, names in os.walk(".")
         if not folder.endswith("__pycache__")
         for name in names
