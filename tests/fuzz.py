@@ -49,8 +49,8 @@ COMMANDS: dict[str, str] = {
     "--safety-tokens tokens.json -o OUT --config settings.yaml --batch-size 2",
     "merge": "--model model --adapter adapter -o OUT",
     "evaluate": "--name run --model model --harmful prompts.jsonl --borderline prompts.jsonl "
-    "--benign prompts.jsonl --task rows.jsonl --safety-tokens tokens.json --reference evaluation "
-    "-o OUT",
+    "--benign prompts.jsonl --task rows.jsonl --safety-tokens tokens.json --max-new-tokens 2 "
+    "--reference evaluation -o OUT",
     "report": "metrics.json --safety-tokens tokens.json --benchmarks benchmarks "
     "--config-file settings.yaml --title Page -o OUT.html",
     "demo extract": "-o OUT",
