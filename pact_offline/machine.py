@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 _ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")
-# oneDNN's bfloat16 kernels need one of these; without them a product takes a hundred times longer.
+# oneDNN's bfloat16 kernels need one of these; without them products are far slower than in float32.
 _CPU_FLAGS = {"avx512bw", "amx_bf16", "bf16", "svebf16"}
 
 
