@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pact_offline.errors import InputError, PactError
-from pact_offline.files import check_output_folder
+from pact_offline.files import check_output_folder, status_of
 
 RUN_FILE = "pact_offline.json"
 
@@ -41,9 +41,10 @@ def require_place(output: Path, mark: str = RUN_FILE) -> Path:
     """
     check_output_folder(output)
     place = Path(os.path.realpath(output))
+    status_of(_aside(place))  # the name of what is beside it may be too long
     try:
         is_around_us = place in (Path.cwd(), *Path.cwd().parents)
-        is_taken = place.exists() and _is_foreign(place, mark)
+        is_taken = _is_foreign(place, mark)
     except OSError as error:
         raise InputError(f"{output}: cannot be used: {error.strerror}") from None
     if is_around_us:
@@ -73,8 +74,7 @@ def output_aside(output: Path, mark: str = RUN_FILE) -> Iterator[Path]:
         InputError: as of `require_place`, or the place cannot be written to.
     """
     place = require_place(output, mark)
-    machine = platform.node() or "here"
-    aside = place.with_name(f".{place.name}.{machine}.{os.getpid()}.partial")
+    machine, aside = _machine(), _aside(place)
     try:
         _tidy(place)
         for left in _beside(place, f"{machine}.*.partial"):
@@ -92,6 +92,15 @@ def output_aside(output: Path, mark: str = RUN_FILE) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _machine() -> str:
+    return platform.node() or "here"
+
+
+def _aside(place: Path) -> Path:
+    """Where this process makes an output, before it takes its place."""
+    return place.with_name(f".{place.name}.{_machine()}.{os.getpid()}.partial")
+
+
 def _beside(place: Path, rest: str) -> list[Path]:
     return [*place.parent.glob(f".{glob.escape(place.name)}.{rest}")]
 
@@ -101,7 +110,7 @@ def _name_beside(place: Path, end: str) -> Path:
     return place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.{end}")
 
 
-def _put_in_place(aside: Path, place: Path, attempts: int = 5) -> None:
+def _put_in_place(aside: Path, place: Path, attempts: int = 50) -> None:
     old = _name_beside(place, "replaced")
     with suppress(FileNotFoundError):
         place.rename(old)
@@ -118,7 +127,7 @@ def _tidy(place: Path) -> None:
     """Undo what a killed job left between its renames, and remove what it replaced."""
     replaced = _beside(place, "*.replaced")
     if replaced and not place.exists():
-        with suppress(FileNotFoundError):  # another job has done so
+        with suppress(OSError):  # another job has done so, or has put its own there
             replaced.pop().rename(place)
     for old in replaced:
         _drop(old, place)
@@ -146,4 +155,15 @@ def _is_running(pid: str) -> bool:
 
 
 def _is_foreign(folder: Path, mark: str) -> bool:
-    return any(folder.iterdir()) and not (folder / mark).is_file()
+    """Whether a folder holds what is no output; each time that it is looked at.
+
+    What another job is replacing just now may be gone, or half of it, while it is listed.
+    """
+    for _ in range(3):
+        try:
+            names = {entry.name for entry in folder.iterdir()}
+        except FileNotFoundError:
+            return False
+        if not names or mark in names:
+            return False
+    return True

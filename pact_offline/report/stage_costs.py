@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pact_offline.errors import InputError
+
 _PIPELINE = ("demo_base", "demo_aligned", "tokens", "score", "finetune", "evaluate", "report")
 
 
@@ -29,7 +31,10 @@ def read_stage_costs(directory: Path | None) -> list[StageCost]:
     """One entry a `*.tsv` below `directory`, in pipeline order; a bad value reads as None."""
     if directory is None or not directory.is_dir():
         return []
-    costs = [_read(path, directory) for path in directory.rglob("*.tsv") if path.is_file()]
+    try:
+        costs = [_read(path, directory) for path in directory.rglob("*.tsv") if path.is_file()]
+    except OSError as error:  # of a folder that goes while it is looked through, or is not ours
+        raise InputError(f"{directory}: cannot be read: {error.strerror or error}") from None
     return sorted(costs, key=_pipeline_order)
 
 
