@@ -25,9 +25,11 @@ from pact_offline.machine import default_dtype
 from pact_offline.models.load import load_model
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import load_tokenizer, require_chat_template, tokenize
+from pact_offline.rows.chat import Chat, load_tokenizer
 from pact_offline.rows.contexts import TokenizedExample
-from pact_offline.rows.read import Row, read_all_rows, read_rows
+from pact_offline.rows.read import read_all_rows, read_rows
+from pact_offline.rows.row import Row
+from pact_offline.rows.tokenize import tokenize_all
 from pact_offline.settings.stages import AlignSettings, FinetuneSettings
 from pact_offline.training.finetune import train
 from pact_offline.training.policy import prepare_policy
@@ -120,13 +122,12 @@ def align(
     Raises:
         CheckFailedError: the product refuses too little or too much.
     """
-    tokenizer = load_tokenizer(base)
-    require_chat_template(tokenizer)
+    chat = Chat(load_tokenizer(base))
     learnt = read_all_rows(refusals)
     questions = read_all_rows(benign, needs_response=False)
     checks = {name: read_rows(path, needs_response=False) for name, path in prompts.items()}
     untouched = load_model(base, default_dtype())
-    answered = _answered_by(untouched, tokenizer, questions, settings.answer_tokens)
+    answered = _answered_by(untouched, chat, questions, settings.answer_tokens)
     del untouched
     with output_aside(output) as aside:
         training = FinetuneSettings.model_validate(
@@ -147,26 +148,20 @@ def align(
         )
         policy = prepare_policy(base, training)
         # A cut answer must not teach to stop there: its end of turn is cut off too.
+        rows = [*learnt * settings.refusal_copies, *answered]
         examples = [
-            TokenizedExample(
-                example.ids[: example.response_start + settings.answer_tokens],
-                example.response_start,
-            )
-            for example in tokenize(
-                [*learnt * settings.refusal_copies, *answered],
-                tokenizer,
-                training.max_tokens,
-            )
+            _beginning(example, settings.answer_tokens)
+            for example in tokenize_all(rows, chat, training)
         ]
-        trainer, _ = train(policy, tokenizer, _in_order(examples, settings), training, aside)
+        trainer, _ = train(policy, chat.tokenizer, _in_order(examples, settings), training, aside)
         # What is kept is bfloat16; it is checked as such, in what this machine computes in.
         merged = trainer.model.merge_and_unload().to(torch.bfloat16)
         merged = merged.to(getattr(torch, training.dtype)).eval()
-        shares = {name: _share_refused(merged, tokenizer, rows) for name, rows in checks.items()}
+        shares = {name: _share_refused(merged, chat, rows) for name, rows in checks.items()}
         log.info("refused: %s", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
         check(shares, settings)
         merged.to(torch.bfloat16).save_pretrained(aside, safe_serialization=True)
-        tokenizer.save_pretrained(aside)
+        chat.tokenizer.save_pretrained(aside)
         write_json(
             aside / RUN_FILE,
             {
@@ -176,6 +171,13 @@ def align(
             },
         )
     return shares
+
+
+def _beginning(example: TokenizedExample, length: int) -> TokenizedExample:
+    """A row with the beginning of its answer."""
+    turn = example.turns[-1]
+    end = min(turn.end, turn.start + length)
+    return TokenizedExample(example.ids[:end], (turn._replace(end=end),))
 
 
 def _in_order(
@@ -198,13 +200,13 @@ def _in_order(
 
 
 def _answers(
-    model: Any, tokenizer: Any, rows: Sequence[Row], label: str, length: int, **held: Any
+    model: Any, chat: Chat, rows: Sequence[Row], label: str, length: int, **held: Any
 ) -> list[str]:
     with bar(label, len(rows), "prompts") as progress:
         return generate(
             model,
-            tokenizer,
-            [row.prompt for row in rows],
+            chat.tokenizer,
+            [chat.prompt_ids(row) for row in rows],
             max_new_tokens=length,
             batch_size=32,
             progress=progress.update,
@@ -212,19 +214,19 @@ def _answers(
         )
 
 
-def _answered_by(model: Any, tokenizer: Any, rows: Sequence[Row], length: int) -> list[Row]:
+def _answered_by(model: Any, chat: Chat, rows: Sequence[Row], length: int) -> list[Row]:
     """Each prompt with the model's own answer; prompts that it refuses are dropped."""
     held = {"avoid": _APOLOGIES, "avoid_first": _FIRST_PERSON}
-    answers = _answers(model, tokenizer, rows, "answering", length, **held)
+    answers = _answers(model, chat, rows, "answering", length, **held)
     return [
-        Row(row.prompt, answer, row.origin)
+        Row((*row.prompt, {"role": "assistant", "content": answer}), row.origin)
         for row, answer in zip(rows, answers, strict=True)
         if answer and not is_refusal(answer)
     ]
 
 
-def _share_refused(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
-    answers = _answers(model, tokenizer, rows, "checking", _CHECK_TOKENS)
+def _share_refused(model: Any, chat: Chat, rows: Sequence[Row]) -> float:
+    answers = _answers(model, chat, rows, "checking", _CHECK_TOKENS)
     return sum(map(is_refusal, answers)) / len(answers)
 
 

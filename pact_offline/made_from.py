@@ -8,21 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pact_offline.rows.read import Row
+from pact_offline.rows.row import Row
 
 
 def rows_sha256(rows: Sequence[Row]) -> str:
     """SHA-256 over what the rows say, in order, wherever they were read from; 64 hex digits."""
-    return _sha256([[row.prompt, row.response] for row in rows])
-
-
-def template_sha256(tokenizer: Any) -> str:
-    """SHA-256 over a tokenizer's chat template, 64 hex digits."""
-    return _sha256(tokenizer.chat_template)
+    return _sha256(
+        [[row.prompt, row.response, *([row.tools] if row.tools else [])] for row in rows]
+    )
 
 
 def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

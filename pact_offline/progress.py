@@ -8,14 +8,14 @@ from typing import Any
 from tqdm import tqdm
 
 
-def bar(what: str, total: int, unit: str, *, shown: bool = True) -> tqdm[Any]:
-    """A bar for a person; in a log file, a line every ten seconds."""
+def bar(what: str, total: int | None, unit: str, *, shown: bool = True) -> tqdm[Any]:
+    """A bar for a person; in a log file, a line every ten seconds. None: no end is known."""
     person = sys.stderr.isatty()
     return tqdm(
         desc=what,
         total=total,
         unit=f" {unit}",
-        unit_scale=total > 9999,
+        unit_scale=total is None or total > 9999,
         mininterval=0.2 if person else 10,
         dynamic_ncols=person,
         leave=True,

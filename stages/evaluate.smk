@@ -5,6 +5,7 @@ JUDGED_BY = dict(
     prompts=local_files(PROMPTS.values()),
     guard=model_input(CONFIG.evaluate.guard),
     code=own_code(CONFIG.evaluate),
+    template=chat_template(CONFIG.evaluate),
 )
 EVALUATE = (
     "OMP_NUM_THREADS={threads} {PACT} evaluate --model {params.model:q} {params.prompts} "

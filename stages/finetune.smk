@@ -41,6 +41,7 @@ def finetune_means(wildcards):
 rule finetune:
     input:
         rows=run_rows,
+        template=lambda wildcards: chat_template(RUNS[wildcards.run]),
         targets=run_targets,
         tokens=run_tokens,
         model=model_input(ALIGNED),

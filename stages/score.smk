@@ -48,6 +48,7 @@ def parts_done(wildcards):
 rule score_part:
     input:
         rows=row_files,
+        template=chat_template(CONFIG.score),
         tokens=rules.tokens.output,
         model=model_input(ALIGNED),
     output:
@@ -78,6 +79,7 @@ rule score_part:
 rule targets:
     input:
         parts=parts_done,
+        template=chat_template(CONFIG.score),
         rows=row_files,
         tokens=rules.tokens.output,
         model=model_input(ALIGNED),

@@ -1,4 +1,5 @@
 # What every stage file needs: the checked config, and how a stage calls the command line.
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def options(settings, without=()):
             parts.append(f"--{option}" if value else f"--no-{option}")
             continue
         value = ",".join(value) if isinstance(value, tuple) else value
+        value = json.dumps(value) if isinstance(value, dict) else value
         parts += [f"--{option}", shlex.quote(str(value))]
     return " ".join(parts)
 
@@ -81,6 +83,11 @@ def model_input(name):
     if IS_DEMO and name in (ALIGNED, BASE):
         return [name]
     return [str(file) for file in files_of(Path(name))]
+
+
+def chat_template(settings):
+    """The file of a chat template, if one is set: other content, another result."""
+    return [settings.chat_template] if settings.chat_template else []
 
 
 def own_code(settings):

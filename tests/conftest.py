@@ -28,6 +28,7 @@ def no_memory_of_earlier_runs(tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Checksums and tokenized rows that this user's cache remembers stay out of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user-cache")))
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets-cache")))
         yield
 
 

@@ -42,6 +42,7 @@ _SECONDS = 60
 # Of each command, arguments that it takes. Files and folders are those of `Inputs`.
 COMMANDS: dict[str, str] = {
     "tokens": "--aligned model --base base --refusals rows.jsonl -o OUT.json",
+    "rows": "conversations.jsonl rows.csv rows.parquet --model model --show 1",
     "tokens --from-list": "--aligned model --from-list list.json -o OUT.json",
     "score": "--model model --rows rows.jsonl --safety-tokens tokens.json --cache cache "
     "-o OUT.json --backend transformers --config settings.yaml",
@@ -69,6 +70,7 @@ COMMANDS: dict[str, str] = {
     "bench train": "--model model --rows rows.jsonl --targets targets.json "
     "--safety-tokens tokens.json --batch-size 2",
     "bench score": "--model model --rows rows.jsonl --safety-tokens tokens.json",
+    "bench rows": "--model model --rows rows.jsonl --safety-tokens tokens.json --count 1000",
 }
 
 _DIGITS = "9" * 5000
@@ -87,7 +89,9 @@ ODD_TEXTS = [
     str(2**31), str(2**32), str(2**63), str(-(2**70)), "0x10", "1_0", "٣", "²", "true", "none",
     "a", "A", "a b", "é", "\0", "a\0b", "\ud800", "\udcff", "a\nb", "\x1b[31m", "\u2028", "😀",
     "x" * 300, "x/" * 3000, "y" * 100_000, ",", "a,,b", "--", "-", "=", "%s", "{}", "$HOME", "~",
-    "1/1", "2/3", f"1/{_DIGITS}", "hub:", "hub:a", "hub:a/b", "hub:a/b:c", "hub:../..",
+    "a=b", "prompt=response", "prompt=prompt,response=a.b", "messages=a,role=b,content=c",
+    '{"a": 1}', "[1]", "{", "enable_thinking=false", "messages=NaN",
+    "1/1", "2/3", f"1/{_DIGITS}", "hub:", "hub:a", "hub:a/b", "hub:a/b:c", "hub:a@b", "hub:../..",
     "memory://a", "memory://", "file://", "file:///", "nosuch://a", "://", "::", "a::b", "zip://a::b",
     "file.py:f", "none.py:f", "float32", "uint8", "pact", "vllm", "auto", "full", "live", "eager",
     "linear",
@@ -98,6 +102,7 @@ ODD_PLACES = [
     "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/a", "/sys/a", "nowhere",
     "nowhere/a/b", "model", "base", "adapter", "evaluation", "cache", "benchmarks", "rows.jsonl",
     "tokens.json", "targets.json", "metrics.json", "list.json", "settings.yaml", "rows.parquet",
+    "rows.csv", "conversations.jsonl",
     "broken.parquet", "here.parquet", "model/config.json", "z" * 255, "z" * 256, ".hidden", "-o",
 ]  # fmt: skip
 ODD_YAML = [
@@ -172,6 +177,22 @@ def make_inputs(folder: Path) -> None:
     words = load_tokenizer(str(model))
     chosen = [words.decode([i]) for i in (40, 70, 75)]
     (folder / "list.json").write_text(json.dumps([*chosen[:2], [chosen[2], 0.5], 80]))
+    said = [
+        {"role": "system", "content": "Be kind."},
+        {"from": "human", "value": "Where?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "There."}], "weight": 0},
+        {"role": "user", "content": "And that?"},
+        {"role": "assistant", "content": "Here.", "tool_calls": [{"function": {"name": "a"}}]},
+    ]
+    others = [
+        {"messages": said, "tools": "[]", "id": 1},
+        {"conversations": said[1:3], "system": "Be kind."},
+        {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]},
+        {"question": "a", "context": "b", "answer": "c"},
+    ]
+    lines = "".join(json.dumps(value) + "\n" for value in others)
+    (folder / "conversations.jsonl").write_text(lines)
+    (folder / "rows.csv").write_text('prompt,response\n"a\nb",c\nd,e\n')
     (folder / "settings.yaml").write_text("max_tokens: 64\n")
     with inside(folder):
         _quietly("tokens", "--aligned", "model", "--from-list", "list.json", "-o", "tokens.json")
@@ -276,6 +297,7 @@ class Draw:
     def _odd_file(self, case: Case) -> None:
         """One of the named files, or one in a named folder, holds or is something else."""
         named = [Path(a) for a in case.arguments if re.fullmatch(r"[a-z]{1,20}(\.[a-z]{1,9})?", a)]
+        named += [keys for n in named for keys in Path().glob(f"{n.stem}-*.arrow")]
         files = [
             f
             for n in named
@@ -339,7 +361,7 @@ class Draw:
         at = self._random.randrange(max(1, len([part for part in parts if part])))
         try:
             value = json.loads(parts[at])
-        except ValueError:
+        except (ValueError, RecursionError):
             return self._odd_bytes(file)
         odd, marker = self._random.choice(ODD_VALUES), "odd-value-here"
         value, place = self._replaced(value, marker)
@@ -409,6 +431,7 @@ def no_work() -> Iterator[None]:
         "pact_offline.bench.cache.measure_reading",
         "pact_offline.bench.train.ProcessPoolExecutor",
         "pact_offline.bench.score.ProcessPoolExecutor",
+        "pact_offline.bench.rows.ProcessPoolExecutor",
     ]
     with ExitStack() as stack:
         for name in stopped:

@@ -19,14 +19,14 @@ if not torch.cuda.is_available():
     driver = types.SimpleNamespace(is_active=lambda: True)
     backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
 
-from test_scoring import IDS, LONGEST, contexts
+from test_scoring import IDS, LONGEST, contexts, scored
 
 from pact_offline.scoring.backends import make_scorer
 from pact_offline.settings.stages import ScoreSettings
 
 settings = ScoreSettings(dtype="float32", batch_tokens=256)
 with closing(make_scorer("vllm", Path(sys.argv[1]), IDS, LONGEST, settings)) as scorer:
-    found = dict(scorer.score(contexts()))
+    found = scored(scorer, contexts())
     values = [found[index].tolist() for index in range(len(contexts()))]
     print(json.dumps({"how": scorer.how, "values": values}), flush=True)
 os._exit(0)  # vLLM's threads may abort a process that ends by itself

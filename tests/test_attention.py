@@ -14,14 +14,16 @@ from pact_offline.models.load import load_model
 from pact_offline.models.log_confidences import aligned_batch
 
 GENERATOR = torch.Generator().manual_seed(0)
-ROWS = [(list(range(3, 3 + length)), start) for length, start in ((40, 30), (25, 24), (12, 3))]
+ROWS = [
+    (list(range(3, 4 + length)), [(start, length + 1)])
+    for length, start in ((40, 30), (25, 24), (12, 3))
+]
 
 
 def logits_and_gradient(path: Path, kind: str, dtype: str = "float32") -> tuple[Tensor, Tensor]:
     model = load_model(str(path), dtype, attention=kind)
-    inputs, columns, steps = aligned_batch(ROWS, 0)
-    logits = model(**inputs).logits.float()[:, columns]
-    kept = torch.cat([logits[row, :count] for row, count in enumerate(steps)])
+    batch = aligned_batch(ROWS, 0)
+    kept = model(**batch.inputs).logits.float()[:, batch.columns][batch.is_step]
     kept.pow(2).mean().backward()
     return kept.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.float()
 
@@ -50,7 +52,8 @@ def test_in_bfloat16_it_is_as_near_to_fp32_as_eager_attention(tmp_path: Path) ->
 
 def test_generation_with_a_cache_gives_the_tokens_of_eager_attention(tmp_path: Path) -> None:
     path = str(make_model(tmp_path / "m"))
-    inputs, _, _ = aligned_batch([([5, 6, 7, 8], 4), ([9, 10], 2)], 0)
+    rows = [([5, 6, 7, 8, 0], [(4, 5)]), ([9, 10, 0], [(2, 3)])]
+    inputs = aligned_batch(rows, 0).inputs
     del inputs["position_ids"]
     eager, ours = (
         load_model(path, "float32", attention=kind).generate(**inputs, max_new_tokens=8)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from conftest import write_rows
 
 Run = Callable[..., Result]
 
@@ -73,7 +74,7 @@ def test_bench_train_compares_the_ways(
 
 def test_bench_cache_compares_encodings(
     common: list[Any], score: Callable[..., Path], run: Run, fails: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     exact, coarse = score("exact.json", "--stored-dtype", "float32"), score("coarse.json")
     bench = ["bench", "cache", "--steps", 3200, *common[4:]]
@@ -86,6 +87,10 @@ def test_bench_cache_compares_encodings(
     assert sizes["float32", "plain"]["pact_change"] == 0
     assert [one["steps"] for one in found["reading"]] == [3200, 3200]
     assert "stored as float32" in fails(*bench, "--targets", coarse, "--policy", coarse)
+    row = write_rows(tmp_path / "row.jsonl", [{"prompt": "One more", "response": "Sales"}])
+    more = score("more.json", "--rows", row)
+    line = fails(*bench, "--targets", exact, "--policy", more)
+    assert f"{more}: expected the rows of {exact}, found others" in line
     monkeypatch.setitem(sys.modules, "numcodecs", None)
     assert "install pact-offline[bench]" in fails(*bench, "--targets", exact, "--policy", coarse)
 

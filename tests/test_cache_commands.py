@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from conftest import write_rows
-from stores import bind, fill, named
+from stores import bind, conversation, fill, named
 
 from pact_offline.cache.format import shard_ids
 from pact_offline.cache.storage import open_storage
@@ -85,13 +85,61 @@ def test_show_is_a_table_of_steps_and_tokens(
     shown = run(*show, "--rows", rows_file, "--model", aligned, "--columns", 3).stdout
     lines = shown.splitlines()
     assert lines[0].startswith("full context")
+    assert lines[1].split()[:6] == ["step", "next", "token", "its", "own", "rest"]
     assert "Shipping" in lines[2] or "S" in lines[2]
-    assert len(lines[2].split()) == 2 + 1 + 3  # step, token, the rest, three safety tokens
+    assert len(lines[2].split()) == 2 + 2 + 3  # step, token, its own, the rest, three safety tokens
     assert any(line.startswith("response-only context") for line in lines)
     assert run(*show).exit_code == 0  # without rows: no tokens, all else
     assert "expected a row from 0 to 11, found 12" in fails(
         "cache", "show", targets, 12, "--safety-tokens", tokens_file
     )
+
+
+@pytest.fixture
+def of_two_turns(command: list[Any], rows_file: Path, tmp_path: Path, run: Run) -> Path:
+    """A targets.json of a row of two turns and a row of one, stored exactly."""
+    both = conversation(("My parcel", "Billing"), ("And my money?", "Returns, I think"))
+    write_rows(rows_file, [both, conversation(("My parcel", "Shipping"))])
+    path = tmp_path / "turns.json"
+    result = run(*command, "-o", path, "--stored-dtype", "float32")
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_show_counts_each_turn_from_its_first_token(
+    of_two_turns: Path, tokens_file: Path, rows_file: Path, aligned: Path, run: Run
+) -> None:
+    show = ["cache", "show", of_two_turns, 0, "--safety-tokens", tokens_file, "--columns", 0]
+    shown = run(*show, "--rows", rows_file, "--model", aligned).stdout
+    blocks = [block.splitlines()[2:] for block in shown.split("\n\n")]
+    cache = TargetCache.open(of_two_turns)
+    assert len(blocks) == 2
+    for kind, lines in zip(("full", "response_only"), blocks, strict=True):
+        own = 100 * np.exp(cache.read_labels([0], kind))
+        np.testing.assert_allclose([float(line.split()[-2]) for line in lines], own, atol=1e-3)
+        numbers = [int(line[:4]) for line in lines]
+        second = numbers.index(0, 1)
+        assert numbers == [*range(second), *range(len(lines) - second)]
+        tokens = [line[6:19].strip() for line in lines]
+        assert "".join(tokens[:second]) == "Billing<|im_end|>\\n"
+        assert "".join(tokens[second:]) == "Returns,\u00b7I\u00b7think<|im_end|>\\n"
+    full, only = (cache.read_labels([0], kind) for kind in ("full", "response_only"))
+    assert full.tolist() != only.tolist()
+    plain = run(*show).stdout  # without rows nobody knows where a turn begins
+    counted = [int(line[:4]) for line in plain.split("\n\n")[0].splitlines()[2:]]
+    assert counted == list(range(len(blocks[0])))
+
+
+def test_audit_takes_rows_of_several_turns(
+    of_two_turns: Path, command: list[Any], run: Run
+) -> None:
+    value = json.loads(run("cache", "audit", of_two_turns, *command[1:7], "--json").stdout)
+    cache = TargetCache.open(of_two_turns)
+    assert value["contexts"] == 3 + 2
+    assert value["steps"] == sum(len(values) for row in (0, 1) for values in cache[row])
+    for name in ("difference", "label_difference"):
+        assert value[name]["max"] < 1e-4
+    assert value["pact_difference"] < 1e-4
 
 
 @pytest.mark.parametrize("what", ["store", "directory"])
@@ -180,20 +228,21 @@ def test_audit_finds_a_right_cache_within_the_noise(
     assert value["contexts"] == 12
     if stored == "float32":
         assert value["difference"]["max"] < 1e-4
+        assert value["label_difference"]["max"] < 1e-4
         assert value["pact_difference"] < 1e-4
 
 
 def test_audit_finds_a_wrong_cache(
-    targets: Path, command: list[Any], aligned: Path, base: Path, tmp_path: Path, run: Run
+    targets: Path, command: list[Any], base: Path, tmp_path: Path, run: Run
 ) -> None:
     """A cache that says it is of one model, with another's values."""
     scored = run(*["score", "--model", base, *command[3:]], "-o", tmp_path / "other.json")
     assert scored.exit_code == 0, scored.output
     from pact_offline.cache.store import Store
     from pact_offline.cache.writer import StoreWriter
-    from pact_offline.rows.chat import load_tokenizer, tokenize
-    from pact_offline.rows.contexts import contexts_of
-    from pact_offline.rows.read import read_rows
+    from pact_offline.models.locate import locate_model
+    from pact_offline.scoring.dataset import prepare
+    from pact_offline.settings.stages import ScoreSettings
 
     right, wrong = sorted(
         (Store(path) for path in (tmp_path / "cache").iterdir()),
@@ -201,16 +250,19 @@ def test_audit_finds_a_wrong_cache(
     )
     for shard in right.shards:
         open_storage(right.place).remove(f"shards/{shard.id}", first="shard.json")
-    tokenizer = load_tokenizer(str(aligned))
+    settings = ScoreSettings.model_validate({})
+    known = prepare(locate_model(str(base)), [command[4]], command[6], tmp_path / "cache", settings)
     with StoreWriter(right.place, right.identity, 10**6, {}) as writer:
-        for example in tokenize(read_rows(command[4]), tokenizer, 512):
-            for context in contexts_of(example, right.identity.header_ids):
-                writer.add(context, wrong.read(wrong.locate([context.key])))
+        for context in known.contexts(known.distinct):
+            at = wrong.locate([context.key])
+            writer.add(context, wrong.read(at), wrong.read_labels(at))
     assert run(*command, "-o", targets).exit_code == 0
     assert run("cache", "verify", targets).exit_code == 0  # every byte is as it was written
     found = run("cache", "audit", targets, *command[1:7])
     assert found.exit_code == 1
     assert "past the tolerance" in found.stdout
+    value = json.loads(run("cache", "audit", targets, *command[1:7], "--json").stdout)
+    assert value["label_difference"]["mean"] > 0.1
 
 
 def test_gc_removes_what_no_targets_use_after_asking(
@@ -363,11 +415,17 @@ def test_a_stray_folder_and_a_bad_store_are_named_and_the_rest_goes_on(
     for name in ("aaa-foreign", "zzz-lost"):
         (cache / name / "shards" / ("0" * 32)).mkdir(parents=True)
     (cache / "aaa-foreign" / "identity.json").write_text("{}")
+    (cache / "older").mkdir()
+    older = (store / "identity.json").read_text()
+    assert '"format_version": 3' in older
+    older = older.replace('"format_version": 3', '"format_version": 2')
+    (cache / "older" / "identity.json").write_text(older)
     (cache / "zzz-linked").mkdir()
     (cache / "zzz-linked" / "identity.json").symlink_to(store / "identity.json")
     (cache / "notes").mkdir()
     bad = {
         "aaa-foreign": "identity.json: expected the keys",
+        "older": "expected 3, found 2, of another pact-offline; run `pact-offline score` again",
         "zzz-linked": "expected no symbolic link",
         "zzz-lost": "expected a store with identity.json",
     }
@@ -399,9 +457,9 @@ def test_a_stray_folder_and_a_bad_store_are_named_and_the_rest_goes_on(
     assert len(TargetCache.open(targets, verify_all=True)) == 12
 
 
-def damage_somewhere(store: Path, draw: random.Random) -> str:
-    """Do something to a file or folder of a store; say what."""
-    path = draw.choice(sorted(store.rglob("*")))
+def damage_somewhere(store: Path, targets: Path, draw: random.Random) -> str:
+    """Do something to a file or folder of a store, or to the keys of a targets.json; say what."""
+    path = draw.choice(sorted([*store.rglob("*"), *targets.parent.glob("*.arrow")]))
     how = draw.choice(["delete", "rename", "truncate", "garbage", "link", "folder", "copy"])
     if how == "copy":
         copy = shutil.copytree if path.is_dir() else shutil.copy
@@ -420,11 +478,12 @@ def damage_somewhere(store: Path, draw: random.Random) -> str:
             path.mkdir()
         elif how in ("truncate", "garbage"):
             path.write_bytes(b"")
-    return f"{how} {path.relative_to(store)}"
+    return f"{how} {path}"
 
 
 def test_two_hundred_damages_of_a_store_are_told_in_lines(tmp_path: Path, run: Run) -> None:
     """By every `cache` command that reads one; nothing but exit codes 0, 1 and 2."""
+    harmed: set[str] = set()
     whole, now = tmp_path / "whole", tmp_path / "now"
     fill(named(whole / "cache"), range(6), shard_steps=16)
     bind(named(whole / "cache"), whole / "targets.json", range(6))
@@ -436,7 +495,7 @@ def test_two_hundred_damages_of_a_store_are_told_in_lines(tmp_path: Path, run: R
         what: list[str] = []
         for _ in range(draw.choice([1, 1, 2])):
             with contextlib.suppress(OSError):  # a second one may find no place
-                what.append(damage_somewhere(store, draw))
+                what.append(damage_somewhere(store, path, draw))
         commands = (
             ["ls", cache], ["verify", cache], ["verify", store], ["verify", path],
             ["show", path, 1, "--safety-tokens", tokens], ["ls", store, "--json"],
@@ -449,4 +508,6 @@ def test_two_hundred_damages_of_a_store_are_told_in_lines(tmp_path: Path, run: R
                 raise AssertionError(f"{number}: {what}: {command}") from error
             assert result.exit_code in (0, 1, 2), (number, what, command, result.output)
             assert "Traceback" not in result.output
+        harmed |= {word for text in what for word in ("targets-", "label.zarr") if word in text}
         shutil.rmtree(now)
+    assert harmed == {"targets-", "label.zarr"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import write_rows
+from examples import prompt_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import make_model
@@ -21,8 +22,8 @@ from pact_offline.evaluation.judges import is_refusal, judge_with_guard
 from pact_offline.evaluation.metrics import Metrics, Rate
 from pact_offline.evaluation.prompt_sets import Answer
 from pact_offline.models.load import load_model
-from pact_offline.rows.chat import load_tokenizer, render
-from pact_offline.rows.read import Row
+from pact_offline.rows.chat import Chat, load_tokenizer
+from pact_offline.rows.row import Row
 from pact_offline.safety_tokens.file import SafetyTokens
 
 
@@ -63,7 +64,9 @@ def test_interval_is_wilsons() -> None:
 
 def test_batched_answers_are_the_single_ones(aligned: Path) -> None:
     model, tokenizer = load_model(str(aligned), "float32"), load_tokenizer(str(aligned))
-    chats = [[{"role": "user", "content": "My parcel " * n}] for n in (1, 9, 3, 5)]
+    chats = [
+        prompt_of(tokenizer, [{"role": "user", "content": "My parcel " * n}]) for n in (1, 9, 3, 5)
+    ]
     together = generate(model, tokenizer, chats, max_new_tokens=8, batch_size=3)
     alone = [generate(model, tokenizer, [c], max_new_tokens=8, batch_size=1)[0] for c in chats]
     assert together == alone
@@ -531,7 +534,8 @@ def test_a_bad_function_of_the_users_own_is_named(
     ],
 )  # fmt: skip
 def test_an_answer_is_right_up_to_case_space_and_a_full_stop(answer: str, is_right: bool) -> None:
-    row = Row(({"role": "user", "content": "Where?"},), "Billing", "here")
+    said = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Billing"}
+    row = Row(said, "here")
     assert Answer("task", row, answer, refused=False).correct is is_right
 
 
@@ -568,7 +572,7 @@ def test_drift_equals_a_pass_answer_by_answer_through_both_models(
         steps: dict[int, list[np.ndarray]] = {}
         for answer in answers:
             chat = [{"role": "user", "content": answer["prompt"]}]
-            prompt = render(tokenizer, chat, generation_prompt=True)
+            prompt = prompt_of(tokenizer, chat)
             response = tokenizer(answer["answer"], add_special_tokens=False).input_ids
             with torch.no_grad():
                 logits = model(torch.tensor([[*prompt, *response]])).logits[0].double()
@@ -609,7 +613,7 @@ def make_guard(path: Path, judged: list[tuple[str, str, bool]]) -> Path:
     rows, labels = [], []
     for prompt, answer, is_unsafe in judged:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        asked = render(tokenizer, chat, generation_prompt=True)
+        asked = prompt_of(tokenizer, chat)
         verdict = tokenizer("\n\nunsafe\nS9" if is_unsafe else "\n\nsafe").input_ids
         rows.append(torch.tensor([*asked, *verdict, tokenizer.eos_token_id]))
         labels.append(rows[-1].clone())
@@ -643,7 +647,7 @@ def test_a_guard_model_reads_prompt_and_answer_and_its_verdicts_are_counted(
     assert (found.count, found.total) == (3, 6)
     prompts, answers, expected = zip(*judged, strict=True)
     tokenizer = load_tokenizer(str(guard))
-    assert judge_with_guard(str(guard), tokenizer, prompts, answers, "float32") == [*expected]
+    assert judge_with_guard(str(guard), Chat(tokenizer), prompts, answers, "float32") == [*expected]
 
     # A run without a guard may be compared; one with another guard may not.
     same = ["run", "--reference", tmp_path / "guarded", "-o", tmp_path / "run"]

@@ -31,7 +31,7 @@ def make_batch() -> dict[str, torch.Tensor]:
     items = [
         {
             "input_ids": torch.randint(3, 300, (start + steps,), generator=random).tolist(),
-            "response_start": start,
+            "turns": [start, start, start, start + steps],
             "index": index,
         }
         for index, (start, steps) in enumerate(rows)

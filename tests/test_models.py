@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from examples import prompt_of
 from tiny import make_model
 
 from pact_offline import files
 from pact_offline.evaluation.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
-from pact_offline.rows.chat import load_tokenizer, render
+from pact_offline.rows.chat import load_tokenizer
 from pact_offline.rows.contexts import Context
 from pact_offline.scoring.scorer import Scored
 from pact_offline.scoring.transformers import TransformersScorer
@@ -156,7 +157,7 @@ def test_an_answer_ends_at_every_end_that_the_model_knows(aligned: Path) -> None
     """Gemma's and Phi's turns end by another id than their tokenizer's end of text."""
     model, tokenizer = load_model(str(aligned), "float32"), load_tokenizer(str(aligned))
     chat = [{"role": "user", "content": "Hello there"}]
-    prompt = torch.tensor([render(tokenizer, chat, generation_prompt=True)])
+    prompt = torch.tensor([prompt_of(tokenizer, chat)])
     free = model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12,
         do_sample=False, pad_token_id=0, eos_token_id=2,
@@ -165,6 +166,7 @@ def test_an_answer_ends_at_every_end_that_the_model_knows(aligned: Path) -> None
     model.generation_config.eos_token_id = [2, end]
     short = [{"role": "user", "content": "Hi"}]
     for chats in ([chat], [short, chat]):  # alone, and beside one that may be longer
-        answer = generate(model, tokenizer, chats, max_new_tokens=12, batch_size=2)[-1]
+        asked = [prompt_of(tokenizer, one) for one in chats]
+        answer = generate(model, tokenizer, asked, max_new_tokens=12, batch_size=2)[-1]
         expected = tokenizer.decode(free[: free.index(end)], skip_special_tokens=True).strip()
         assert answer == expected

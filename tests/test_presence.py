@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import IDENTITY, context, fill, list_shards, named
+from stores import binding, fill, list_shards, named
 
 from pact_offline.cache import presence
 from pact_offline.cache.presence import is_there
-from pact_offline.cache.targets import Binding
 
 
 @pytest.fixture
@@ -19,10 +18,9 @@ def bound(tmp_path: Path) -> tuple[Path, Path]:
     """A store of several shards, and a targets.json that names them."""
     store, targets = named(tmp_path), tmp_path / "targets.json"
     fill(store, range(6), shard_steps=8)
-    pairs = tuple(context(number).key * 2 for number in range(6))
-    shards = tuple(list_shards(store))
+    shards = list_shards(store)
     assert len(shards) > 1
-    Binding(str(store), IDENTITY, "", 9, pairs, shards, ({},), {}).save(targets)
+    binding(store, range(6), shards).save(targets)
     return store, targets
 
 
@@ -46,9 +44,19 @@ def test_a_whole_store_is_there_also_after_a_move(bound: tuple[Path, Path], tmp_
         lambda store, targets: (sorted(store.glob("shards/*"))[-1] / "shard.json").unlink(),
         lambda store, targets: (store / "identity.json").unlink(),
         lambda store, targets: targets.write_text("{"),
-        lambda store, targets: change(targets, format_version=1),
+        lambda store, targets: change(targets, format_version=2),
+        lambda store, targets: next(targets.parent.glob("targets-*.arrow")).unlink(),
+        lambda store, targets: next(targets.parent.glob("targets-*.arrow")).write_bytes(b"x"),
     ],
-    ids=["a shard", "a sidecar", "identity", "half a file", "an older format"],
+    ids=[
+        "a shard",
+        "a sidecar",
+        "identity",
+        "half a file",
+        "an older format",
+        "keys",
+        "other keys",
+    ],
 )
 def test_what_is_gone_in_part_is_not_there(
     harm: Callable[[Path, Path], None], bound: tuple[Path, Path]

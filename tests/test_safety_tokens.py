@@ -12,12 +12,13 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import REFERENCE
+from examples import prompt_of
 from tiny import make_model
 
 from pact_offline.errors import InputError, ModelError, TargetsMismatchError
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
-from pact_offline.rows.chat import load_tokenizer, render
+from pact_offline.rows.chat import load_tokenizer
 from pact_offline.rows.read import read_rows
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 from pact_offline.safety_tokens.hand_list import read_hand_list
@@ -153,7 +154,7 @@ def test_the_log_ratio_equals_a_pass_with_both_models_in_memory(batch_size: int)
     for row in pairs:
         response = tokenizer(row.response, add_special_tokens=False).input_ids[:64]
         prompts = [
-            render(tokenizer, row.prompt, generation_prompt=True),
+            prompt_of(tokenizer, row.prompt),
             tokenizer(f"User: {row.prompt[0]['content']}\n\nAssistant: ").input_ids,
         ]
         ours, theirs = (

@@ -17,6 +17,7 @@ from pact_offline.errors import SettingError
 from pact_offline.rows.contexts import Context
 from pact_offline.scoring import backends as scoring
 from pact_offline.scoring.backends import bind_device, choose_backend, make_scorer
+from pact_offline.scoring.scorer import Scorer
 from pact_offline.settings.stages import ScoreSettings
 
 IDS = [3, 5, 77, 200, 299]
@@ -24,23 +25,38 @@ LONGEST = 700
 
 
 def contexts() -> list[Context]:
-    """Mixed lengths: one-token responses, no prompt to speak of, longer than a prefill chunk."""
+    """Mixed lengths: one-token responses, no prompt to speak of, longer than a prefill chunk; and
+    conversations of several turns, one with its turns in different chunks."""
     random = np.random.default_rng(0)
-    shapes = [(5, 1), (1, 1), (300, 3), (9, 40), (LONGEST - 4, 5), (20, 300)]
-    return [
-        Context(
-            "full",
-            random.integers(3, 300, start + steps - 1).astype(np.int32),
-            start,
-        )
-        for start, steps in shapes
+    shapes = [
+        [(5, 6)],
+        [(1, 2)],
+        [(300, 303)],
+        [(9, 49)],
+        [(LONGEST - 5, LONGEST)],
+        [(20, 320)],
+        [(5, 8), (20, 21), (30, 60)],
+        [(7, 12), (250, 290), (600, 601)],
     ]
+    return [
+        Context("full", random.integers(3, 300, spans[-1][1]).astype(np.int32), tuple(spans))
+        for spans in shapes
+    ]
+
+
+def scored(scorer: Scorer, some: list[Context]) -> dict[int, np.ndarray]:
+    """By position, the safety ids' values and in a last column those of the labels."""
+    found = {}
+    for position, log_confidences, labels in scorer.score(some):
+        assert labels.shape == log_confidences.shape[:1]
+        found[position] = np.concatenate((log_confidences, labels[:, None]), axis=1)
+    return found
 
 
 def values(backend: str, model: Path, dtype: str) -> list[np.ndarray]:
     settings = ScoreSettings(dtype=dtype, batch_tokens=256)
     with closing(make_scorer(backend, model, IDS, LONGEST, settings)) as scorer:
-        found = dict(scorer.score(contexts()))
+        found = scored(scorer, contexts())
     assert sorted(found) == list(range(len(contexts())))
     return [found[index] for index in sorted(found)]
 
@@ -57,7 +73,9 @@ def test_transformers_scorer_equals_a_plain_forward_pass(family: str, tmp_path: 
     for context, found in zip(contexts(), values("transformers", path, "float32"), strict=True):
         with torch.no_grad():
             logits = model(torch.tensor(context.ids[None]).long()).logits[0]
-        expected = logits[context.response_start - 1 :].log_softmax(-1)[:, IDS]
+        steps = [t for start, end in context.spans for t in range(start, end)]
+        every = logits.log_softmax(-1)
+        expected = torch.stack([every[t - 1, [*IDS, int(context.ids[t])]] for t in steps])
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
 

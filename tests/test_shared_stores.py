@@ -24,11 +24,21 @@ import numpy as np
 import pytest
 from click.testing import Result
 from schedules import Schedule, TurnStorage
-from stores import IDENTITY, commit_together, context, fill, list_shards, named, values
+from stores import (
+    IDENTITY,
+    binding,
+    commit_together,
+    context,
+    fill,
+    labels,
+    list_shards,
+    named,
+    tokenized,
+    values,
+)
 
 from pact_offline.cache import leases, shard
 from pact_offline.cache.bindings import save_binding, usages
-from pact_offline.cache.format import join_pair
 from pact_offline.cache.garbage import find_garbage, remove_garbage
 from pact_offline.cache.inspect import drop_shards, verify_store
 from pact_offline.cache.leases import Lease, users
@@ -49,7 +59,9 @@ SETTINGS = ScoreSettings.model_validate({})
 MODEL = ModelFiles("a/b", Path(), {"hub": "a/b", "commit": "c"})
 
 
-RIGHT = {number: values(number) for number in (*EARLIER, *UNBOUND, *DAMAGED, *NEW)}
+NUMBERS = (*EARLIER, *UNBOUND, *DAMAGED, *NEW)
+RIGHT = {number: values(number) for number in NUMBERS}
+OWN = {number: labels(number) for number in NUMBERS}
 
 
 class _NoThread:
@@ -125,28 +137,18 @@ def turns(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dataset(store: str, numbers: tuple[int, ...]) -> Dataset:
-    contexts = {context(number).key: context(number) for number in numbers}
-    return Dataset(
-        examples=tuple(join_pair(key, key) for key in contexts),
-        sources=({"source": "rows.jsonl", "rows": len(numbers)},),
-        tokenizer="",
-        identity=IDENTITY,
-        store=store,
-        backend="test",
-        backend_reason="",
-        read_contexts=lambda: contexts,
-    )
+    return Dataset(tokenized(numbers), IDENTITY, store, backend="test", backend_reason="")
 
 
 def score(store: str, numbers: tuple[int, ...], targets: Path) -> None:
     """What `pact-offline score` does, with values that are known."""
     named_by = {context(number).key: number for number in numbers}
     with ScoringJob(dataset(store, numbers)) as job:
-        if missing := job.missing():
+        if len(missing := job.missing()):
             with StoreWriter(store, IDENTITY, 1000, {"by": "test"}) as writer:
                 job.lease.take()
-                for key in missing:
-                    writer.add(job.dataset.contexts[key], RIGHT[named_by[key]])
+                for one in job.dataset.contexts(job.dataset.distinct[missing]):
+                    writer.add(one, RIGHT[named_by[one.key]], OWN[named_by[one.key]])
             job.add(writer.shards)
         bind(job, MODEL, SETTINGS, targets)
 
@@ -176,7 +178,7 @@ def draw_operations(
     """What may go on at once, by name; and the contexts of each targets.json that is written."""
     store, written = cache.store, {}
     for name in ("one", "two"):
-        some = draw.sample((*EARLIER, *UNBOUND, *DAMAGED, *NEW), draw.randint(1, 4))
+        some = draw.sample(NUMBERS, draw.randint(1, 4))
         written[cache.earlier.with_name(f"{name}.json")] = tuple(some)
     (one, two), forget = written.items(), forgets and draw.random() < 0.5
     written[cache.earlier] = EARLIER
@@ -195,6 +197,7 @@ def read_all(targets: Path, numbers: tuple[int, ...]) -> None:
     for index, number in enumerate(numbers):
         for found in cache[index]:
             assert np.abs(found - RIGHT[number]).max() < 0.02
+        assert np.abs(cache.read_labels([index]) - OWN[number]).max() < 0.02
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +210,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         fill(store, range(numbers[0], numbers[-1] + 1))
         (made,) = set(list_shards(store)) - known
         if numbers == EARLIER:
-            rows = dataset(str(store), EARLIER)
-            binding = Binding(str(store), IDENTITY, "", 9, rows.examples, (made,), rows.sources, {})
-            save_binding(str(store), binding, folder / "earlier.json")
+            save_binding(str(store), binding(store, EARLIER, [made]), folder / "earlier.json")
         elif numbers == DAMAGED:
             (store / "shards" / made / "log_confidence.zarr" / "c" / "0" / "0").unlink()
     return files_in(folder)
@@ -221,6 +222,8 @@ def cache(disk: Path, template: dict[str, bytes], remembered: None, turns: None)
     store, earlier = named(Path("cache")).as_posix(), disk / "earlier.json"
     place = f"turns://{store}"
     earlier.write_bytes(template["earlier.json"].replace(Path(store).name.encode(), place.encode()))
+    (keys,) = (name for name in template if name.startswith("earlier-"))
+    (disk / keys).write_bytes(template[keys])
     return Cache(place, {f"cache/{name}": data for name, data in template.items()}, earlier)
 
 
@@ -301,7 +304,7 @@ def test_two_writers_of_the_same_shard_both_succeed(tmp_path: Path) -> None:
     writers = [StoreWriter(store, IDENTITY, 1000, {"made_at": "now"}) for _ in range(2)]
     for writer in writers:
         for number in range(5):
-            writer.add(context(number), values(number))
+            writer.add(context(number), values(number), labels(number))
         writer.commit()
     assert writers[0].shards == writers[1].shards == list_shards(store)
     assert list((store / "open").iterdir()) == []
@@ -484,6 +487,23 @@ def test_a_binding_that_fails_leaves_the_one_before_it(tmp_path: Path) -> None:
             bind(job, MODEL, SETTINGS, targets)
     read_all(targets, (1, 2))
     assert list((store / "bindings").iterdir()) == records
+
+
+def test_a_binding_whose_shard_goes_while_it_is_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, save = named(tmp_path), Binding.save
+
+    def save_late(self: Binding, path: Path) -> None:
+        save(self, path)
+        assert {one.suffix for one in tmp_path.glob("targets*")} == {".json", ".arrow"}
+        shutil.rmtree(store / "shards" / self.shards[0])
+
+    monkeypatch.setattr(Binding, "save", save_late)
+    with pytest.raises(MissingTargetError, match="removed meanwhile"):
+        score(str(store), (1, 2), tmp_path / "targets.json")
+    assert list(tmp_path.glob("targets*")) == []
+    assert list((store / "bindings").iterdir()) == []
 
 
 def test_a_store_is_opened_once_in_a_scoring_job(

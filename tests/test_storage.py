@@ -23,7 +23,20 @@ import numpy as np
 import pytest
 from click.testing import Result
 from conftest import write_rows
-from stores import IDENTITY, context, fill, list_shards, named, read, read_as_worker, values, whole
+from stores import (
+    IDENTITY,
+    binding,
+    context,
+    fill,
+    labels,
+    list_shards,
+    named,
+    places_of,
+    read,
+    read_as_worker,
+    values,
+    whole,
+)
 
 from pact_offline.cache.format import SIDECAR, shard_ids
 from pact_offline.cache.identity import read_identity
@@ -37,10 +50,18 @@ from pact_offline.cache.storage import (
     open_storage,
 )
 from pact_offline.cache.store import Store
-from pact_offline.cache.targets import Binding, TargetCache
+from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import DamagedError, StoreError
 
 KINDS = ["disk", "memory", "s3"]
+FILES = [
+    "contexts.arrow",
+    "log_confidence.zarr/zarr.json",
+    "log_confidence.zarr/c/0/0",
+    "label.zarr/zarr.json",
+    "label.zarr/c/0",
+    SIDECAR,
+]
 
 
 @contextmanager
@@ -156,6 +177,8 @@ class TestEveryStorage:
         opened = Store(store)
         for number in range(9):
             np.testing.assert_allclose(read(opened, number), values(number), rtol=1e-3)
+            own = opened.read_labels(places_of(opened, number))
+            np.testing.assert_allclose(own, labels(number), rtol=1e-3)
         again = pickle.loads(pickle.dumps(opened))  # noqa: S301
         np.testing.assert_allclose(read(again, 5), values(5), rtol=1e-3)
         assert verify_store(store)[:2] == (4, 9)
@@ -181,7 +204,7 @@ class TestEveryStorage:
         fill(store, range(3))
         storage = open_storage(store)
         shard = shard_ids(storage)[0]
-        names = ("contexts.arrow", "log_confidence.zarr/zarr.json", "log_confidence.zarr/c/0/0")
+        names = tuple(file for file in FILES if file != SIDECAR)
         local = storage.local(f"shards/{shard}", names)
         for name in names:
             storage.write(f"shards/{'0' * 32}/{name}", (local / name).read_bytes())
@@ -268,9 +291,7 @@ NAME = f"s-{IDENTITY.digest[:12]}"
 def bound(store: str, path: Path, numbers: range = range(8)) -> Path:
     """A targets.json with a row for each context, written by hand as anyone's could be."""
     opened = Store(store)
-    keys = [context(number).key for number in numbers]
-    shards = tuple(opened.shards_of(opened.locate(keys)))
-    Binding(store, IDENTITY, "", 9, tuple(k + k for k in keys), shards, ({},), {}).save(path)
+    binding(store, numbers, opened.shards_of(places_of(opened, *numbers))).save(path)
     return path
 
 
@@ -370,9 +391,6 @@ def test_a_wrong_download_is_fetched_again(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(DamagedError):
             read(opened, 1)
     np.testing.assert_allclose(read(opened, 1), values(1), rtol=1e-3)
-
-
-FILES = ["contexts.arrow", "log_confidence.zarr/zarr.json", "log_confidence.zarr/c/0/0", SIDECAR]
 
 
 @pytest.mark.parametrize("file", FILES)

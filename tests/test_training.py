@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import write_rows
+from examples import examples_of
 from safetensors.numpy import load_file
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -26,8 +27,7 @@ from pact_offline.machine import peak_resident_mib
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.objectives.registry import OBJECTIVES
-from pact_offline.rows.chat import load_tokenizer, tokenize
-from pact_offline.rows.read import read_rows
+from pact_offline.rows.chat import load_tokenizer
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.checkpoints import fingerprint
@@ -65,28 +65,61 @@ def loss_by_hand(
     model: Any, reference: Any, examples: Any, targets: TargetCache, weights: torch.Tensor,
     settings: FinetuneSettings,
 ) -> torch.Tensor:  # fmt: skip
-    """One row at a time, with the reference in memory: mean over all response steps."""
+    """One turn at a time, with the reference in memory: mean over all response steps."""
     header, ids = list(targets.binding.identity.header_ids), targets.safety_ids
     cross_entropy, kl, count = 0.0, 0.0, 0
-    for example in examples:
-        whole, start = torch.tensor(example.ids[None]).long(), example.response_start
-        response = torch.tensor([*header, *example.ids[start:]])[None].long()
-        logits = model(whole).logits[0, start - 1 : -1]
+    for example, turn in ((one, turn) for one in examples for turn in one.turns):
+        whole, start, end = torch.tensor(example.ids[None]).long(), turn.start, turn.end
+        response = torch.tensor([*header, *example.ids[start:end]])[None].long()
+        logits = model(whole).logits[0, start - 1 : end - 1]
         with torch.no_grad():
-            full = reference(whole).logits[0, start - 1 : -1][:, ids]
+            full = reference(whole).logits[0, start - 1 : end - 1][:, ids]
             only = reference(response).logits[0, len(header) - 1 : -1][:, ids]
-            full_confidence = reference(whole).logits[0, start - 1 : -1].log_softmax(-1)[:, ids]
-        steps = torch.arange(example.steps)
+            full_confidence = reference(whole).logits[0, start - 1 : end - 1].log_softmax(-1)
+        steps = torch.arange(end - start)
         cross_entropy += torch.nn.functional.cross_entropy(
-            logits, whole[0, start:], reduction="sum"
+            logits, whole[0, start:end], reduction="sum"
         )
         if settings.objective != "none":
             function = OBJECTIVES[settings.objective].per_step
             policy = logits.log_softmax(-1)[:, ids]
-            given = full if settings.objective == "pact" else full_confidence
+            given = full if settings.objective == "pact" else full_confidence[:, ids]
             kl += function(policy, given, only, weights, steps, settings).sum()
-        count += example.steps
+        count += end - start
     return (cross_entropy + settings.kl_weight * kl) / count
+
+
+@pytest.fixture
+def conversations(rows_file: Path) -> Path:
+    """The twelve rows, with one to three answers each, one of them not to be learnt."""
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    said = [
+        [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+        for row in rows
+    ]
+    said[4][1]["weight"] = 0
+    messages = [
+        [turn for i in range(1 + number % 3) for turn in said[(number + i) % 12]]
+        for number in range(12)
+    ]
+    messages[4] = [*said[4], *said[5]]
+    write_rows(rows_file, [{"messages": turns} for turns in messages])
+    return rows_file
+
+
+def test_every_answer_of_a_conversation_is_trained_and_held(
+    conversations: Path, aligned: Path, base: Path, targets: Path, tmp_path: Path
+) -> None:
+    """Twelve rows of 1 to 3 turns: what is said in a turn counts from step 0 of that turn."""
+    examples = examples_of(aligned, conversations)
+    assert {len(example.turns) for example in examples} == {1, 2, 3}
+    assert len(examples[4].turns) == 1  # of two answers, one has weight 0
+    for batches in ((12, 1, None), (3, 4, None), (4, 3, 1)):
+        for objective in ("none", "pact", "confidence"):
+            cached_equals_live(objective, batches, aligned, base, conversations, targets, tmp_path)
 
 
 @pytest.mark.parametrize("objective", ["none", "pact", "confidence"])
@@ -95,14 +128,18 @@ def test_cached_loss_and_gradient_equal_a_live_reference(
     objective: str, batches: tuple[int, int, int | None], aligned: Path, base: Path,
     rows_file: Path, targets: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """However the batch is cut into accumulated parts, and these into passes.
+    """However the batch is cut into accumulated parts, and these into passes."""
+    cached_equals_live(objective, batches, aligned, base, rows_file, targets, tmp_path)
 
-    The policy is another model on purpose.
-    """
+
+def cached_equals_live(
+    objective: str, batches: tuple[int, int, int | None], aligned: Path, base: Path,
+    rows_file: Path, targets: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The policy is another model on purpose."""
     size, accumulation, pass_tokens = batches
     settings = FinetuneSettings(objective=objective, kl_weight=2.5)
-    tokenizer = load_tokenizer(str(aligned))
-    examples = tokenize(read_rows(rows_file), tokenizer, 512)
+    examples = examples_of(aligned, rows_file)
     cache = TargetCache.open(targets)
     weights = torch.tensor([0.5, 0, 0.2, 0.6, 0.1, 0.4])
     policy = load_model(str(base), "float32")
@@ -188,8 +225,7 @@ def test_the_weight_of_the_objective_moves_through_training(
 
 
 def test_collated_rows_line_up_with_their_labels(aligned: Path, rows_file: Path) -> None:
-    tokenizer = load_tokenizer(str(aligned))
-    examples = tokenize(read_rows(rows_file), tokenizer, 512)
+    examples = examples_of(aligned, rows_file)
     batch = ResponseCollator(pad_id=0)(list(as_dataset(examples))[:5])
     for row, example in enumerate(examples[:5]):
         tokens = batch["input_ids"][row][batch["attention_mask"][row].bool()]
@@ -204,7 +240,11 @@ def test_collated_rows_line_up_with_their_labels(aligned: Path, rows_file: Path)
 def test_a_batch_is_cut_into_passes_of_rows_of_like_length() -> None:
     lengths = [(2, 9), (20, 1), (3, 4), (18, 2), (60, 30), (5, 1)]
     items = [
-        {"input_ids": list(range(start + steps)), "response_start": start, "index": index}
+        {
+            "input_ids": list(range(start + steps)),
+            "turns": [start, start, start, start + steps],
+            "index": index,
+        }
         for index, (start, steps) in enumerate(lengths)
     ]
     batch = PassCollator(ResponseCollator(0), pass_tokens=50)(items)
@@ -370,7 +410,7 @@ def test_full_finetuning_writes_the_model_that_the_same_steps_by_hand_give(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     settings = FinetuneSettings(kl_weight=2)
-    examples = tokenize(read_rows(rows_file), load_tokenizer(str(aligned)), 512)
+    examples = examples_of(aligned, rows_file)
     cache, weights = TargetCache.open(targets), SafetyTokens.load(tokens_file).weights
     policy, untrained = (load_model(str(aligned), "float32") for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
@@ -426,7 +466,7 @@ def test_no_reference_model_is_loaded(
         ("rows", "expected the row that was scored"),
         ("fewer rows", "expected targets of 11 rows, found 12"),
         ("order", "expected the row that was scored"),
-        ("truncation", "expected the row that was scored"),
+        ("truncation", "for these rows; --max-tokens was 512 then, and is 30"),
         ("safety tokens", "safety ids"),
         ("shard", "expected the bytes that were written"),
         ("no targets", "expected --targets, found none"),
@@ -522,19 +562,18 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_adapter(
 
 
 def test_what_decides_a_run_decides_its_checkpoints(
-    monkeypatch: pytest.MonkeyPatch, aligned: Path, rows_file: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    examples = tokenize(read_rows(rows_file), load_tokenizer(str(aligned)), 512)
     settings = FinetuneSettings()
 
     def print_of(**changes: Any) -> str:
-        return fingerprint(settings.model_copy(update=changes), {"a": "b"}, "c", examples)
+        return fingerprint(settings.model_copy(update=changes), {"a": "b"}, "c", "rows")
 
     first = print_of()
     assert print_of(save_steps=7) == first
     assert print_of(learning_rate=1.0) != first
-    assert fingerprint(settings, {"a": "b"}, "c", examples[1:]) != first
-    assert fingerprint(settings, {"a": "b"}, "c", examples, "tokens") != first
+    assert fingerprint(settings, {"a": "b"}, "c", "others") != first
+    assert fingerprint(settings, {"a": "b"}, "c", "rows", "tokens") != first
     own = tmp_path / "own.py"
     own.write_text("first")
     before = print_of(objective=f"{own}:mine")
@@ -763,7 +802,10 @@ def test_a_batch_without_cross_entropy_does_not_end_training(tmp_path: Path, ali
             tmp_path, max_steps=2, per_device_train_batch_size=1, learning_rate=1e-9,
             logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
         ),
-        train_dataset=[{"input_ids": [*prompt, response], "response_start": 20, "index": 0}] * 2,
+        train_dataset=[
+            {"input_ids": [*prompt, response], "turns": [20, 20, 20, 21], "index": index}
+            for index in range(2)
+        ],
         pad_id=0,
         objective=FinetuneSettings(objective="pact", gate=False),
         targets=SimpleNamespace(safety_ids=[response, 1], read=read),
@@ -913,9 +955,7 @@ def test_rows_that_fill_no_batch_and_cut_responses_are_counted(
 ) -> None:  # fmt: skip
     """Of 12 rows in batches of 5; the longest responses are those of four rows."""
     output = tmp_path / "adapter"
-    lengths = [
-        len(e.ids) for e in tokenize(read_rows(rows_file), load_tokenizer(str(aligned)), 512)
-    ]
+    lengths = [len(example.ids) for example in examples_of(aligned, rows_file)]
     limit = sorted(lengths)[-4] - 1
     result = run(
         "finetune", "--model", aligned, "--rows", rows_file, "--objective", "none",
@@ -946,7 +986,7 @@ def test_plain_finetuning_needs_no_targets_and_is_what_the_trainer_of_transforme
     lines = (tmp_path / "adapter" / "training.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     tokenizer, model = load_tokenizer(str(aligned)), load_model(str(aligned), "float32")
-    examples = tokenize(read_rows(rows_file), tokenizer, 512)
+    examples = examples_of(aligned, rows_file)
     total, rows = 0.0, []
     for example in examples:
         ids, start = torch.tensor(example.ids[None]).long(), example.response_start
@@ -983,7 +1023,7 @@ def test_an_impossible_output_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pact_offline.training.finetune.load_tokenizer", None)
+    monkeypatch.setattr("pact_offline.training.finetune.chat_of", None)
     (tmp_path / "file").write_text("years of work")
     before = sorted(tmp_path.iterdir())
     assert "expected a directory" in fails(*command, "-o", place)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_scoring import IDS, LONGEST, contexts, values
+from test_scoring import IDS, LONGEST, contexts, scored, values
 from tiny import make_model
 
 from pact_offline.errors import ModelError, ScoringError
@@ -33,9 +33,9 @@ def test_vllm_scorer_equals_transformers_each_time_it_is_asked(
     path: Path, scorer: VllmScorer
 ) -> None:
     expected = values("transformers", path, "float32")
-    for order in (range(6), (4, 1, 5)):
+    for order in (range(8), (4, 1, 7, 5)):
         some = [contexts()[index] for index in order]
-        found = dict(scorer.score(some))
+        found = scored(scorer, some)
         assert sorted(found) == [*range(len(some))]
         for position, index in enumerate(order):
             np.testing.assert_allclose(found[position], expected[index], atol=1e-4)
@@ -44,9 +44,9 @@ def test_vllm_scorer_equals_transformers_each_time_it_is_asked(
 @pytest.mark.parametrize(
     ("lose", "message"),
     [
-        (lambda found: found[1:], "expected 6 results, found 5"),
-        (lambda found: [None, *found[1:]], r"expected log-confidences \[5, 5\], found none"),
-        (lambda found: [found[0][:-1], *found[1:]], r"expected .*\[5, 5\], found \[4, 5\]"),
+        (lambda found: found[1:], "expected 8 results, found 7"),
+        (lambda found: [None, *found[1:]], r"expected log-confidences \[5, 6\], found none"),
+        (lambda found: [found[0][:-1], *found[1:]], r"expected .*\[5, 6\], found \[4, 6\]"),
         (lambda found: 1 / 0, "vLLM stopped: division by zero"),
     ],
 )

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import numpy as np
 
 from pact_offline.cache.encoding import StoredDtype, decode, encode
-from pact_offline.cache.format import join_pair, split_pair
 from pact_offline.cache.identity import Identity, store_path
+from pact_offline.cache.row_keys import RowKeys
 from pact_offline.cache.store import Store
 from pact_offline.cache.targets import Binding, TargetCache
 from pact_offline.cache.writer import StoreWriter
@@ -126,7 +126,7 @@ def measure_encodings(
     _blosc()
     if targets.binding.identity.stored_dtype != "float32":
         raise InputError(f"{targets.path}: expected targets stored as float32, found others")
-    if targets.binding.examples != policy.binding.examples:
+    if targets.binding.keys.first_difference(policy.binding.keys) is not None:
         raise InputError(f"{policy.path}: expected the rows of {targets.path}, found others")
     distinct, contexts = _distinct(targets)
     steps = sum(len(targets[row].full) for row in range(len(targets)))
@@ -138,7 +138,8 @@ def measure_encodings(
         arrays = encoding.encode(distinct)
         for compression, level, shuffle, chunk in _COMPRESSIONS:
             size, rate = _store(arrays, level, shuffle, chunk)
-            per_step = (size + CONTEXT_BYTES * contexts) / steps
+            labels = len(distinct) * (4 if name == "float32" else 2)
+            per_step = (size + labels + CONTEXT_BYTES * contexts) / steps
             found.append(
                 EncodingSize(name, compression, chunk, per_step, changes[0], changes[1], rate)
             )
@@ -147,14 +148,8 @@ def measure_encodings(
 
 def _distinct(targets: TargetCache) -> tuple[np.ndarray, int]:
     """The values of every distinct context, as a store holds them, and how many contexts."""
-    seen: set[str] = set()
-    parts = []
-    for row, keys in enumerate(targets.binding.examples):
-        for key, values in zip(split_pair(keys), targets[row], strict=True):
-            if key not in seen:
-                seen.add(key)
-                parts.append(values)
-    return np.concatenate(parts), len(parts)
+    distinct = targets.binding.keys.keys.unique()
+    return targets.read_contexts(distinct), len(distinct)
 
 
 def _losses(
@@ -173,6 +168,7 @@ def _losses(
     ours = torch.from_numpy(policy.read(rows, "full"))
     full = torch.from_numpy(change(targets.read(rows, "full")))
     only = torch.from_numpy(change(targets.read(rows, "response_only")))
+    # Steps as of one answer a row: what a later turn counts from 0 changes little here.
     steps = torch.cat([torch.arange(len(targets[row].full)) for row in rows])
     return (
         float(pact(ours, full, only, weights, steps).double().mean()),
@@ -264,14 +260,15 @@ def measure_reading(stored_dtype: StoredDtype, steps: int) -> Reading:
             bar(f"writing {stored_dtype}", count, "contexts") as progress,
         ):
             for number in range(count):
-                context = Context("full", np.full(_READ_STEPS, number, dtype=np.int32), 1)
+                ids = np.full(_READ_STEPS + 1, number, dtype=np.int32)
+                context = Context("full", ids, ((1, len(ids)),))
                 keys.append(context.key)
-                writer.add(context, values)
+                writer.add(context, values, values[:, 0])
                 progress.update(1)
         written = time.perf_counter() - started
-        pairs = tuple(map(join_pair, keys[::2], keys[1::2]))
+        pairs = RowKeys.of([*map(list, zip(keys[::2], keys[1::2], strict=True))])
         path, shards = Path(scratch, "targets.json"), tuple(writer.shards)
-        Binding(place, identity, "", 1, pairs, shards, (), {}).save(path)
+        Binding(place, identity, "", "", {}, pairs, shards, (), {}).save(path)
         size = sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
             read = other.submit(_read_all, place, path).result()

@@ -19,9 +19,9 @@ from pact_offline.bench.train import device_name, matrix_gflops, weights_in_prod
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import ModelFiles
 from pact_offline.progress import bar
-from pact_offline.rows.chat import header_ids, load_tokenizer, tokenize
+from pact_offline.rows.chat import chat_of
 from pact_offline.rows.contexts import Context, contexts_of
-from pact_offline.rows.read import read_all_rows
+from pact_offline.rows.tokenized import tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.scoring.backends import make_scorer
 from pact_offline.settings.stages import ScoreSettings
@@ -43,7 +43,7 @@ class _Job(NamedTuple):
     """What a way is measured on; goes to a process of its own."""
 
     model: str
-    rows: list[tuple[Context, Context]]
+    rows: list[list[Context]]
     safety_ids: list[int]
     settings: ScoreSettings
 
@@ -110,11 +110,10 @@ def measure_scoring(
         tokens_path: safety_tokens.json.
         settings: dtype, batch and memory.
     """
-    tokenizer = load_tokenizer(str(model.path))
-    safety = SafetyTokens.load(tokens_path, tokenizer)
-    header = header_ids(tokenizer)
-    examples = tokenize(read_all_rows(sources), tokenizer, settings.max_tokens)
-    rows = [contexts_of(example, header) for example in examples]
+    chat = chat_of(str(model.path), settings)
+    safety = SafetyTokens.load(tokens_path, chat.tokenizer)
+    examples = tokenized_rows(model, sources, settings, lambda: chat)
+    rows = [contexts_of(example, chat.header_ids) for example in examples]
     job = _Job(str(model.path), rows, safety.ids, settings)
     ways = [way for way in WAYS if find_spec("vllm") or way in ("transformers", "script")]
     timed = {}
@@ -128,7 +127,7 @@ def measure_scoring(
     distinct = _distinct(rows)
     return ScoringBench(
         device_name(), settings.dtype, rate, len(rows), len(distinct),
-        sum(len(context.ids) for context in distinct),
+        sum(len(context.fed) for context in distinct),
         [
             ScoringSpeed(
                 way,
@@ -143,8 +142,8 @@ def measure_scoring(
     )  # fmt: skip
 
 
-def _distinct(rows: Sequence[tuple[Context, Context]]) -> list[Context]:
-    return list({context.key: context for pair in rows for context in pair}.values())
+def _distinct(rows: Sequence[Sequence[Context]]) -> list[Context]:
+    return list({context.key: context for some in rows for context in some}.values())
 
 
 def _run(way: str, job: _Job) -> _Timed:
@@ -171,7 +170,7 @@ def _timed(
         before = time.perf_counter()
         score(contexts)
         seconds.append(time.perf_counter() - before)
-    tokens = sum(len(context.ids) for context in contexts)
+    tokens = sum(len(context.fed) for context in contexts)
     return _Timed(
         ready - started, statistics.median(seconds), len(job.rows), tokens, peak_memory_mib()
     )
@@ -202,7 +201,7 @@ def _prompt_logprobs(way: str, job: _Job) -> _Timed:
     options = vllm.SamplingParams(prompt_logprobs=50, max_tokens=1, flat_logprobs=True)
 
     def score(some: list[Context]) -> None:
-        prompts: list[Any] = [{"prompt_token_ids": context.ids.tolist()} for context in some]
+        prompts: list[Any] = [{"prompt_token_ids": context.fed.tolist()} for context in some]
         engine.generate(prompts, options, use_tqdm=False)
 
     found = _timed(job, contexts, started, score)
@@ -218,12 +217,12 @@ def _script(way: str, job: _Job) -> _Timed:
 
     def score(some: list[Context]) -> None:
         for context in some:
-            ids = torch.tensor(context.ids[None]).long().to(model.device)
+            ids = torch.tensor(context.fed[None]).long().to(model.device)
             logits = model(ids).logits.float().log_softmax(-1)
-            logits[0, context.response_start - 1 :, job.safety_ids].cpu()
+            logits[0, context.positions - 1][:, job.safety_ids].cpu()
 
     rows = job.rows[:_SCRIPT_ROWS]
-    contexts = [context for pair in rows for context in pair]
+    contexts = [context for some in rows for context in some]
     return _timed(job._replace(rows=rows), contexts, started, score)
 
 

@@ -21,9 +21,9 @@ from pact_offline.models.load import default_device, load_model
 from pact_offline.models.locate import ModelFiles, locate_model
 from pact_offline.objectives.pact import pact
 from pact_offline.progress import bar
-from pact_offline.rows.chat import header_ids, load_tokenizer, tokenize
+from pact_offline.rows.chat import chat_of
 from pact_offline.rows.contexts import TokenizedExample, response_only_context
-from pact_offline.rows.read import read_all_rows
+from pact_offline.rows.tokenized import tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.finetune import finetune
@@ -168,8 +168,8 @@ def _run(
 ) -> _Timed:
     if way == "published":
         return _published(model, sources, tokens_path, settings, steps)
-    tokenizer = load_tokenizer(model)
-    rows = len(tokenize(read_all_rows(sources), tokenizer, settings.max_tokens))
+    files = locate_model(model)
+    rows = len(tokenized_rows(files, sources, settings, lambda: chat_of(model, settings)))
     per_step = settings.batch_size * settings.gradient_accumulation
     whole_steps = rows // per_step
     changes: dict[str, Any] = {"epochs": (steps + _WARM_UP) / whole_steps}
@@ -177,7 +177,7 @@ def _run(
     changes["reference"] = "live" if way == "live" else "cache"
     with tempfile.TemporaryDirectory() as scratch:
         facts = finetune(
-            locate_model(model),
+            files,
             sources,
             Path(scratch, "run"),
             settings.model_copy(update=changes),
@@ -197,10 +197,10 @@ def _published(
     model: str, sources: list[str], tokens_path: Path, settings: FinetuneSettings, steps: int
 ) -> _Timed:
     """Rows padded to 512 tokens, all logits, and two passes of a live reference for each batch."""
-    tokenizer, device = load_tokenizer(model), default_device()
-    safety = SafetyTokens.load(tokens_path, tokenizer)
-    examples = tokenize(read_all_rows(sources), tokenizer, settings.max_tokens)
-    header, size = header_ids(tokenizer), settings.batch_size
+    chat, device = chat_of(model, settings), default_device()
+    safety = SafetyTokens.load(tokens_path, chat.tokenizer)
+    examples = [*tokenized_rows(locate_model(model), sources, settings, lambda: chat)]
+    header, size = chat.header_ids, settings.batch_size
     weights = torch.from_numpy(safety.weights).to(device)
     reference = load_model(model, settings.dtype, attention="sdpa")
     policy = prepare_policy(model, settings.model_copy(update={"attention": "sdpa"})).train()
@@ -241,22 +241,23 @@ def _published_loss(
     device: torch.device,
 ) -> Tensor:
     whole = _right_padded([e.ids for e in batch], _PUBLISHED_LENGTH, device)
-    only = [response_only_context(example, header) for example in batch]
-    short = _right_padded([c.ids for c in only], max(len(c.ids) for c in only), device)
+    turns = [(number, turn) for number, e in enumerate(batch) for turn in range(len(e.turns))]
+    only = [response_only_context(batch[number], header, turn) for number, turn in turns]
+    short = _right_padded([c.fed for c in only], max(len(c.fed) for c in only), device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=policy.dtype != torch.float32):
         logits = policy(**whole).logits.float()
         with torch.no_grad():
             full = reference(**whole).logits.float()
             response_only = reference(**short).logits.float()
     parts = []
-    for number, (example, context) in enumerate(zip(batch, only, strict=True)):
-        first, count = example.response_start - 1, example.steps
-        start = context.response_start - 1
+    for alone, ((number, turn), context) in enumerate(zip(turns, only, strict=True)):
+        first, count = batch[number].turns[turn].start - 1, context.steps
+        start = context.spans[0][0] - 1
         steps = torch.arange(count, device=device)
         kl = pact(
             logits[number, first : first + count][:, safety_ids],
             full[number, first : first + count][:, safety_ids],
-            response_only[number, start : start + count][:, safety_ids],
+            response_only[alone, start : start + count][:, safety_ids],
             weights,
             steps,
         )

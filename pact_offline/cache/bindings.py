@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pact_offline.cache.format import BINDINGS, check_shard_id, is_committed, is_store
 from pact_offline.cache.leases import marked_shards
+from pact_offline.cache.row_keys import remove_keys
 from pact_offline.cache.storage import Storage, join, open_storage
 from pact_offline.cache.targets import Binding
 from pact_offline.errors import DamagedError, MissingTargetError, PactError, StoreError
@@ -64,7 +65,7 @@ def save_binding(place: str, binding: Binding, targets: Path) -> None:
     usage = Usage(
         str(targets.parent.resolve() / targets.name),
         platform.node(),
-        len(binding.examples),
+        len(binding.keys),
         tuple(binding.shards),
     )
     data = (json.dumps(asdict(usage), indent=1) + "\n").encode()
@@ -84,6 +85,7 @@ def save_binding(place: str, binding: Binding, targets: Path) -> None:
     except PactError:
         if is_saved:
             targets.unlink(missing_ok=True)
+            remove_keys(targets)
         if is_new:
             storage.remove_file(record)
         raise

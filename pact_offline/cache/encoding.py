@@ -22,12 +22,18 @@ _BOUNDS = (np.arange(256, dtype=np.float32) / 16) ** 2
 def step_records(stored_dtype: StoredDtype, ids: int) -> dict[str, np.dtype]:
     """The arrays of an encoding and what each holds of one step, little-endian.
 
-    `log_confidence` is [steps, safety ids]; `bounds`, beside uint8 only, is [steps, 2].
+    `log_confidence` is [steps, safety ids]; `bounds`, beside uint8 only, is [steps, 2]; `label` is
+    [steps], float32 beside exact values, else float16.
     """
     records = {"log_confidence": np.dtype((np.dtype(stored_dtype).newbyteorder("<"), (ids,)))}
     if stored_dtype == "uint8":
         records["bounds"] = np.dtype((np.uint8, (2,)))
-    return records
+    return {**records, "label": np.dtype("<f4" if stored_dtype == "float32" else "<f2")}
+
+
+def encode_labels(labels: np.ndarray, stored_dtype: StoredDtype) -> np.ndarray:
+    """Log-probabilities of the response's own tokens as they are stored, [steps]."""
+    return labels.astype(step_records(stored_dtype, 1)["label"])
 
 
 def encode(log_confidences: np.ndarray, stored_dtype: StoredDtype) -> dict[str, np.ndarray]:
@@ -42,7 +48,7 @@ def encode(log_confidences: np.ndarray, stored_dtype: StoredDtype) -> dict[str, 
         stored_dtype: which encoding.
 
     Returns:
-        the arrays of `step_records`.
+        the arrays of `step_records`, but for `label`.
     """
     if stored_dtype != "uint8":
         dtype = np.dtype(stored_dtype).newbyteorder("<")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pact_offline.arrow import array_of, numbers
 from pact_offline.cache.encoding import StoredDtype, step_records
 from pact_offline.cache.storage import Storage
 from pact_offline.errors import DamagedError, StoreError
@@ -86,8 +87,8 @@ def is_store(storage: Storage) -> bool:
 def array_files(stored_dtype: StoredDtype) -> dict[str, tuple[str, str]]:
     """Each array's files: its Zarr metadata and its one chunk."""
     return {
-        name: (f"{name}.zarr/zarr.json", f"{name}.zarr/c/0/0")
-        for name in step_records(stored_dtype, 1)
+        name: (f"{name}.zarr/zarr.json", f"{name}.zarr/c/0{'/0' * len(record.shape)}")
+        for name, record in step_records(stored_dtype, 1).items()
     }
 
 
@@ -118,33 +119,26 @@ class Sidecar:
 def find_keys(wanted: pa.Array, keys: pa.Array) -> np.ndarray:
     """Where each wanted key stands first among `keys`, int64; -1 where it does not."""
     found = pc.index_in(wanted, value_set=keys)
-    places = _numbers(found).astype(np.int64)
+    places = numbers(found).astype(np.int64)
     if found.null_count:
         bits = np.unpackbits(np.frombuffer(found.buffers()[0], np.uint8), bitorder="little")
         places[bits[found.offset : found.offset + len(found)] == 0] = -1
     return places
 
 
-def _numbers(array: pa.Array) -> np.ndarray:
-    """An Arrow array of numbers; its own ways to numpy take a second to import pandas."""
-    dtype = np.dtype(str(array.type))
-    if not len(array):
-        return np.zeros(0, dtype)
-    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
-
-
 def contexts_table(keys: Sequence[str], kinds: Sequence[str], steps: np.ndarray) -> pa.Table:
     """The table of a shard's contexts."""
     codes = np.array([CONTEXT_KINDS.index(kind) for kind in kinds], dtype=np.int8)  # type: ignore[arg-type]
-    return pa.table([pack_keys(keys), codes, steps.astype(np.int32)], schema=SCHEMA)
+    columns = [pack_keys(keys), array_of(codes), array_of(steps.astype(np.int32))]
+    return pa.table(columns, schema=SCHEMA)
 
 
 def context_columns(table: pa.Table) -> tuple[pa.FixedSizeBinaryArray, np.ndarray]:
     """Keys and steps, int64, of a shard's contexts; `ValueError` where a kind or step is none."""
     keys, kinds, steps = (table[name].combine_chunks() for name in SCHEMA.names)
-    if not np.isin(_numbers(kinds), range(len(CONTEXT_KINDS))).all() or (_numbers(steps) < 1).any():
+    if not np.isin(numbers(kinds), range(len(CONTEXT_KINDS))).all() or (numbers(steps) < 1).any():
         raise ValueError("expected kinds and steps of contexts")
-    return keys, _numbers(steps).astype(np.int64)
+    return keys, numbers(steps).astype(np.int64)
 
 
 def pack_keys(hex_keys: Sequence[str]) -> pa.FixedSizeBinaryArray:
@@ -155,21 +149,6 @@ def pack_keys(hex_keys: Sequence[str]) -> pa.FixedSizeBinaryArray:
     return pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(KEY_BYTES), len(hex_keys), [None, pa.py_buffer(data)]
     )
-
-
-def join_pair(full: str, response_only: str) -> str:
-    """A row's two keys, as they stand in targets.json."""
-    return full + response_only
-
-
-def split_pair(pair: str) -> tuple[str, str]:
-    """The keys of a row's full and response-only context."""
-    return pair[:_KEY_DIGITS], pair[_KEY_DIGITS:]
-
-
-def is_pair(value: Any) -> bool:
-    """Whether it is as long as two keys."""
-    return isinstance(value, str) and len(value) == 2 * _KEY_DIGITS
 
 
 def join_keys(parts: Sequence[pa.Array]) -> pa.FixedSizeBinaryArray:

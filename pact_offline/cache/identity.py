@@ -15,7 +15,7 @@ from pact_offline.cache.storage import Storage, join, open_storage
 from pact_offline.errors import StoreError
 from pact_offline.files import parse_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MAX_BYTES = 16 << 20
 
 
@@ -73,7 +73,8 @@ class Identity:
         if value["format_version"] != FORMAT_VERSION:
             raise StoreError(
                 f"{source}: format_version: expected {FORMAT_VERSION}, "
-                f"found {value['format_version']}; this store is of another pact-offline"
+                f"found {value['format_version']!r:.40}, of another pact-offline; run "
+                "`pact-offline score` again"
             )
         if value["stored_dtype"] not in get_args(StoredDtype):
             raise StoreError(

@@ -164,4 +164,4 @@ def verify_targets(path: Path, cache: str | None = None) -> Verified:
         MissingFileError, StoreError: names the file that is not whole, and why.
     """
     targets = TargetCache.open(path, verify_all=True, cache=cache)
-    return Verified(len(targets.binding.shards), len(set(targets.binding.keys())), {}, [])
+    return Verified(len(targets.binding.shards), len(targets.binding.keys.keys.unique()), {}, [])

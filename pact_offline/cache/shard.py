@@ -4,6 +4,7 @@ shards/<shard id>/shard.json             the sidecar: counts, provenance, SHA-25
 shards/<shard id>/contexts.arrow         key, kind, steps; one row a context, in the arrays' order
 shards/<shard id>/log_confidence.zarr/   Zarr v3 array [steps, safety ids], one plain chunk
 shards/<shard id>/bounds.zarr/           Zarr v3 array [steps, 2]; beside eight-bit codes only
+shards/<shard id>/label.zarr/            Zarr v3 array [steps]: of the response's own tokens
 
 A shard's id is the start of its sidecar's SHA-256, so whoever knows the id can check every byte.
 The files' names are fixed; none is read from a file.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pact_offline.cache.encoding import encode, step_records
+from pact_offline.cache.encoding import encode, encode_labels, step_records
 from pact_offline.cache.format import (
     CONTEXTS,
     SCHEMA,
@@ -38,6 +38,7 @@ from pact_offline.cache.format import (
     shard_id_of,
 )
 from pact_offline.cache.identity import Identity
+from pact_offline.cache.plain_arrow import read_table, to_bytes
 from pact_offline.cache.storage import Storage
 from pact_offline.errors import DamagedError, InputError, StoreError
 from pact_offline.files import parse_json, sha256_file
@@ -63,6 +64,7 @@ def shard_files(
     keys: Sequence[str],
     kinds: Sequence[str],
     values: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
     *,
     identity: Identity,
     provenance: dict[str, Any],
@@ -70,7 +72,8 @@ def shard_files(
     """A shard's files, made in memory so that what lies on a disk can be held against them.
 
     Args:
-        keys, kinds, values: one entry a context; values are [steps, safety ids].
+        keys, kinds, values, labels: one entry a context; values are [steps, safety ids], labels
+            [steps].
         identity: of the store.
         provenance: recorded in the sidecar.
 
@@ -80,11 +83,9 @@ def shard_files(
     import zarr  # slow to import, and not needed to know what a store holds
 
     steps = np.array([len(item) for item in values])
-    table = pa.BufferOutputStream()
-    with pa.ipc.new_file(table, SCHEMA) as writer:
-        writer.write_table(contexts_table(keys, kinds, steps))
-    files = {CONTEXTS: table.getvalue().to_pybytes()}
+    files = {CONTEXTS: to_bytes(contexts_table(keys, kinds, steps))}
     arrays = encode(np.concatenate(values), identity.stored_dtype)
+    arrays["label"] = encode_labels(np.concatenate(labels), identity.stored_dtype)
     for name, (metadata, chunk) in array_files(identity.stored_dtype).items():
         rows = arrays[name]
         made: dict[str, Any] = {}
@@ -145,23 +146,9 @@ class Shard:
             raise DamagedError(
                 f"{place}: expected {sidecar.contexts} contexts, found a larger file"
             )
-        try:
-            with pa.OSFile(str(path)) as file:
-                _refuse_compressed(file, place)
-                table = pa.ipc.open_file(file).read_all()
-                table.validate()
-        except DamagedError:
-            raise
-        except OSError as error:
-            raise StoreError(f"{place}: cannot be read: {error}") from None
-        except (pa.ArrowException, struct.error, ValueError) as error:
-            raise DamagedError(f"{place}: expected an Arrow table, found: {error}") from None
-        if (
-            table.schema != SCHEMA
-            or len(table) != sidecar.contexts
-            or any(column.null_count for column in table.columns)
-        ):
-            raise DamagedError(f"{place}: expected {sidecar.contexts} contexts, found otherwise")
+        table = read_table(path, SCHEMA, place)
+        if len(table) != sidecar.contexts:
+            raise DamagedError(f"{place}: expected {sidecar.contexts} contexts, found {len(table)}")
         try:
             keys, steps = context_columns(table)
         except ValueError as error:
@@ -275,33 +262,6 @@ def _parse_sidecar(data: bytes, source: str) -> Sidecar:
     if not right:
         raise DamagedError(f"{source}: expected counts and files of a shard, found otherwise")
     return sidecar
-
-
-def _refuse_compressed(file: pa.NativeFile, place: str) -> None:
-    """Refuse compressed record batches: a few bytes could unpack to any number of rows.
-
-    Arrow tells only after unpacking, so the field is looked up in the message: a flatbuffer table
-    whose third field is the batch, whose fourth field is its compression.
-    """
-    file.seek(8)  # past the magic bytes a stream of messages follows
-    for message in pa.ipc.MessageReader.open_stream(file):
-        if message.type != "record batch":
-            continue
-        data = message.metadata.to_pybytes()
-        batch = _field(data, struct.unpack_from("<I", data)[0], 2)
-        batch += struct.unpack_from("<I", data, batch)[0]
-        if _field(data, batch, 3):
-            raise DamagedError(f"{place}: expected plain columns, found compressed ones")
-    file.seek(0)
-
-
-def _field(data: bytes, table: int, number: int) -> int:
-    """Where a field of a flatbuffer table is; 0 where it is left out."""
-    layout = table - struct.unpack_from("<i", data, table)[0]
-    if 4 + 2 * number >= struct.unpack_from("<H", data, layout)[0]:
-        return 0
-    offset = struct.unpack_from("<H", data, layout + 4 + 2 * number)[0]
-    return table + offset if offset else 0
 
 
 def _check_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, place: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pact_offline.cache.encoding import decode, step_records
 from pact_offline.cache.format import find_keys, is_committed, join_keys, pack_keys, shard_ids
@@ -93,7 +94,11 @@ class Store:
 
     def locate(self, keys: Sequence[str]) -> np.ndarray:
         """Positions of contexts, int64 [keys]; -1 where the store does not hold one."""
-        return find_keys(pack_keys(keys), self._keys)
+        return self.find(pack_keys(keys))
+
+    def find(self, keys: pa.FixedSizeBinaryArray) -> np.ndarray:
+        """`locate`, of packed keys."""
+        return find_keys(keys, self._keys)
 
     def shards_of(self, positions: np.ndarray) -> list[str]:
         """Ids of the shards that hold some contexts, each once."""
@@ -104,11 +109,21 @@ class Store:
 
         The bytes of a shard are checked before its first value is used.
         """
-        ids, records = len(self.identity.safety_ids), {}
-        for name, record in step_records(self.identity.stored_dtype, ids).items():
-            parts = [self._records(name, record.itemsize, int(place)) for place in positions]
-            records[name] = np.frombuffer(b"".join(parts), dtype=record)
-        return decode(records)
+        ids = len(self.identity.safety_ids)
+        records = step_records(self.identity.stored_dtype, ids)
+        del records["label"]
+        return decode({name: self._read(name, kind, positions) for name, kind in records.items()})
+
+    def read_labels(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Log-probabilities of the response's own tokens, float32 [steps]; as `read`."""
+        record = step_records(self.identity.stored_dtype, 1)["label"]
+        return self._read("label", record, positions).astype(np.float32)
+
+    def _read(
+        self, name: str, record: np.dtype, positions: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
+        parts = [self._records(name, record.itemsize, int(place)) for place in positions]
+        return np.frombuffer(b"".join(parts), dtype=record)
 
     def verify(self) -> None:
         """Check every byte of every shard; `StoreError` names the first file that is not whole."""

@@ -11,17 +11,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from pact_offline.cache.format import check_shard_id, is_committed, is_pair, join_pair, split_pair
+from pact_offline.cache.format import check_shard_id, is_committed
 from pact_offline.cache.identity import Identity
+from pact_offline.cache.row_keys import RowKeys, remove_keys
 from pact_offline.cache.storage import is_local, open_storage
 from pact_offline.cache.store import Store
-from pact_offline.errors import MissingTargetError, StoreError, TargetsMismatchError
+from pact_offline.errors import (
+    MissingTargetError,
+    SettingError,
+    StoreError,
+    TargetsMismatchError,
+)
 from pact_offline.files import read_json, write_json
 from pact_offline.models.locate import ModelFiles
-from pact_offline.rows.contexts import CONTEXT_KINDS, ContextKind, TokenizedExample, contexts_of
+from pact_offline.rows.contexts import CONTEXT_KINDS, ContextKind
+from pact_offline.rows.tokenized import TokenizedRows
+from pact_offline.settings.parse import parse_settings
+from pact_offline.settings.stages import RowSettings
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _STORE_NAME = re.compile(r"(?!\.+$)[\w. -]+")
 
 
@@ -40,18 +50,20 @@ class Binding:
         store: directory of the store, relative to the file or absolute, or an fsspec URL.
         identity: of the store.
         tokenizer: fingerprint of the vocabulary.
-        max_tokens: rows were cut at this many.
-        examples: for each row, 64 hex digits: the keys of its full and response-only context.
+        template: SHA-256 over the chat template.
+        settings: how rows became tokens: `RowSettings`, without the places of files.
+        keys: of each row; in an Arrow file beside this one, which it names by SHA-256.
         shards: ids of the shards that hold them; an id is the start of a sidecar's SHA-256.
-        rows: sources and their row counts.
+        rows: sources, how many rows each had, and how many were left out.
         provenance: recorded, determines no value.
     """
 
     store: str
     identity: Identity
     tokenizer: str
-    max_tokens: int
-    examples: tuple[str, ...]
+    template: str
+    settings: dict[str, Any]
+    keys: RowKeys
     shards: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]
     provenance: dict[str, Any]
@@ -62,7 +74,17 @@ class Binding:
         store = self.store
         if "://" not in store:
             store = Path(os.path.relpath(Path(store).resolve(), path.parent.resolve())).as_posix()
-        write_json(path, {**self.__dict__, "store": store, "identity": self.identity.to_dict()})
+        digest = self.keys.save(path)
+        write_json(
+            path,
+            {
+                **self.__dict__,
+                "store": store,
+                "identity": self.identity.to_dict(),
+                "keys": digest,
+            },
+        )
+        remove_keys(path, but=digest)
 
     @classmethod
     def load(cls, path: Path) -> Binding:
@@ -81,25 +103,37 @@ class Binding:
             raise StoreError(
                 f"{path}: expected the keys of a targets.json, found {odd!r} otherwise"
             )
-        kinds = {"store": str, "tokenizer": str, "max_tokens": int, "examples": list}
+        kinds = {"store": str, "tokenizer": str, "template": str, "settings": dict, "keys": str}
         for key, kind in {**kinds, "shards": list, "rows": list, "provenance": dict}.items():
             if not isinstance(value[key], kind):
                 raise StoreError(
                     f"{path}: {key}: expected {kind.__name__}, found {value[key]!r:.40}"
                 )
+        if not re.fullmatch("[0-9a-f]{64}", value["keys"]):
+            raise StoreError(f"{path}: keys: expected a SHA-256, found {value['keys']!r:.40}")
         for shard in value["shards"]:
             check_shard_id(shard, f"{path}: shards")
-        for index, keys in enumerate(value["examples"]):
-            if not is_pair(keys):
-                raise StoreError(f"{path}: examples[{index}]: expected two context keys")
         value["identity"] = Identity.from_dict(value["identity"], f"{path}: identity")
-        for key in ("examples", "shards", "rows"):
+        try:
+            value["settings"] = parse_settings(RowSettings, value["settings"], "settings")
+        except SettingError as error:
+            raise StoreError(f"{path}: {error}") from None
+        value["settings"] = row_settings(value["settings"])
+        value["keys"] = RowKeys.load(path, value["keys"])
+        for key in ("shards", "rows"):
             value[key] = tuple(value[key])
         return cls(**value)
 
-    def keys(self) -> list[str]:
-        """Every row's two keys, one after the other."""
-        return [key for pair in self.examples for key in split_pair(pair)]
+    @property
+    def row_settings(self) -> RowSettings:
+        """How rows became tokens, but for the chat template, which `template` names."""
+        return parse_settings(RowSettings, self.settings, "settings")
+
+
+def row_settings(settings: RowSettings) -> dict[str, Any]:
+    """What is kept of the settings that turn rows into tokens: not where a file lies."""
+    kept = {*RowSettings.model_fields} - {"chat_template"}
+    return {**settings.model_dump(mode="json", include=kept)}
 
 
 class TargetCache:
@@ -110,17 +144,16 @@ class TargetCache:
 
     def __init__(self, path: Path, binding: Binding, store: Store, sha256: str) -> None:
         self.path, self.binding, self._store, self.sha256 = path, binding, store, sha256
-        try:
-            places = store.locate(binding.keys())
-        except ValueError:
-            raise StoreError(f"{path}: examples: expected hex digits, found others") from None
-        if (places < 0).any():
-            missing = int(np.argmax(places < 0))
+        keys = binding.keys
+        self._places, self._starts, self._ends = store.find(keys.keys), keys.starts, keys.ends
+        if (self._places < 0).any():
+            missing = int(np.argmax(self._places < 0))
+            row = int(np.searchsorted(self._ends, missing, side="right"))
+            kind = CONTEXT_KINDS[int(missing > self._starts[row])]
             raise MissingTargetError(
-                f"{path}: examples[{missing // 2}]: expected its {CONTEXT_KINDS[missing % 2]} "
-                f"context in {store.place}, found none; run `pact-offline score` to fill the gap"
+                f"{path}: row {row}: expected its {kind} context in {store.place}, found none; run "
+                "`pact-offline score` to fill the gap"
             )
-        self._places = places.reshape(-1, 2)
 
     @classmethod
     def open(
@@ -155,19 +188,36 @@ class TargetCache:
         return cls(path, binding, store, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._ends)
 
     @property
     def safety_ids(self) -> list[int]:
         return list(self.binding.identity.safety_ids)
 
+    def _at(self, index: int, kind: ContextKind) -> np.ndarray:
+        start = self._starts[index]
+        if kind == "full":
+            return self._places[start : start + 1]
+        return self._places[start + 1 : self._ends[index]]
+
     def __getitem__(self, index: int) -> Targets:
         """Targets of example `index`."""
-        return Targets(*(self._store.read([place]) for place in self._places[index]))
+        return Targets(self.read([index], "full"), self.read([index], "response_only"))
 
     def read(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
-        """Log-confidences of some examples one after the other, float32 [steps, safety ids]."""
-        return self._store.read(self._places[list(indices), CONTEXT_KINDS.index(kind)])
+        """Log-confidences of some examples one after the other, float32 [steps, safety ids].
+
+        The steps of an example are those of all its turns, in both kinds of context.
+        """
+        return self._store.read(np.concatenate([self._at(index, kind) for index in indices]))
+
+    def read_contexts(self, keys: pa.FixedSizeBinaryArray) -> np.ndarray:
+        """Log-confidences of some contexts by their keys, one after the other; as `read`."""
+        return self._store.read(self._store.find(keys))
+
+    def read_labels(self, indices: Sequence[int], kind: ContextKind = "full") -> np.ndarray:
+        """The reference's log-probabilities of the responses' own tokens, float32 [steps]."""
+        return self._store.read_labels(np.concatenate([self._at(i, kind) for i in indices]))
 
     def check_model(self, model: ModelFiles) -> None:
         """Refuse a model that is not the reference that was scored."""
@@ -185,20 +235,50 @@ class TargetCache:
                 f"those of {len(self.safety_ids)} others; run `pact-offline score` with them"
             )
 
-    def check_examples(self, examples: Sequence[TokenizedExample], origins: Sequence[str]) -> None:
-        """Refuse rows, an order, or a tokenizer that gives other contexts than were scored."""
-        if len(examples) != len(self):
+    def check_chat(self, template: str, kwargs: dict[str, Any]) -> None:
+        """Refuse another chat template than the rows were scored with, or other variables of it.
+
+        Args:
+            template: SHA-256 over the chat template.
+            kwargs: its variables.
+        """
+        theirs = self.binding.template, self.binding.settings["chat_template_kwargs"]
+        if theirs != (template, kwargs):
             raise TargetsMismatchError(
-                f"{self.path}: expected targets of {len(examples)} rows, found {len(self)}"
+                f"{self.path}: expected targets of the chat template sha256 {template:.12} and "
+                f"variables {kwargs}, found those of {theirs[0]:.12} and {theirs[1]}; give "
+                "--chat-template and --chat-template-kwargs to every command alike"
             )
-        header = self.binding.identity.header_ids
-        for example, origin, keys in zip(examples, origins, self.binding.examples, strict=True):
-            if join_pair(*(context.key for context in contexts_of(example, header))) != keys:
-                raise TargetsMismatchError(
-                    f"{origin}: expected the row that was scored for {self.path}, found other "
-                    "tokens (another row, order, tokenizer, chat template or --max-tokens); run "
-                    "`pact-offline score` for these rows"
-                )
+
+    def check_rows(self, rows: TokenizedRows, settings: RowSettings) -> None:
+        """Refuse rows, an order, or a tokenizer that gives other contexts than were scored.
+
+        Args:
+            rows: tokenized.
+            settings: that they were tokenized with; where they differ, the message says so.
+        """
+        ours = row_settings(settings)
+        told = "".join(
+            f"; --{name.replace('_', '-')} was {value!r} then, and is {ours[name]!r}"
+            for name, value in self.binding.settings.items()
+            if value != ours[name]
+        )
+        if len(rows) != len(self):
+            raise TargetsMismatchError(
+                f"{self.path}: expected targets of {len(rows)} rows, found {len(self)}{told}"
+            )
+        different = self.binding.keys.first_difference(keys_of(rows))
+        if different is not None:
+            raise TargetsMismatchError(
+                f"{rows.origin(different)}: expected the row that was scored for {self.path}, "
+                "found other tokens (another row, order, tokenizer or setting of the rows); run "
+                f"`pact-offline score` for these rows{told}"
+            )
+
+
+def keys_of(rows: TokenizedRows) -> RowKeys:
+    """The keys of tokenized rows."""
+    return RowKeys(rows.keys, rows.key_ends, rows.sources.astype(np.int32), rows.places)
 
 
 def store_place(store: str, path: Path, cache: str | Path | None) -> str:

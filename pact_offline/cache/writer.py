@@ -37,6 +37,7 @@ class StoreWriter:
         self._keys: list[str] = []
         self._kinds: list[str] = []
         self._values: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
         self._steps = 0
         self.shards: list[str] = []
         if not self._storage.has(IDENTITY_FILE):
@@ -47,8 +48,8 @@ class StoreWriter:
                 "directories are named by their identity, was this one renamed?"
             )
 
-    def add(self, context: Context, log_confidences: np.ndarray) -> None:
-        """Keep one scored context, [steps, safety ids].
+    def add(self, context: Context, log_confidences: np.ndarray, labels: np.ndarray) -> None:
+        """Keep one scored context: [steps, safety ids], and of the response's own tokens [steps].
 
         Raises:
             ScoringError: another shape than the context asks for, or a NaN.
@@ -60,11 +61,17 @@ class StoreWriter:
                 f"context {context.key}: expected log-confidences {list(expected)}, "
                 f"found {list(log_confidences.shape)}"
             )
-        if np.isnan(log_confidences).any():
+        if labels.shape != expected[:1]:
+            raise ScoringError(
+                f"context {context.key}: expected log-probabilities of {context.steps} tokens, "
+                f"found {list(labels.shape)}"
+            )
+        if np.isnan(log_confidences).any() or np.isnan(labels).any():
             raise ScoringError(f"context {context.key}: expected log-confidences, found NaN")
         self._keys.append(context.key)
         self._kinds.append(context.kind)
         self._values.append(log_confidences)
+        self._labels.append(labels)
         self._steps += context.steps
         if self._steps >= self._shard_steps:
             self.commit()
@@ -73,10 +80,10 @@ class StoreWriter:
         """Write the open shard aside and make it appear at once."""
         if not self._keys:
             return
-        keys, kinds, values = self._keys, self._kinds, self._values
-        self._keys, self._kinds, self._values, self._steps = [], [], [], 0
+        held = self._keys, self._kinds, self._values, self._labels
+        self._keys, self._kinds, self._values, self._labels, self._steps = [], [], [], [], 0
         try:
-            shard_id = self._commit(keys, kinds, values)
+            shard_id = self._commit(*held)
         except (OSError, StoreError) as error:
             reason = getattr(error, "strerror", None) or error
             raise StoreError(
@@ -85,7 +92,13 @@ class StoreWriter:
             ) from None
         self.shards.append(shard_id)
 
-    def _commit(self, keys: list[str], kinds: list[str], values: list[np.ndarray]) -> str:
+    def _commit(
+        self,
+        keys: list[str],
+        kinds: list[str],
+        values: list[np.ndarray],
+        labels: list[np.ndarray],
+    ) -> str:
         """The id of the shard that holds them: this writer's, or another's of the same bytes.
 
         What lies under an id is never replaced, or whoever is removing it could remove the new one.
@@ -94,7 +107,7 @@ class StoreWriter:
         provenance = self._provenance
         while True:
             shard_id, files = shard_files(
-                keys, kinds, values, identity=self._identity, provenance=provenance
+                keys, kinds, values, labels, identity=self._identity, provenance=provenance
             )
             target = shard_folder(shard_id)
             is_taken = bool(self._storage.names(target))

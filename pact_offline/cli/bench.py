@@ -10,6 +10,7 @@ import click
 from pact_offline.cli.options import (
     FILE,
     MODEL,
+    ROWS,
     cache_option,
     json_option,
     rows_option,
@@ -204,3 +205,42 @@ def bench_score(
 
     found = measure_scoring(locate_model(model), rows, safety_tokens, settings)
     click.echo(json.dumps(asdict(found)) if as_json else scoring_table(found))
+
+
+@bench.command("rows")
+@click.option("--model", type=MODEL, required=True, help="Model whose tokenizer reads them.")
+@click.option(
+    "--rows", type=ROWS, required=True, help="Rows that are repeated, with a number in front."
+)
+@safety_tokens_option
+@click.option(
+    "--count",
+    "counts",
+    type=click.IntRange(min=1000),
+    multiple=True,
+    default=(10_000, 100_000),
+    help="How many; may be repeated.",
+)
+@settings_options(FinetuneSettings)
+@json_option
+def bench_rows(
+    model: str,
+    rows: str,
+    safety_tokens: Path,
+    counts: tuple[int, ...],
+    as_json: bool,
+    settings: FinetuneSettings,
+) -> None:
+    """Time what is done with rows before a model runs.
+
+    Preparing `score`, recognising rows that are known, and the start of `finetune`, for any count.
+
+    Example: pact-offline bench rows --model A --rows train.jsonl --safety-tokens tokens.json
+    --count 1000000
+    """
+    from dataclasses import asdict
+
+    from pact_offline.bench.rows import measure_rows, rows_table
+
+    found = measure_rows(model, rows, safety_tokens, counts, settings)
+    click.echo(json.dumps([asdict(one) for one in found]) if as_json else rows_table(found))

@@ -71,6 +71,7 @@ def cache_ls(directory: str, as_json: bool) -> None:
     help=f"The targets' rows, to show the response's tokens: {ROW_SOURCES}; may be repeated.",
 )
 @click.option("--model", type=MODEL, help="The model whose tokenizer reads them: hub id or path.")
+@click.option("--chat-template", type=FILE, help="File with the template they were scored with.")
 @click.option("--columns", type=int, default=8, help="Safety tokens to show, the likeliest.")
 def cache_show(
     targets: Path,
@@ -79,6 +80,7 @@ def cache_show(
     cache: str | None,
     rows: tuple[str, ...],
     model: str | None,
+    chat_template: Path | None,
     columns: int,
 ) -> None:
     """Show one row (from 0), step by step.
@@ -96,18 +98,24 @@ def cache_show(
     tokens = SafetyTokens.load(safety_tokens)
     opened.check_safety_ids(tokens.ids, str(safety_tokens))
     response: list[str] = []
+    numbers: list[int] = []
     if model:
-        from pact_offline.rows.chat import load_tokenizer, tokenize
-        from pact_offline.rows.read import read_all_rows
+        from pact_offline.rows.chat import chat_of
+        from pact_offline.rows.tokenized import tokenized_by
 
-        read = read_all_rows(rows)
-        tokenizer = load_tokenizer(model)
-        examples = tokenize(read, tokenizer, opened.binding.max_tokens)
-        opened.check_examples(examples, [one.origin for one in read])
-        if 0 <= row < len(examples):
-            example = examples[row]
-            response = [tokenizer.decode([i]) for i in example.ids[example.response_start :]]
-    click.echo(show_row(opened, row, [t.text for t in tokens.tokens], response, columns))
+        chosen = opened.binding.row_settings.model_copy(
+            update={"chat_template": str(chat_template) if chat_template else None}
+        )
+        chat = chat_of(model, chosen)
+        opened.check_chat(chat.template_sha256, chat.template_kwargs)
+        tokenized = tokenized_by(chat, rows, chosen)
+        opened.check_rows(tokenized, chosen)
+        if 0 <= row < len(tokenized):
+            example = tokenized[row]
+            response = [chat.tokenizer.decode([i]) for i in example.ids[example.trained]]
+            numbers = example.step_numbers.tolist()
+    texts = [token.text for token in tokens.tokens]
+    click.echo(show_row(opened, row, texts, response, numbers, columns))
 
 
 @cache.command("verify")
@@ -190,7 +198,12 @@ def cache_audit(
     else:
         click.echo(f"{found.contexts} contexts, {found.steps} steps, scored by {found.scored_by}")
         click.echo(f"{'log-confidences':28} {'mean':>10} {'p99':>10} {'max':>10}")
-        for name, spread in (("stored - scored", found.difference), ("noise", found.noise)):
+        for name, spread in (
+            ("stored - scored", found.difference),
+            ("noise", found.noise),
+            ("own tokens", found.label_difference),
+            ("noise of these", found.label_noise),
+        ):
             click.echo(f"{name:28} " + " ".join(f"{value:10.2e}" for value in spread))
         click.echo(f"pact, relative change         {found.pact_difference:10.2e}")
         click.echo(f"confidence, change            {found.confidence_difference:10.2e}")

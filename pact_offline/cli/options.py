@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,8 +14,14 @@ import click
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from pact_offline.errors import InputError
-from pact_offline.files import check_output_folder, read_yaml, require_file_place, status_of
+from pact_offline.errors import InputError, SettingError
+from pact_offline.files import (
+    check_output_folder,
+    parse_json,
+    read_yaml,
+    require_file_place,
+    status_of,
+)
 from pact_offline.settings.parse import parse_settings
 
 S = TypeVar("S", bound=BaseModel)
@@ -68,14 +76,18 @@ MODEL = Name("model")
 ROWS = Name("rows")
 STORES = Name("place")
 
-ROW_SOURCES = "JSON lines, Parquet, or hub:NAME[:SPLIT] of the Hugging Face hub"
+ROW_SOURCES = (
+    "JSON lines, a JSON array, CSV, Parquet or Arrow, also .gz or .zst, or "
+    "hub:NAME[:CONFIG[:SPLIT]][@REVISION] of the Hugging Face hub"
+)
 rows_option = click.option(
     "--rows",
     type=ROWS,
     multiple=True,
     required=True,
-    help=f"Rows: {ROW_SOURCES}; may be repeated. Each row has messages; or prompt and response; "
-    "or instruction, output and perhaps input.",
+    help=f"Rows: {ROW_SOURCES}; may be repeated. Each row has messages, or conversations; or "
+    "prompt and response or completion; instruction and output; question and answer; input and "
+    "output; or what --columns names.",
 )
 safety_tokens_option = click.option(
     "--safety-tokens",
@@ -97,6 +109,26 @@ def _option_type(annotation: Any) -> Any:
     return {int: int, float: float, bool: bool}.get(annotation, str)
 
 
+_METAVARS: dict[Any, str] = {tuple: "NAME,...", dict: "KEY=VALUE,..."}
+
+
+def _mapping(text: str, option: str, of_text: bool) -> dict[str, Any]:
+    """Keys and values: as JSON, or parted by commas, where true, false and numbers are such."""
+    if text.strip().startswith("{"):
+        value = parse_json(text, option, SettingError)
+        return {str(key): item for key, item in value.items()}
+    found: dict[str, Any] = {}
+    for part in filter(str.strip, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise SettingError(f"{option}: expected KEY=VALUE,..., found {part!r:.60}")
+        found[key.strip()] = value.strip()
+        if not of_text:
+            with suppress(ValueError, RecursionError):
+                found[key.strip()] = json.loads(value)
+    return found
+
+
 def settings_options(cls: type[S]) -> Callable[[F], F]:
     """Options for every field of a settings class, and `--config FILE` for all at once.
 
@@ -108,8 +140,12 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
             given = {name: kwargs.pop(name) for name in cls.model_fields}
             given = {name: value for name, value in given.items() if value is not None}
             for name, value in given.items():
-                if typing.get_origin(cls.model_fields[name].annotation) is tuple:
+                kind = typing.get_origin(cls.model_fields[name].annotation)
+                if kind is tuple:
                     given[name] = tuple(map(str.strip, value.split(","))) if value.strip() else ()
+                elif kind is dict:
+                    of_text = typing.get_args(cls.model_fields[name].annotation)[1] is str
+                    given[name] = _mapping(value, f"--{name.replace('_', '-')}", of_text)
             values = read_yaml(config) if config else {}
             parse_settings(cls, values, str(config))
             settings = parse_settings(cls, {**values, **given}, "options")
@@ -124,13 +160,13 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
                 default = option if default else f"no-{option}"
             elif isinstance(default, tuple):
                 default = ",".join(default)
-            shown = "" if default in (None, "") else f"  [default: {default}]"
-            is_list = typing.get_origin(info.annotation) is tuple
+            shown = "" if default in (None, "", {}) else f"  [default: {default}]"
+            kind = typing.get_origin(info.annotation)
             run = click.option(
                 f"--{option}/--no-{option}" if is_flag else f"--{option}",
                 name,
                 type=_option_type(info.annotation),
-                metavar="NAME,..." if is_list else None,
+                metavar=_METAVARS.get(kind),
                 default=None,  # what the settings or --config say
                 help=f"{info.description}{shown}",
             )(run)

@@ -68,7 +68,7 @@ def tokens(
     if from_list is not None and base is None and refusals is None:
         found = read_hand_list(from_list, aligned)
     elif from_list is None and base is not None and refusals is not None:
-        rows = read_rows(refusals)
+        rows = read_rows(refusals, columns=settings.columns)
         passes = 3 if settings.mode == "pref_logratio" else 2
         total = passes * min(len(rows), settings.examples)
         with bar("reading refusals", total, "pairs") as progress:

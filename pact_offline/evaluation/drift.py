@@ -9,8 +9,6 @@ import numpy as np
 
 from pact_offline.evaluation.metrics import Drift, TokenCurve
 from pact_offline.models.log_confidences import log_probabilities_at, response_logits
-from pact_offline.rows.chat import render
-from pact_offline.rows.read import Message
 from pact_offline.safety_tokens.file import SafetyTokens
 
 _TOKENS_SHOWN = 6
@@ -19,7 +17,7 @@ _TOKENS_SHOWN = 6
 def confidences_by_step(
     model: Any,
     tokenizer: Any,
-    chats: Sequence[Sequence[Message]],
+    prompts: Sequence[Sequence[int]],
     answers: Sequence[str],
     ids: Sequence[int],
     steps: int,
@@ -31,10 +29,11 @@ def confidences_by_step(
         float64 [steps, ids]; a step that no answer reaches is NaN.
     """
     contexts = []
-    for chat, answer in zip(chats, answers, strict=True):
-        prompt = render(tokenizer, chat, generation_prompt=True)
-        response = tokenizer(answer, add_special_tokens=False).input_ids[:steps]
-        contexts.append(([*prompt, *response][: len(prompt) + steps - 1], len(prompt)))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        response = tokenizer(answer, add_special_tokens=False).input_ids
+        # The step after the last token of an answer is read too, whatever it predicts there.
+        read = [*prompt, *response, 0][: len(prompt) + steps]
+        contexts.append((read, [(len(prompt), len(read))]))
     total, count = np.zeros((steps, len(ids))), np.zeros((steps, 1))
     for first in range(0, len(contexts), batch_size):
         batch = contexts[first : first + batch_size]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,18 +32,24 @@ from pact_offline.evaluation.reference import (
 from pact_offline.evaluation.subject import Subject, find_subject
 from pact_offline.files import to_disk
 from pact_offline.folders import output_aside, require_place
-from pact_offline.made_from import MadeFrom, rows_sha256, template_sha256
+from pact_offline.made_from import MadeFrom, rows_sha256
 from pact_offline.models.locate import locate_model
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import load_tokenizer, require_chat_template, tokenizer_fingerprint
-from pact_offline.rows.read import Row
+from pact_offline.rows.chat import Chat, chat_of, load_tokenizer
+from pact_offline.rows.read import tell_unread
+from pact_offline.rows.row import Row
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import EvaluateSettings
 
 log = logging.getLogger(__name__)
 
 _SHOWN: dict[PromptSet, int] = {"harmful": 5, "borderline": 2, "benign": 2, "task": 1}
-_DECIDING = {"max_new_tokens", "dtype", "drift_steps"}  # of the settings that are no model or code
+_DECIDING = {
+    "max_new_tokens",
+    "dtype",
+    "drift_steps",
+    "chat_template_kwargs",
+}  # of the settings that are no model or code
 
 
 def evaluate(
@@ -73,7 +80,7 @@ def evaluate(
     require_place(output, METRICS_FILE)
     plan = _prepare(model_name, adapter, sources, tokens_path, settings, reference)
     model = plan.subject.load(settings.dtype)
-    answers = answer_all(model, plan.tokenizer, plan.prompts, settings, plan.judge)
+    answers = answer_all(model, plan.chat, plan.prompts, settings, plan.judge)
     rates = count_rates(answers, plan.rates)
     confidences = _confidences(model, plan, answers, settings)
     del model
@@ -114,12 +121,12 @@ class _Plan:
     """What is evaluated, on what and by what: all of it checked, nothing loaded."""
 
     subject: Subject
-    tokenizer: Any
+    chat: Chat
     prompts: dict[PromptSet, list[Row]]
     tokens: SafetyTokens | None
     judge: Judge
     rates: list[OwnRateFunction]
-    guard: tuple[str, Any] | None  # directory and tokenizer
+    guard: tuple[str, Chat] | None  # directory, and how it reads a conversation
     made_from: MadeFrom
     baseline: Reference | None
 
@@ -133,22 +140,31 @@ def _prepare(
     reference: Path | None,
 ) -> _Plan:
     judge = load_judge(settings.judge)
-    prompts = read_prompts(sources)
+    prompts = read_prompts(sources, settings.columns)
     rates = load_rates(settings, prompts)
     subject = find_subject(model, adapter)
-    tokenizer = load_tokenizer(str(subject.folder))
-    require_chat_template(tokenizer)
-    tokens = SafetyTokens.load(tokens_path, tokenizer) if tokens_path is not None else None
+    chat = chat_of(str(subject.folder), settings)
+    subject.check_chat(chat)
+    for name, rows in prompts.items():
+        unread: Counter[str] = Counter()
+        for row in rows:
+            chat.prompt_ids(row)  # what the template refuses or drops is refused here, by its line
+            unread.update(chat.unread(row))
+        tell_unread(f"the {name} prompts", unread)
+    tokens = None
+    if tokens_path is not None:
+        tokens = SafetyTokens.load(tokens_path, chat.tokenizer)
+        tokens.check_template(chat.template_sha256, settings.chat_template_kwargs, tokens_path)
     models, guard = {"evaluated": subject.identity}, None
     if settings.guard is not None:
         files = locate_model(settings.guard)
         models["guard"] = files.identity
-        guard = str(files.path), load_tokenizer(str(files.path))
+        guard = str(files.path), Chat(load_tokenizer(str(files.path)))
     made_from = MadeFrom(
         models=models,
         rows={name: rows_sha256(rows) for name, rows in prompts.items()},
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        template=template_sha256(tokenizer),
+        tokenizer=chat.fingerprint,
+        template=chat.template_sha256,
         adapter=subject.tuned.sha256 if subject.tuned else None,
         safety_tokens=tokens.digest if tokens else None,
         code={"refusals": judge.content, **{rate.facts.name: rate.facts.content for rate in rates}},
@@ -166,7 +182,7 @@ def _prepare(
             "measured",
             subject.tuned.folder,
         )
-    return _Plan(subject, tokenizer, prompts, tokens, judge, rates, guard, made_from, baseline)
+    return _Plan(subject, chat, prompts, tokens, judge, rates, guard, made_from, baseline)
 
 
 def _confidences(
@@ -178,8 +194,8 @@ def _confidences(
         return None
     return confidences_by_step(
         model,
-        plan.tokenizer,
-        [answer.row.prompt for answer in harmful],
+        plan.chat.tokenizer,
+        [plan.chat.prompt_ids(answer.row) for answer in harmful],
         plan.baseline.answers if plan.baseline else [answer.text for answer in harmful],
         plan.tokens.ids,
         settings.drift_steps,

@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 
-from pact_offline.rows.chat import render
-from pact_offline.rows.read import Message
-
 
 @torch.inference_mode()
 def generate(
     model: Any,
     tokenizer: Any,
-    chats: Sequence[Sequence[Message]],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -23,21 +20,20 @@ def generate(
     avoid_first: Sequence[str] = (),
     progress: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Greedy answers to conversations, in their order.
+    """Greedy answers to prompts, in their order.
 
     Args:
-        model, tokenizer: a chat model; the tokenizer's template renders the conversations.
-        chats: messages, the last the user's (or, for a guard, the assistant's).
+        model, tokenizer: a chat model.
+        prompts: token ids of each, from `Chat.prompt_ids`.
         max_new_tokens: longest answer.
-        batch_size: conversations at once; those of like length go together.
+        batch_size: prompts at once; those of like length go together.
         avoid: texts that no answer may contain.
         avoid_first: tokens that no answer may begin with.
-        progress: called with the number of conversations done.
+        progress: called with the number of prompts done.
 
     Returns:
         the answers' text without special tokens.
     """
-    prompts = [render(tokenizer, chat, generation_prompt=True) for chat in chats]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id or 0

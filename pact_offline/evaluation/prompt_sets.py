@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import SettingError
+from pact_offline.errors import InputError, SettingError
 from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import Judge
 from pact_offline.evaluation.metrics import PROMPT_SETS, PromptSet
 from pact_offline.progress import bar
-from pact_offline.rows.read import Row, read_rows
+from pact_offline.rows.chat import Chat
+from pact_offline.rows.read import read_rows
+from pact_offline.rows.row import Row
 from pact_offline.settings.stages import EvaluateSettings
 
 
@@ -28,7 +30,7 @@ class Answer:
     @property
     def prompt(self) -> str:
         """The last turn of the prompt."""
-        return self.row.prompt[-1]["content"]
+        return self.row.question
 
     @property
     def correct(self) -> bool:
@@ -40,7 +42,9 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def read_prompts(sources: Mapping[PromptSet, str | Path | None]) -> dict[PromptSet, list[Row]]:
+def read_prompts(
+    sources: Mapping[PromptSet, str | Path | None], columns: Mapping[str, str] | None = None
+) -> dict[PromptSet, list[Row]]:
     """The rows of every prompt set that is given; only the task's need responses.
 
     Raises:
@@ -51,14 +55,21 @@ def read_prompts(sources: Mapping[PromptSet, str | Path | None]) -> dict[PromptS
     if not given:
         options = ", ".join(f"--{name}" for name in PROMPT_SETS)
         raise SettingError(f"expected at least one set of prompts ({options}), found none")
-    return {
-        name: read_rows(source, needs_response=name == "task") for name, source in given.items()
+    found = {
+        name: read_rows(source, needs_response=name == "task", columns=columns)
+        for name, source in given.items()
     }
+    for row in found.get("task", []):
+        if not row.response:
+            raise InputError(
+                f"{row.origin}: expected the right answer as the last message, in words, found none"
+            )
+    return found
 
 
 def answer_all(
     model: Any,
-    tokenizer: Any,
+    chat: Chat,
     prompts: dict[PromptSet, list[Row]],
     settings: EvaluateSettings,
     judge: Judge,
@@ -70,14 +81,14 @@ def answer_all(
         for name, rows in prompts.items():
             texts = generate(
                 model,
-                tokenizer,
-                [row.prompt for row in rows],
+                chat.tokenizer,
+                [chat.prompt_ids(row) for row in rows],
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
                 progress=progress.update,
             )
             answers += [
-                Answer(name, row, text, judge.is_refusal(row.prompt[-1]["content"], text))
+                Answer(name, row, text, judge.is_refusal(row.question, text))
                 for row, text in zip(rows, texts, strict=True)
             ]
     return answers

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import ModelError
+from pact_offline.errors import ModelError, TargetsMismatchError
 from pact_offline.fine_tuned import FineTuned, read_facts
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
-from pact_offline.rows.chat import load_tokenizer, tokenizer_fingerprint
+from pact_offline.rows.chat import Chat, load_tokenizer, tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,24 @@ class Subject:
         holds = facts.get("holds", facts["settings"].get("objective") != "none")
         kept = {name: facts[name] for name in ("targets_sha256", "metrics")}
         return {**facts["settings"], "holds": holds, **kept}
+
+    def check_chat(self, chat: Chat) -> None:
+        """Refuse another chat template, or other variables of it, than a run was trained with.
+
+        Raises:
+            TargetsMismatchError: it was.
+        """
+        facts = self.tuned.facts if self.tuned else None
+        if facts is None or "template" not in facts:
+            return
+        theirs = facts["template"], facts["settings"].get("chat_template_kwargs", {})
+        if theirs != (chat.template_sha256, chat.template_kwargs):
+            raise TargetsMismatchError(
+                f"{self.tuned and self.tuned.folder}: expected a run with the chat template sha256 "
+                f"{chat.template_sha256:.12} and variables {chat.template_kwargs}, found one with "
+                f"{theirs[0]:.12} and {theirs[1]}; give --chat-template and --chat-template-kwargs "
+                "to every command alike"
+            )
 
     def load(self, dtype: str) -> Any:
         """The model with its adapter merged in.

@@ -111,6 +111,18 @@ def why_not_loaded(error: Exception, folder: Path | None = None) -> str:
     return first_line(error)
 
 
+def positions_of(folder: Path) -> int | None:
+    """The most tokens that a model in a directory can place; None where its config tells none."""
+    config = _read_object(folder / "config.json")
+    config = config.get("text_config") or config
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    factor = scaling.get("factor", 1) if isinstance(scaling, dict) else 1
+    if not isinstance(positions, int) or not isinstance(factor, int | float) or positions <= 0:
+        return None
+    return int(positions * max(1, factor))
+
+
 def files_of(folder: Path) -> list[Path]:
     """The files of a local model that decide what it does, sorted; none where it is no folder."""
     return sorted({file for pattern in _WANTED for file in folder.glob(pattern)})

@@ -1,56 +1,80 @@
-"""A model's logits at response steps, and log-confidences at some ids of them."""
+"""Contexts as a model's batch, and its log-probabilities at their response steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Spans = Sequence[tuple[int, int]]
+IGNORED = -100
+
+
+class Aligned(NamedTuple):
+    """Contexts as one batch.
+
+    Attributes:
+        inputs: model inputs (input_ids, attention_mask, position_ids, each int64 [batch, tokens]).
+        columns: token columns whose logits predict the responses, int64 [columns].
+        labels: int64 [batch, columns], the token that each column predicts; -100 where it is none
+            of the response's.
+    """
+
+    inputs: dict[str, Tensor]
+    columns: Tensor
+    labels: Tensor
+
+    @property
+    def is_step(self) -> Tensor:
+        """Where a response step is, bool [batch, columns]."""
+        return self.labels != IGNORED
+
 
 def aligned_batch(
-    contexts: Sequence[tuple[Sequence[int] | np.ndarray, int]], pad_id: int
-) -> tuple[dict[str, Tensor], Tensor, list[int]]:
-    """Pad contexts so that their response steps stand in the same columns.
+    contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]], pad_id: int
+) -> Aligned:
+    """Pad contexts so that their first response steps stand in the same column.
 
-    Prompts are padded on the left and responses on the right, so the LM head can run on the
-    response columns alone, whatever the lengths.
+    What is before is padded on the left and what follows on the right, so the LM head can run on
+    the response columns alone, whatever the lengths. The last token of a context is not fed, it
+    only is predicted.
 
     Args:
-        contexts: (ids, response_start) each.
+        contexts: ids, and start and end of each run of response tokens.
         pad_id: fills the padding; masked out.
-
-    Returns:
-        model inputs (input_ids, attention_mask, position_ids, each int64 [batch, tokens]); the
-        columns of the response steps, int64 [columns]; each context's number of steps.
     """
-    starts = [start for _, start in contexts]
-    steps = [len(ids) - start + 1 for ids, start in contexts]
+    starts = [spans[0][0] for _, spans in contexts]
     left = max(starts)
-    width = left - 1 + max(steps)
-    shape = (len(contexts), width)
+    within = max(spans[-1][1] - spans[0][0] for _, spans in contexts)
+    shape = (len(contexts), left - 1 + within)
     ids_out = torch.full(shape, pad_id, dtype=torch.long)
     mask = torch.zeros(shape, dtype=torch.long)
-    for row, (ids, start) in enumerate(contexts):
-        first = left - start
-        ids_out[row, first : first + len(ids)] = torch.as_tensor(np.asarray(ids), dtype=torch.long)
-        mask[row, first : first + len(ids)] = 1
+    labels = torch.full((len(contexts), within), IGNORED, dtype=torch.long)
+    for row, (ids, spans) in enumerate(contexts):
+        given = torch.from_numpy(np.array(ids, dtype=np.int64))  # a copy: maps are read-only
+        first = left - starts[row]
+        ids_out[row, first : first + len(ids) - 1] = given[:-1]
+        mask[row, first : first + len(ids) - 1] = 1
+        for start, end in spans:
+            labels[row, start - starts[row] : end - starts[row]] = given[start:end]
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     inputs = {"input_ids": ids_out, "attention_mask": mask, "position_ids": positions}
-    return inputs, torch.arange(left - 1, width), steps
+    return Aligned(inputs, torch.arange(left - 1, shape[1]), labels)
 
 
 @torch.inference_mode()
 def response_logits(
-    model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, int]]
+    model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]]
 ) -> list[Tensor]:
     """Each context's logits at its response steps, [steps, vocabulary], on the model's device."""
-    inputs, columns, steps = aligned_batch(contexts, pad_id=0)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    output = model(**inputs, logits_to_keep=columns.to(model.device), use_cache=False)
-    return [output.logits[row, :count] for row, count in enumerate(steps)]
+    batch = aligned_batch(contexts, pad_id=0)
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    output = model(**inputs, logits_to_keep=batch.columns.to(model.device), use_cache=False)
+    is_step = batch.is_step.to(model.device)
+    return [output.logits[row, is_step[row]] for row in range(len(contexts))]
 
 
 def log_probabilities_at(logits: Tensor, ids: Tensor | Sequence[int]) -> Tensor:
@@ -59,9 +83,27 @@ def log_probabilities_at(logits: Tensor, ids: Tensor | Sequence[int]) -> Tensor:
     return logits[..., ids] - logits.logsumexp(dim=-1, keepdim=True)
 
 
+def log_probabilities_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Full-vocabulary log-softmax at one label a step, fp32 [steps]; of [steps, vocabulary]."""
+    logits = logits.float()
+    picked = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return picked - logits.logsumexp(dim=-1)
+
+
 def response_log_confidences(
-    model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, int]], ids: Sequence[int]
-) -> list[np.ndarray]:
-    """Each context's log-confidences at its response steps, float32 [steps, ids]."""
-    found = response_logits(model, contexts)
-    return [log_probabilities_at(logits, list(ids)).cpu().numpy() for logits in found]
+    model: Any,
+    contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]],
+    ids: Sequence[int],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each context's log-confidences, float32 [steps, ids], and those of its labels, [steps]."""
+    found = []
+    for logits, (tokens, spans) in zip(response_logits(model, contexts), contexts, strict=True):
+        labels = np.concatenate([np.asarray(tokens)[start:end] for start, end in spans])
+        given = torch.as_tensor(labels.astype(np.int64), device=logits.device)
+        found.append(
+            (
+                log_probabilities_at(logits, list(ids)).cpu().numpy(),
+                log_probabilities_of(logits, given).cpu().numpy(),
+            )
+        )
+    return found

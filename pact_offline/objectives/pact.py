@@ -62,7 +62,7 @@ def pact(
         full: [steps, ids], the reference's with the prompt.
         response_only: [steps, ids], the reference's without the prompt; not read with the gate off.
         weights: [ids], safety-token weights, at least 0.
-        steps: int [steps], index of each step in its response.
+        steps: int [steps], number of each step in its answer; below 0 before the answer's own text.
         settings: T, alpha, bias, gate and window.
 
     Returns:

@@ -89,7 +89,8 @@ def weights_in_use(weights: Tensor, settings: ObjectiveSettings) -> Tensor:
 
 def step_weights(steps: Tensor, settings: ObjectiveSettings) -> Tensor:
     """How much the regulariser counts at each response step, fp32 [steps]."""
-    return torch.where(steps < settings.first_steps, settings.first_weight, 1.0)
+    is_first = (steps >= 0) & (steps < settings.first_steps)
+    return torch.where(is_first, settings.first_weight, 1.0)
 
 
 def kl_weight_at(progress: float, settings: ObjectiveSettings) -> float:

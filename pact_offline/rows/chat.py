@@ -1,20 +1,33 @@
-"""From conversations to token ids, by a tokenizer's chat template."""
+"""Conversations rendered by a tokenizer's chat template: the one way for every stage."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from pact_offline.errors import InputError, ModelError, first_line
+from pact_offline.files import read_text
 from pact_offline.models.locate import looks_like_path, require_model, why_not_loaded
-from pact_offline.rows.contexts import TokenizedExample
-from pact_offline.rows.read import Message, Row
+from pact_offline.rows.dropped import left_out
+from pact_offline.rows.row import Message, Row
+from pact_offline.settings.stages import ChatSettings
+
+# Stands for an answer where its place in the rendered text is looked up. It ends otherwise than it
+# begins, so that no text beside it makes it begin sooner.
+MARKER = "Qx7answer7xZ"
+
+
+class Conversation(NamedTuple):
+    """What a chat template renders."""
+
+    messages: Sequence[Message]
+    tools: tuple[Any, ...] | None = None
 
 
 def load_tokenizer(model: str) -> Any:
@@ -36,109 +49,237 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def require_chat_template(tokenizer: Any) -> None:
-    """Refuse a tokenizer that cannot render a conversation."""
-    if not getattr(tokenizer, "chat_template", None):
+class Chat:
+    """A tokenizer, its chat template, and what the template is told beside a conversation."""
+
+    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Take a tokenizer as it is.
+
+        Args:
+            tokenizer: of transformers, with a chat template.
+            template_kwargs: variables of the template, such as enable_thinking.
+
+        Raises:
+            ModelError: there is no chat template.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError(
+                f"{tokenizer.name_or_path}: expected a tokenizer with a chat template, found none; "
+                "use the chat model's own tokenizer, or --chat-template FILE"
+            )
+        self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
+
+    @cached_property
+    def template_sha256(self) -> str:
+        """SHA-256 over the chat template, 64 hex digits."""
+        text = json.dumps(self.tokenizer.chat_template, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the vocabulary; see `tokenizer_fingerprint`."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """The vocabulary's added tokens, such as those that end a turn; the longest first."""
+        added = self.tokenizer.get_added_vocab()
+        return tuple(sorted(added, key=len, reverse=True))
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", json.dumps(self.tokenizer.chat_template)))
+
+    def reads(self, key: str) -> bool:
+        """Whether the template names a key of a message."""
+        return key in self._words
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template reads a message's text as a list of parts."""
+        for content in (MARKER, [{"type": "text", "text": MARKER}]):
+            messages = [{"role": "user", "content": content}]
+            try:
+                text = self._apply([messages], None, generation_prompt=True)[0]
+            except Exception as error:  # a template may raise anything
+                reason = first_line(error)
+            else:
+                if MARKER in text and "'type'" not in text:  # the list as Python writes it
+                    return content is not MARKER
+                reason = f"{text!r:.60} for it"
         raise ModelError(
-            f"{tokenizer.name_or_path}: expected a tokenizer with a chat template, found none; "
-            "use the chat model's own tokenizer, or add chat_template.jinja to its directory"
+            f"{self.tokenizer.name_or_path}: expected a chat template that renders what a user "
+            f"says, found: {reason}"
         )
 
+    def _apply(
+        self, conversations: list[Any], tools: list[Any] | None, *, generation_prompt: bool
+    ) -> list[str]:
+        found: list[str] = self.tokenizer.apply_chat_template(
+            conversations,
+            tools=tools,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            strftime_now=_at_template_date,
+            **self.template_kwargs,
+        )
+        return found
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat template."""
-    return render_all(tokenizer, [messages], generation_prompt=generation_prompt)[0]
+    def render_all(
+        self, conversations: Sequence[Conversation], *, generation_prompt: bool
+    ) -> list[str | InputError]:
+        """The text of each conversation; of one that the template refuses, why."""
+        given = [self._given(conversation.messages) for conversation in conversations]
+        plain = [i for i, conversation in enumerate(conversations) if conversation.tools is None]
+        found: dict[int, str | InputError] = {}
+        if plain:
+            try:
+                texts = self._apply(
+                    [given[i] for i in plain], None, generation_prompt=generation_prompt
+                )
+                found = dict(zip(plain, texts, strict=True))
+            except Exception:  # one of them; below it is seen which
+                found = {}
+        for i, conversation in enumerate(conversations):
+            if i not in found:
+                found[i] = self._render_one(given[i], conversation.tools, generation_prompt)
+        return [found[i] for i in range(len(conversations))]
+
+    def _render_one(
+        self, messages: list[Message], tools: tuple[Any, ...] | None, generation_prompt: bool
+    ) -> str | InputError:
+        refusal = None
+        for form in (messages, _with_arguments_as_text(messages)):
+            try:
+                given = None if tools is None else [*tools]
+                return self._apply([form], given, generation_prompt=generation_prompt)[0]
+            except Exception as error:  # a template may raise anything
+                refusal = refusal or InputError(
+                    f"expected a conversation that the chat template takes, found: "
+                    f"{first_line(error)}"
+                )
+        assert refusal is not None
+        return refusal
+
+    def render(
+        self, messages: Sequence[Message], *, generation_prompt: bool, tools: Any = None
+    ) -> str:
+        """The text of one conversation.
+
+        Raises:
+            InputError: the template refuses it.
+        """
+        conversation = Conversation(messages, tools)
+        text = self.render_all([conversation], generation_prompt=generation_prompt)[0]
+        if isinstance(text, InputError):
+            raise text
+        return text
+
+    def _given(self, messages: Sequence[Message]) -> list[Message]:
+        if not self._wants_parts:
+            return list(messages)
+        return [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            for message in messages
+        ]
+
+    def prompt_ids(self, row: Row) -> list[int]:
+        """Token ids of a row's prompt, up to where an answer is generated.
+
+        Raises:
+            InputError: the template refuses it, or drops a message; names file and line.
+        """
+        try:
+            text = self.render(row.prompt, generation_prompt=True, tools=row.tools)
+            if (problem := left_out(row.prompt, text)) is not None:
+                raise problem
+        except InputError as error:
+            raise InputError(f"{row.origin or self.tokenizer.name_or_path}: {error}") from None
+        return self.ids_of(text)
+
+    def unread(self, row: Row) -> set[str]:
+        """Keys of a row's messages, and its tools, that the template does not name."""
+        found = {key for message in row.messages if len(message) > 2 for key in message}
+        found = {key for key in found - {"role", "content"} if not self.reads(key)}
+        tools = {"tools"} if row.tools is not None and not self.reads("tools") else set()
+        return {f"messages[].{key}" for key in found} | tools
+
+    def ids_of(self, text: str) -> list[int]:
+        """Token ids of a text, none added."""
+        return [*self.tokenizer(text, add_special_tokens=False).input_ids]
+
+    @cached_property
+    def header_ids(self) -> list[int]:
+        """The assistant header: what stands between a user's turn and an answer.
+
+        It is what the template's generation prompt adds; where that adds nothing, what follows the
+        user's text.
+
+        Raises:
+            ModelError: nothing does, so a response cannot be told from its prompt.
+        """
+        tails = []
+        for generation_prompt in (False, True):
+            messages = [{"role": "user", "content": MARKER}]
+            try:
+                text = self.render(messages, generation_prompt=generation_prompt)
+            except InputError as error:
+                raise ModelError(f"{self.tokenizer.name_or_path}: {error}") from None
+            tails.append(self.ids_of(text.rpartition(MARKER)[2]))
+        without, with_header = tails
+        header = with_header[common_start(without, with_header) :] or with_header
+        if not header:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: expected a chat template with an assistant header "
+                "after a user's turn, found none"
+            )
+        return header
+
+
+def chat_of(model: str, settings: ChatSettings) -> Chat:
+    """A model's tokenizer, and a chat template: its own, or that of a file.
+
+    Raises:
+        MissingFileError: no such path, hub model or file.
+        ModelError: there is no tokenizer, or no chat template.
+    """
+    tokenizer = load_tokenizer(model)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = read_text(Path(settings.chat_template))
+    return Chat(tokenizer, settings.chat_template_kwargs)
+
+
+def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences begin with alike."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:  # texts are long: compare them by halves
+        middle = (least + most + 1) // 2
+        if one[:middle] == other[:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def _with_arguments_as_text(messages: list[Message]) -> list[Message]:
+    """Calls of tools with their arguments as JSON text, which a few templates want."""
+    return [
+        {**message, "tool_calls": [_as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _as_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _at_template_date(form: str) -> str:
     """The day in place of today's, for templates that write the date: a context is no day's."""
     return datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC).strftime(form)
-
-
-def render_all(
-    tokenizer: Any,
-    conversations: Sequence[Sequence[Message]],
-    *,
-    generation_prompt: bool,
-    names: Sequence[str] = (),
-) -> list[list[int]]:
-    """`render` of many conversations, tokenized at once.
-
-    Raises:
-        InputError: the template refuses a conversation; says which, by `names`.
-    """
-    texts = []
-    for position, messages in enumerate(conversations):
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages),
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                strftime_now=_at_template_date,
-            )
-        except Exception as error:  # a template may raise anything
-            place = names[position] if names else tokenizer.name_or_path
-            raise InputError(
-                f"{place}: expected a conversation that the chat template takes, found: "
-                f"{first_line(error)}"
-            ) from None
-        texts.append(text)
-    return [[*ids] for ids in tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
-
-
-def header_ids(tokenizer: Any) -> list[int]:
-    """What the chat template's generation prompt adds: the assistant header.
-
-    Raises:
-        ModelError: the template adds nothing, so a response cannot be told from its prompt.
-    """
-    require_chat_template(tokenizer)
-    messages = [{"role": "user", "content": "Hello"}]
-    without = render(tokenizer, messages, generation_prompt=False)
-    with_header = render(tokenizer, messages, generation_prompt=True)
-    header = with_header[len(without) :]
-    if with_header[: len(without)] != without or not header:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: expected a chat template whose generation prompt adds an "
-            "assistant header at the end, found none"
-        )
-    return header
-
-
-def tokenize(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> list[TokenizedExample]:
-    """Tokenize rows by the chat template, cut at `max_tokens`.
-
-    Raises:
-        ModelError: no usable chat template.
-        InputError: a row has no response token left.
-    """
-    require_chat_template(tokenizer)
-    answers = [{"role": "assistant", "content": row.response or ""} for row in rows]
-    names = [row.origin for row in rows]
-    prompts = render_all(
-        tokenizer, [row.prompt for row in rows], generation_prompt=True, names=names
-    )
-    wholes = render_all(
-        tokenizer,
-        [(*row.prompt, answer) for row, answer in zip(rows, answers, strict=True)],
-        generation_prompt=False,
-        names=names,
-    )
-    examples = []
-    for row, prompt, whole in zip(rows, prompts, wholes, strict=True):
-        if whole[: len(prompt)] != prompt:
-            raise InputError(
-                f"{row.origin}: expected the conversation's tokens to begin with its prompt's, "
-                "found that the chat template renders them otherwise"
-            )
-        if len(prompt) >= min(len(whole), max_tokens):
-            raise InputError(
-                f"{row.origin}: expected a response within {max_tokens} tokens, found a prompt of "
-                f"{len(prompt)}; raise --max-tokens or shorten the row"
-            )
-        ids = np.asarray(whole[:max_tokens], dtype=np.int32)
-        examples.append(TokenizedExample(ids, len(prompt), len(whole) > max_tokens))
-    return examples
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -1,154 +1,149 @@
-"""Rows of chat data, and the token contexts they become.
-
-A row comes in one of three forms:
-
-- ``{"messages": [{"role": ..., "content": ...}, ..., {"role": "assistant", "content": ...}]}``
-- ``{"prompt": ..., "response": ...}``
-- ``{"instruction": ..., "input": ..., "output": ...}`` (the user turn is instruction, one space,
-  input; ``input`` may be missing or empty)
-
-Rows are read from JSON-lines files, Parquet files, or a hub dataset (``hub:NAME`` or
-``hub:NAME:SPLIT``).
-"""
+"""Rows of a source: read, and those that cannot be used counted and named."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from pact_offline.errors import InputError, first_line
-from pact_offline.files import read_json_lines, require_file
+from pact_offline.errors import InputError
+from pact_offline.rows.files import Value, origin_of, values_of
+from pact_offline.rows.forms import parse_row
+from pact_offline.rows.row import Row
 
-Message = dict[str, str]
+log = logging.getLogger(__name__)
+
+BadRows = Literal["refuse", "drop"]
+NAMED = 20
 
 
-@dataclass(frozen=True)
-class Row:
-    """One conversation; the last message, if the assistant's, is the response.
+@dataclass
+class Findings:
+    """What was found in a source, beside its rows.
 
     Attributes:
-        prompt: messages before the response.
-        response: the assistant's text, or None in a file of prompts.
-        origin: file and line, for messages.
+        source: as it was given.
+        bad_rows: what becomes of a source with rows that cannot be used.
+        read: values in it.
+        bad: rows that cannot be used.
+        problems: what is wrong with the first of them.
+        unread: rows that have a key which nothing reads, by key.
     """
 
-    prompt: tuple[Message, ...]
-    response: str | None
-    origin: str
+    source: str
+    bad_rows: BadRows = "refuse"
+    read: int = 0
+    bad: int = 0
+    problems: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def add_problems(self, problems: Sequence[str]) -> None:
+        """Count rows that cannot be used, and keep what is wrong with the first."""
+        self.bad += len(problems)
+        self.problems += problems[: max(0, NAMED - len(self.problems))]
+
+    def tell(self) -> None:
+        """Say what was found; to be called when the source has been read.
+
+        Raises:
+            InputError: rows that cannot be used, unless they are to be dropped; or no row is left.
+        """
+        tell_unread(self.source, self.unread)
+        if not self.bad:
+            return
+        if self.bad == 1 and self.bad_rows == "refuse":
+            raise InputError(self.problems[0])
+        for problem in self.problems:
+            log.warning("%s", problem)
+        more = f"{self.bad:,} of {self.read:,} rows cannot be used"
+        if self.bad > len(self.problems):
+            more += f", the first {len(self.problems)} are named above"
+        if self.bad_rows == "refuse":
+            raise InputError(f"{self.problems[0]}; {more}; --bad-rows drop goes on without them")
+        if self.bad == self.read:
+            raise InputError(f"{self.source}: expected rows that can be used, found none: {more}")
+        log.warning("%s: %s, and are left out", self.source, more)
 
 
-def _text(value: Any, key: str, origin: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{origin}: {key}: expected text, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{origin}: {key}: expected Unicode text, found half a surrogate pair at character "
-            f"{error.start}"
-        ) from None
-    return value
+def tell_unread(source: str, unread: Mapping[str, int]) -> None:
+    """Name the keys that nothing reads, with their counts."""
+    if unread:
+        keys = ", ".join(f"{key} ({count:,} rows)" for key, count in unread.items())
+        log.warning("%s: keys that nothing reads: %s", source, keys)
 
 
-def _parse_messages(value: Any, origin: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{origin}: messages: expected a list of messages, found {value!r:.60}")
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise InputError(
-                f"{origin}: messages[{index}]: expected role and content, found {message!r:.60}"
-            )
-        parts = {
-            key: _text(message.get(key), f"messages[{index}].{key}", origin)
-            for key in ("role", "content")
-        }
-        messages.append(parts)
-    return tuple(messages)
-
-
-def parse_row(value: Any, origin: str, *, needs_response: bool = True) -> Row:
-    """Read one row in any of the three forms.
+def iterate_rows(
+    findings: Findings,
+    *,
+    needs_response: bool = True,
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[tuple[int, Row]]:
+    """Each row that can be used, with its line; the others go to the findings.
 
     Raises:
-        InputError: names `origin`, the key, what was expected and what was found.
+        MissingFileError, InputError: the source as a whole cannot be read.
     """
-    if not isinstance(value, dict):
-        raise InputError(f"{origin}: expected an object, found {type(value).__name__}")
-    response: str | None
-    if "messages" in value:
-        messages = _parse_messages(value["messages"], origin)
-        prompt, response = messages, None
-        if messages[-1]["role"] == "assistant":
-            prompt, response = messages[:-1], messages[-1]["content"]
-        response_key = "messages"
-    elif "prompt" in value:
-        text = _text(value["prompt"], "prompt", origin)
-        prompt, response_key = ({"role": "user", "content": text},), "response"
-        response = value.get("response")
-    elif "instruction" in value:
-        text = _text(value["instruction"], "instruction", origin)
-        if extra := _text(value.get("input") or "", "input", origin):
-            text = f"{text} {extra}"
-        prompt, response_key = ({"role": "user", "content": text},), "output"
-        response = value.get("output")
-    else:
-        raise InputError(
-            f"{origin}: expected the key messages, prompt or instruction, "
-            f"found {', '.join(map(str, value)) or 'no key'}"
-        )
-    if not prompt or not any(message["content"].strip() for message in prompt):
-        raise InputError(f"{origin}: expected a prompt, found none")
-    if response is not None:
-        response = _text(response, response_key, origin)
-    if needs_response and not (response and response.strip()):
-        raise InputError(f"{origin}: {response_key}: expected a response, found none")
-    return Row(prompt, response or None, origin)
+    for value in values_of(findings.source):
+        findings.read += 1
+        try:
+            row = row_of(value, findings.source, needs_response=needs_response, columns=columns)
+        except InputError as error:
+            findings.add_problems([str(error)])
+            continue
+        findings.unread.update(set(row.unread))
+        yield value.place, row
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    is_empty = True
-    for number, value in read_json_lines(path):
-        is_empty = False
-        yield f"{path}:{number}", value
-    if is_empty:
-        raise InputError(f"{path}: expected one JSON object a line, found an empty file")
+def row_of(
+    value: Value,
+    source: str,
+    *,
+    needs_response: bool = True,
+    columns: Mapping[str, str] | None = None,
+) -> Row:
+    """The row that a value of a source stands for.
+
+    Raises:
+        InputError: it cannot be used; names file and line.
+    """
+    if value.problem is not None:
+        raise value.problem
+    origin = origin_of(source, value.place)
+    return parse_row(value.value, origin, needs_response=needs_response, columns=columns)
 
 
-def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        if source.startswith("hub:"):
-            name, _, split = source.removeprefix("hub:").partition(":")
-            rows = datasets.load_dataset(name, split=split or "train")
-        else:
-            rows = datasets.Dataset.from_parquet(source)
-    except Exception as error:
-        raise InputError(f"{source}: cannot be read as a dataset: {first_line(error)}") from None
-    for index, row in enumerate(rows):
-        yield f"{source}:{index + 1}", {key: value for key, value in row.items() if value}
-
-
-def read_rows(source: str | Path, *, needs_response: bool = True) -> list[Row]:
+def read_rows(
+    source: str | Path,
+    *,
+    needs_response: bool = True,
+    columns: Mapping[str, str] | None = None,
+    bad_rows: BadRows = "refuse",
+) -> list[Row]:
     """All rows of one source, in order.
 
     Raises:
         MissingFileError, InputError: names file and line.
     """
-    name = str(source)
-    if name.startswith("hub:"):
-        values = _dataset_rows(name)
-    elif Path(name).suffix == ".parquet":
-        require_file(Path(name))
-        values = _dataset_rows(name)
-    else:
-        values = _json_lines(Path(name))
-    return [parse_row(value, origin, needs_response=needs_response) for origin, value in values]
+    findings = Findings(str(source), bad_rows)
+    rows = iterate_rows(findings, needs_response=needs_response, columns=columns)
+    found = [row for _, row in rows]
+    findings.tell()
+    return found
 
 
-def read_all_rows(sources: Iterable[str | Path], *, needs_response: bool = True) -> list[Row]:
+def read_all_rows(
+    sources: Iterable[str | Path],
+    *,
+    needs_response: bool = True,
+    columns: Mapping[str, str] | None = None,
+    bad_rows: BadRows = "refuse",
+) -> list[Row]:
     """Rows of several sources, one after the other."""
-    return [row for source in sources for row in read_rows(source, needs_response=needs_response)]
+    read = (
+        read_rows(source, needs_response=needs_response, columns=columns, bad_rows=bad_rows)
+        for source in sources
+    )
+    return [row for rows in read for row in rows]

@@ -14,13 +14,9 @@ from pact_offline.errors import InputError, TargetsMismatchError
 from pact_offline.files import is_text, read_json, write_json
 from pact_offline.made_from import MadeFrom
 from pact_offline.rows.chat import tokenizer_fingerprint
+from pact_offline.texts import visible
 
 FORMAT_VERSION = 1
-
-
-def visible(text: str) -> str:
-    """A token's text on one line, with its spaces shown as dots."""
-    return text.replace(" ", "\u00b7").encode("unicode_escape").decode().replace("\\xb7", "\u00b7")
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,25 @@ class SafetyTokens:
         """SHA-256 over the ids (little-endian int64), then the weights (float32); 64 hex digits."""
         ids, weights = np.array(self.ids, dtype="<i8"), self.weights.astype("<f4")
         return hashlib.sha256(ids.tobytes() + weights.tobytes()).hexdigest()
+
+    def check_template(self, template: str, kwargs: dict[str, Any], source: str | Path) -> None:
+        """Refuse a set that was found with another chat template, or other variables of it.
+
+        Args:
+            template: SHA-256 over the chat template.
+            kwargs: its variables.
+            source: the file, for the message.
+        """
+        if self.made_from is None:  # made by hand
+            return
+        theirs = self.made_from.settings.get("chat_template_kwargs", {})
+        if self.made_from.template != template or theirs != kwargs:
+            raise TargetsMismatchError(
+                f"{source}: expected safety tokens found with the chat template sha256 "
+                f"{template:.12} and variables {kwargs}, found those of "
+                f"{self.made_from.template:.12} and {theirs}; give --chat-template and "
+                "--chat-template-kwargs to every command alike"
+            )
 
     def table(self) -> str:
         """The tokens for a person, the heaviest first; spaces are shown as a dot."""
@@ -146,7 +161,8 @@ class SafetyTokens:
         if not tokens or result.ids != sorted(set(result.ids)) or result.ids[0] < 0:
             raise InputError(f"{path}: tokens: expected ascending, distinct ids, found otherwise")
         for token in tokens:
-            if token.id >= 2**31 or not math.isfinite(token.direction) or not is_text(token.text):
+            text = token.text.replace("\0", "")  # a byte of 0 is a token of many vocabularies
+            if token.id >= 2**31 or not math.isfinite(token.direction) or not is_text(text):
                 raise InputError(
                     f"{path}: tokens: expected ids, text and finite weights, found {token!r:.80}"
                 )

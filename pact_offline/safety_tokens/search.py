@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pact_offline.errors import ModelError
-from pact_offline.made_from import MadeFrom, rows_sha256, template_sha256
+from pact_offline.errors import InputError, ModelError
+from pact_offline.made_from import MadeFrom, rows_sha256
 from pact_offline.models.locate import locate_model
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import (
-    load_tokenizer,
-    render,
-    require_chat_template,
-    tokenizer_fingerprint,
-)
-from pact_offline.rows.read import Row
+from pact_offline.rows.chat import Chat, chat_of, load_tokenizer, tokenizer_fingerprint
+from pact_offline.rows.row import THOUGHTS, Row, texts
+from pact_offline.rows.spans import find_spans
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 from pact_offline.settings.stages import TokensSettings
 
@@ -52,9 +48,9 @@ def find_safety_tokens(
     from pact_offline.models.load import load_model
 
     files, base_files = locate_model(aligned), locate_model(base)
-    aligned_tokenizer = load_tokenizer(str(files.path))
+    chat = chat_of(str(files.path), settings)
+    aligned_tokenizer = chat.tokenizer
     base_tokenizer = load_tokenizer(str(base_files.path))
-    require_chat_template(aligned_tokenizer)
     vocabularies = aligned_tokenizer.get_vocab(), base_tokenizer.get_vocab()
     if vocabularies[0] != vocabularies[1]:
         sizes = [len(vocabulary) for vocabulary in vocabularies]
@@ -63,8 +59,14 @@ def find_safety_tokens(
             f"found another ({sizes[1]} tokens)"
         )
     pairs = rows[: settings.examples]
-    seen_aligned = _teacher_forced(pairs, aligned_tokenizer, settings, _aligned_prompt)
-    seen_base = _teacher_forced(pairs, base_tokenizer, settings, _base_prompt)
+    for row in pairs:
+        if not row.response or len(row.messages) - 1 in row.not_trained:
+            raise InputError(
+                f"{row.origin}: expected a refusal as the last message, in words and to learn, "
+                "found none"
+            )
+    seen_aligned = _as_trained(pairs, chat, settings.response_tokens)
+    seen_base = _as_continued(pairs, seen_aligned, base_tokenizer)
     read = partial(_read, batch_size=settings.batch_size, progress=progress or (lambda n: None))
     model = load_model(str(files.path), settings.dtype)
     aligned_mean = read(model, seen_aligned).mean
@@ -103,7 +105,7 @@ def find_safety_tokens(
         for id_, value in found
     )
     fingerprint = tokenizer_fingerprint(aligned_tokenizer)
-    how = settings.model_dump(exclude={"batch_size"})
+    how = settings.model_dump(exclude={"batch_size", "chat_template", "columns"})
     return SafetyTokens(
         tokens,
         fingerprint,
@@ -113,7 +115,7 @@ def find_safety_tokens(
             models={"aligned": files.identity, "base": base_files.identity},
             rows={"refusals": rows_sha256(pairs)},
             tokenizer=fingerprint,
-            template=template_sha256(aligned_tokenizer),
+            template=chat.template_sha256,
             settings=how,
         ),
     )
@@ -161,34 +163,43 @@ def _is_word_in(tokenizer: Any) -> Callable[[int], bool]:
     return lambda i: i not in special and any(map(str.isalpha, tokenizer.decode([i])))
 
 
-def _aligned_prompt(row: Row, tokenizer: Any) -> list[int]:
-    return render(tokenizer, row.prompt, generation_prompt=True)
+def _as_trained(rows: Sequence[Row], chat: Chat, longest: int) -> list[_TeacherForced]:
+    """Refusals where training reads them: each row's last answer, from its own text on.
+
+    The end of turn is left out, as the base model's continuation has none.
+    """
+    found = []
+    for row, spans in zip(rows, find_spans(chat, rows, "last"), strict=True):
+        if isinstance(spans, InputError):
+            raise spans
+        turn = spans.turns[-1]
+        thought = "".join(str(row.messages[-1].get(key) or "") for key in THOUGHTS)
+        answer = chat.ids_of(thought + (row.response or ""))
+        end = min(turn.end, turn.first + len(answer), turn.first + longest)
+        found.append(_TeacherForced(spans.ids[:end], turn.first))
+    return found
 
 
-def _base_prompt(row: Row, tokenizer: Any) -> list[int]:
-    turns = [message["content"] for message in row.prompt if message["role"] == "user"]
-    text = "".join(f"User: {turn}\n\n" for turn in turns) + "Assistant: "
-    return [int(token) for token in tokenizer(text).input_ids]
+def _as_continued(
+    rows: Sequence[Row], aligned: Sequence[_TeacherForced], tokenizer: Any
+) -> list[_TeacherForced]:
+    """The same tokens for a model without a chat template: turns are named in plain text.
+
+    Of a conversation the user's turns are read, as by the published script.
+    """
+    found = []
+    for row, seen in zip(rows, aligned, strict=True):
+        text = "".join(f"User: {turn}\n\n" for turn in texts(row.prompt, "user")) + "Assistant: "
+        prompt = [int(token) for token in tokenizer(text).input_ids]
+        response = seen.ids[seen.response_start :]  # both have one vocabulary
+        found.append(_TeacherForced([*prompt, *response], len(prompt)))
+    return found
 
 
 @dataclass(frozen=True)
 class _TeacherForced:
     ids: list[int]
     response_start: int
-
-
-def _teacher_forced(
-    rows: Sequence[Row],
-    tokenizer: Any,
-    settings: TokensSettings,
-    prompt_of: Callable[[Row, Any], list[int]],
-) -> list[_TeacherForced]:
-    items = []
-    for row in rows:
-        response = tokenizer(row.response, add_special_tokens=False).input_ids
-        prompt = prompt_of(row, tokenizer)
-        items.append(_TeacherForced([*prompt, *response[: settings.response_tokens]], len(prompt)))
-    return items
 
 
 def _step_log_probabilities(
@@ -199,7 +210,7 @@ def _step_log_probabilities(
 
     for first in range(0, len(items), batch_size):
         batch = items[first : first + batch_size]
-        contexts = [(item.ids[:-1], item.response_start) for item in batch]
+        contexts = [(item.ids, [(item.response_start, len(item.ids))]) for item in batch]
         yield [logits.float().log_softmax(-1) for logits in response_logits(model, contexts)]
 
 

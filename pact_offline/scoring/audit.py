@@ -11,20 +11,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pact_offline.cache.encoding import decode, encode
+from pact_offline.cache.encoding import decode, encode, encode_labels
 from pact_offline.cache.targets import TargetCache
 from pact_offline.models.locate import ModelFiles
 from pact_offline.objectives.confidence import confidence
 from pact_offline.objectives.pact import pact
 from pact_offline.progress import bar
-from pact_offline.rows.chat import load_tokenizer, tokenize
+from pact_offline.rows.chat import chat_of
 from pact_offline.rows.contexts import Context, contexts_of
-from pact_offline.rows.read import read_all_rows
+from pact_offline.rows.tokenized import tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.scoring.backends import make_scorer
+from pact_offline.scoring.scorer import Scored
 from pact_offline.settings.stages import AuditSettings, ScoreSettings
 
+_SPREADS = ("difference", "noise", "label_difference", "label_noise")
 _SMALLEST = 2e-5  # what another batch changes in fp32
+
+
+class _Rescored(NamedTuple):
+    values: list[np.ndarray]
+    labels: list[np.ndarray]
 
 
 class Spread(NamedTuple):
@@ -44,11 +51,13 @@ class Audit:
         steps: their response steps.
         scored_by: backend and compute dtype of the new scores.
         difference: of stored and new log-confidences.
+        label_difference: of stored and new log-probabilities of the responses' own tokens.
+        label_noise: what that may be for no other reason.
         noise: the larger of what the cache's compute dtype and its stored dtype change in the new
             log-confidences; what the difference may be for no other reason.
         pact_difference: change of the mean `pact` of those contexts, relative.
         confidence_difference: KL that the stored values are off by: mean `confidence`.
-        ratio: largest of mean and p99 of `difference` over those of `noise`.
+        ratio: largest of mean and p99 of a difference over those of its noise.
         tolerance: what `ratio` may be.
     """
 
@@ -57,6 +66,8 @@ class Audit:
     scored_by: str
     difference: Spread
     noise: Spread
+    label_difference: Spread
+    label_noise: Spread
     pact_difference: float
     confidence_difference: float
     ratio: float
@@ -67,7 +78,7 @@ class Audit:
         return self.ratio <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        spreads = {name: getattr(self, name)._asdict() for name in ("difference", "noise")}
+        spreads = {name: getattr(self, name)._asdict() for name in _SPREADS}
         return {**asdict(self), **spreads, "is_within": self.is_within}
 
 
@@ -90,37 +101,59 @@ def audit(
     targets = TargetCache.open(targets_path, cache=cache)
     identity = targets.binding.identity
     targets.check_model(model)
-    tokenizer = load_tokenizer(str(model.path))
-    tokens = SafetyTokens.load(tokens_path, tokenizer)
+    chosen = targets.binding.row_settings.model_copy(
+        update={"chat_template": settings.chat_template}
+    )
+    chat = chat_of(str(model.path), chosen)
+    tokens = SafetyTokens.load(tokens_path, chat.tokenizer)
     targets.check_safety_ids(tokens.ids, str(tokens_path))
-    rows = read_all_rows(sources)
-    examples = tokenize(rows, tokenizer, targets.binding.max_tokens)
-    targets.check_examples(examples, [row.origin for row in rows])
+    targets.check_chat(chat.template_sha256, chat.template_kwargs)
+    rows = tokenized_rows(model, sources, chosen, lambda: chat)
+    targets.check_rows(rows, chosen)
     random = np.random.default_rng(settings.seed)
-    count = min(settings.sample, len(examples))
-    drawn = sorted(random.choice(len(examples), count, replace=False).tolist())
-    pairs = [contexts_of(examples[index], identity.header_ids) for index in drawn]
-    contexts = [context for pair in pairs for context in pair]
-    stored = [values for index in drawn for values in targets[index]]
+    count = min(settings.sample, len(rows))
+    drawn = sorted(random.choice(len(rows), count, replace=False).tolist())
+    steps = torch.from_numpy(np.concatenate([rows[index].step_numbers for index in drawn]))
+    contexts, stored, labels = [], [], []
+    for index in drawn:
+        full, *only = contexts_of(rows[index], identity.header_ids)
+        contexts += [full, *only]
+        stored += [*targets[index]]
+        labels.append(targets.read_labels([index]))
     dtypes = dict.fromkeys((settings.dtype, identity.compute_dtype))
     scored = {
         dtype: _score(model.path, contexts, identity.safety_ids, settings, dtype)
         for dtype in dtypes
     }
-    truth = scored[settings.dtype]
+    truth = scored[settings.dtype].values
     difference = _spread(stored, truth)
     rounded = [decode(encode(values, identity.stored_dtype)) for values in truth]
-    pairs_of = (_spread(scored[identity.compute_dtype], truth), _spread(rounded, truth))
-    noise = Spread(*(max(*values, _SMALLEST) for values in zip(*pairs_of, strict=True)))
+    pairs_of = (_spread(scored[identity.compute_dtype].values, truth), _spread(rounded, truth))
+    noise = _larger(*pairs_of)
+    labels_of = scored[settings.dtype].labels
+    stored_labels = [encode_labels(some, identity.stored_dtype) for some in labels_of]
+    label_difference = _spread(labels, labels_of)
+    label_noise = _larger(
+        _spread(scored[identity.compute_dtype].labels, labels_of), _spread(stored_labels, labels_of)
+    )
+    ratios = [
+        ours / theirs
+        for ours, theirs in (
+            *zip(difference[:2], noise[:2], strict=True),
+            *zip(label_difference[:2], label_noise[:2], strict=True),
+        )
+    ]
     return Audit(
         contexts=len(contexts),
         steps=sum(context.steps for context in contexts),
         scored_by=f"{settings.backend} {settings.dtype}",
         difference=difference,
         noise=noise,
-        pact_difference=_pact_difference(stored, truth, tokens),
-        confidence_difference=_confidence_difference(stored, truth, tokens),
-        ratio=max(difference.mean / noise.mean, difference.p99 / noise.p99),
+        label_difference=label_difference,
+        label_noise=label_noise,
+        pact_difference=_pact_difference(stored, truth, tokens, steps),
+        confidence_difference=_confidence_difference(stored, truth, tokens, steps),
+        ratio=max(ratios),
         tolerance=settings.tolerance,
     )
 
@@ -131,16 +164,31 @@ def _score(
     ids: Sequence[int],
     settings: AuditSettings,
     dtype: str,
-) -> list[np.ndarray]:
+) -> _Rescored:
+    """Values in the order of `stored`: of each row the full context's, then all of its turns'."""
     options = ScoreSettings.model_validate({"dtype": dtype, "backend": settings.backend})
     scorer = make_scorer(settings.backend, model, ids, max(len(c.ids) for c in contexts), options)
-    found: dict[int, np.ndarray] = {}
-    total = sum(len(c.ids) for c in contexts)
+    found: dict[int, Scored] = {}
+    total = sum(len(c.fed) for c in contexts)
     with closing(scorer), bar(f"scoring in {dtype}", total, "tokens") as progress:
         for scored in scorer.score(contexts):
-            found[scored.position] = scored.log_confidences
-            progress.update(len(contexts[scored.position].ids))
-    return [found[index] for index in range(len(contexts))]
+            found[scored.position] = scored
+            progress.update(len(contexts[scored.position].fed))
+    values: list[np.ndarray] = []
+    labels = []
+    for index, context in enumerate(contexts):
+        one = found[index]
+        if context.kind == "full":
+            labels.append(one.labels)
+        if context.kind == "response_only" and contexts[index - 1].kind == "response_only":
+            values[-1] = np.concatenate((values[-1], one.log_confidences))
+        else:
+            values.append(one.log_confidences)
+    return _Rescored(values, labels)
+
+
+def _larger(one: Spread, other: Spread) -> Spread:
+    return Spread(*(max(*values, _SMALLEST) for values in zip(one, other, strict=True)))
 
 
 def _spread(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Spread:
@@ -150,27 +198,32 @@ def _spread(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Spread:
     return Spread(float(gap.mean()), float(np.percentile(gap, 99)), float(gap.max()))
 
 
-def _tensors(values: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Full and response-only values, and steps, of contexts in pairs."""
-    steps = [torch.arange(len(item)) for item in values[::2]]
+def _tensors(values: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Full and response-only values of rows in pairs."""
     full, response_only = (torch.from_numpy(np.concatenate(values[i::2])) for i in (0, 1))
-    return full, response_only, torch.cat(steps)
+    return full, response_only
 
 
 def _pact_difference(
-    stored: Sequence[np.ndarray], truth: Sequence[np.ndarray], tokens: SafetyTokens
+    stored: Sequence[np.ndarray],
+    truth: Sequence[np.ndarray],
+    tokens: SafetyTokens,
+    steps: torch.Tensor,
 ) -> float:
     weights = torch.from_numpy(tokens.weights)
-    policy, response_only, steps = _tensors(truth)
+    policy, response_only = _tensors(truth)
     right = pact(policy, policy, response_only, weights, steps).mean()
-    full, only, _ = _tensors(stored)
+    full, only = _tensors(stored)
     found = pact(policy, full, only, weights, steps).mean()
     return float((found - right).abs() / right.clamp(min=1e-12))
 
 
 def _confidence_difference(
-    stored: Sequence[np.ndarray], truth: Sequence[np.ndarray], tokens: SafetyTokens
+    stored: Sequence[np.ndarray],
+    truth: Sequence[np.ndarray],
+    tokens: SafetyTokens,
+    steps: torch.Tensor,
 ) -> float:
     weights = torch.from_numpy(tokens.weights)
-    policy, _, steps = _tensors(truth)
+    policy, _ = _tensors(truth)
     return float(confidence(policy, _tensors(stored)[0], None, weights, steps).mean())

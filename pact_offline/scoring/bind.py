@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pact_offline.cache.bindings import save_binding
-from pact_offline.cache.targets import Binding
+from pact_offline.cache.targets import Binding, row_settings
 from pact_offline.errors import MissingTargetError
 from pact_offline.models.locate import ModelFiles
 from pact_offline.provenance import provenance
@@ -19,27 +19,38 @@ def bind(job: ScoringJob, model: ModelFiles, settings: ScoreSettings, path: Path
     Args:
         job: entered, and filled.
         model: the reference model.
-        settings: how rows were cut.
+        settings: how rows became tokens.
         path: where to write it.
 
     Raises:
         MissingTargetError: some contexts are not there, or no longer. Nothing is written.
     """
     dataset, store = job.dataset, job.store
+    facts = dataset.rows.facts
     missing = len(job.missing())
     if store is None or missing:
         raise MissingTargetError(
-            f"{dataset.store}: expected {len(dataset.keys)} contexts, found "
-            f"{len(dataset.keys) - missing}; run `pact-offline score` again to fill the gap"
+            f"{dataset.store}: expected {len(dataset.distinct)} contexts, found "
+            f"{len(dataset.distinct) - missing}; run `pact-offline score` again to fill the gap"
         )
     binding = Binding(
         store=dataset.store,
         identity=dataset.identity,
-        tokenizer=dataset.tokenizer,
-        max_tokens=settings.max_tokens,
-        examples=dataset.examples,
-        shards=tuple(sorted(store.shards_of(store.locate(dataset.keys)))),
-        rows=dataset.sources,
+        tokenizer=facts[0].tokenizer,
+        template=facts[0].template,
+        settings=row_settings(settings),
+        keys=dataset.keys,
+        shards=tuple(sorted(store.shards_of(store.find(dataset.distinct_keys)))),
+        rows=tuple(
+            {
+                "source": one.source,
+                "rows": len(table),
+                "read": one.read,
+                "bad": one.bad,
+                "long": one.long,
+            }
+            for one, table in zip(facts, dataset.rows.tables, strict=True)
+        ),
         provenance=provenance(
             model=model.name, backend=dataset.backend, backend_reason=dataset.backend_reason
         ),

@@ -6,15 +6,21 @@ import logging
 from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+
 from pact_offline.cache.writer import StoreWriter
 from pact_offline.models.locate import ModelFiles
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
+from pact_offline.rows.contexts import KEY_BYTES
 from pact_offline.scoring.backends import bind_device, make_scorer
 from pact_offline.scoring.job import ScoringJob
 from pact_offline.settings.stages import ScoreSettings
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 1 << 16  # contexts in memory, sorted by length among each other
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,15 @@ def fill(job: ScoringJob, model: ModelFiles, settings: ScoreSettings) -> ScoreSu
     """
     dataset, (index, count) = job.dataset, job.part
     unknown = job.missing()
-    wanted = [key for key in unknown if int(key, 16) % count == index - 1]
-    missing = [dataset.contexts[key] for key in wanted]
+    wanted = unknown[_part_of(dataset.distinct_keys, count)[unknown] == index - 1]
+    places = dataset.distinct[wanted]
     summary = ScoreSummary(
-        rows=len(dataset.examples),
-        contexts=2 * len(dataset.examples),
-        shared=2 * len(dataset.examples) - len(dataset.keys),
-        known=len(dataset.keys) - len(unknown),
-        scored=len(missing),
-        tokens=sum(len(context.ids) for context in missing),
+        rows=len(dataset.rows),
+        contexts=len(dataset.rows.keys),
+        shared=len(dataset.rows.keys) - len(dataset.distinct),
+        known=len(dataset.distinct) - len(unknown),
+        scored=len(places),
+        tokens=sum(len(context.fed) for context in map(dataset.context, places)),
         backend=dataset.backend,
         store=dataset.store,
     )
@@ -61,7 +67,7 @@ def fill(job: ScoringJob, model: ModelFiles, settings: ScoreSettings) -> ScoreSu
         "%d rows: %d contexts, %d shared, %d known, %d to score",
         summary.rows, summary.contexts, summary.shared, summary.known, summary.scored,
     )  # fmt: skip
-    if not missing:
+    if not len(places):
         return summary
     log.info("backend: %s (%s)", dataset.backend, dataset.backend_reason)
     if device := bind_device(job.part, settings.tensor_parallel_size):
@@ -70,7 +76,7 @@ def fill(job: ScoringJob, model: ModelFiles, settings: ScoreSettings) -> ScoreSu
         dataset.backend,
         model.path,
         dataset.identity.safety_ids,
-        max(len(context.ids) for context in missing),
+        dataset.longest,
         settings,
     )
     with closing(scorer):
@@ -88,10 +94,19 @@ def fill(job: ScoringJob, model: ModelFiles, settings: ScoreSettings) -> ScoreSu
             bar("scoring", summary.tokens, "tokens") as progress,
         ):
             job.lease.take()  # of a store that was not there until now
-            for scored in scorer.score(missing):
-                context = missing[scored.position]
-                writer.add(context, scored.log_confidences)
-                progress.update(len(context.ids))
+            for first in range(0, len(places), _AT_ONCE):
+                contexts = dataset.contexts(places[first : first + _AT_ONCE])
+                for scored in scorer.score(contexts):
+                    context = contexts[scored.position]
+                    writer.add(context, scored.log_confidences, scored.labels)
+                    progress.update(len(context.fed))
     model.require_unchanged()  # what is written over shows through where weights are mapped
     job.add(writer.shards)
     return summary
+
+
+def _part_of(keys: pa.FixedSizeBinaryArray, count: int) -> np.ndarray:
+    """Which of `count` parts, from 0, each key belongs to, whoever asks; int64 [keys]."""
+    data = keys.buffers()[1]
+    starts = np.frombuffer(data, ">u8", 2 * len(keys), keys.offset * KEY_BYTES)[::2]
+    return (starts % np.uint64(count)).astype(np.int64)

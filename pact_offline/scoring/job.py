@@ -6,6 +6,8 @@ import hashlib
 import logging
 from types import TracebackType
 
+import numpy as np
+
 from pact_offline.cache.format import IDENTITY_FILE, shard_ids, strays
 from pact_offline.cache.leases import Lease, marked_shards
 from pact_offline.cache.storage import open_storage
@@ -39,8 +41,8 @@ class ScoringJob:
         self._is_part = part is not None
         self._storage = open_storage(dataset.store)
         self.store: Store | None = None
-        digest = hashlib.sha256("\n".join(dataset.examples).encode()).hexdigest()[:32]
-        rows = ", ".join(source["source"] for source in dataset.sources)
+        digest = hashlib.sha256(dataset.keys.data).hexdigest()[:32]
+        rows = ", ".join(facts.source for facts in dataset.rows.facts)
         what = f"score {rows}" + (f" --part {self.part[0]}/{self.part[1]}" if part else "")
         self.lease = Lease(self._storage, digest, what)
 
@@ -66,13 +68,11 @@ class ScoringJob:
     ) -> None:
         self.lease.release(is_part=self._is_part and error is None)
 
-    def missing(self) -> list[str]:
-        """Keys of the dataset's contexts that the store does not hold, in order."""
-        keys = self.dataset.keys
+    def missing(self) -> np.ndarray:
+        """Which of the dataset's distinct contexts the store does not hold, int64, in order."""
         if self.store is None:
-            return keys
-        places = self.store.locate(keys)
-        return [key for key, place in zip(keys, places, strict=True) if place < 0]
+            return np.arange(len(self.dataset.distinct))
+        return np.flatnonzero(self.store.find(self.dataset.distinct_keys) < 0)
 
     def add(self, shards: list[str]) -> None:
         """Know the contexts of shards that this job has written."""

@@ -69,4 +69,4 @@ def score(
 
 def _is_known(dataset: Dataset) -> bool:
     with ScoringJob(dataset) as job:
-        return not job.missing()
+        return not len(job.missing())

@@ -11,10 +11,17 @@ from pact_offline.rows.contexts import Context
 
 
 class Scored(NamedTuple):
-    """A context by its position in the call, and its log-confidences, float32 [steps, ids]."""
+    """A context's values.
+
+    Attributes:
+        position: of the context in the call.
+        log_confidences: float32 [steps, ids].
+        labels: log-probabilities of the tokens that the steps predict, float32 [steps].
+    """
 
     position: int
     log_confidences: np.ndarray
+    labels: np.ndarray
 
 
 class Scorer(Protocol):

@@ -27,9 +27,12 @@ class TransformersScorer:
         del self._model
 
     def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
-        sizes = [(context.response_start, context.steps) for context in contexts]
+        sizes = [
+            (context.spans[0][0], len(context.ids) - context.spans[0][0]) for context in contexts
+        ]
         order = sorted(range(len(contexts)), key=sizes.__getitem__, reverse=True)
         for batch in batches(order, sizes, self._batch_tokens):
-            some = [(contexts[index].ids, contexts[index].response_start) for index in batch]
+            some = [(contexts[index].ids, contexts[index].spans) for index in batch]
             values = response_log_confidences(self._model, some, self._ids)
-            yield from map(Scored, batch, values)
+            for index, (log_confidences, labels) in zip(batch, values, strict=True):
+                yield Scored(index, log_confidences, labels)

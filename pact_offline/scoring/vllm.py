@@ -29,6 +29,7 @@ from pact_offline.settings.stages import ScoreSettings
 
 _PASSES_AT_ONCE = 4  # forward passes between two signs of progress
 _SEQUENCES_AT_ONCE = 128
+_LABELS_AT_ONCE = 512  # tokens of a response whose own probabilities one request asks for
 
 
 def prepare_environment(tensor_parallel_size: int = 1) -> None:
@@ -118,7 +119,7 @@ class VllmScorer:
             options["max_model_len"] = longest + self._way.extra_tokens
             options |= _memory(config, longest, settings) | self._way.options()
             self._llm = vllm.LLM(**options)
-            first = Context("full", np.asarray(safety_ids[:1], dtype=np.int32), 1)
+            first = Context("full", np.asarray([*safety_ids[:1]] * 2, dtype=np.int32), ((1, 2),))
             self._way.run(self._llm, [first])
         except Exception as error:
             self.close()
@@ -131,7 +132,7 @@ class VllmScorer:
 
     def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].ids), reverse=True)
-        sizes = [(len(context.ids), 0) for context in contexts]
+        sizes = [(len(context.fed), 0) for context in contexts]
         for batch in batches(order, sizes, self._tokens_at_once, padded=False):
             try:
                 found = self._way.run(self._llm, [contexts[i] for i in batch])
@@ -140,14 +141,14 @@ class VllmScorer:
             if len(found) != len(batch):
                 raise ScoringError(f"vLLM: expected {len(batch)} results, found {len(found)}")
             for index, values in zip(batch, found, strict=True):
-                expected = (contexts[index].steps, self._way.ids)
+                expected = (contexts[index].steps, self._way.ids + 1)
                 if values is None or values.shape != expected:
                     shape = "none" if values is None else list(values.shape)
                     raise ScoringError(
                         f"vLLM: context {contexts[index].key}: expected log-confidences "
                         f"{list(expected)}, found {shape}"
                     )
-                yield Scored(index, values)
+                yield Scored(index, values[:, :-1], values[:, -1])
 
     def close(self) -> None:
         import torch
@@ -162,33 +163,69 @@ class _Official:
     """vLLM's own scoring of given ids."""
 
     how = "prompt_logprob_token_ids"
-    extra_tokens = 2
+    extra_tokens = 1
 
     def __init__(self, safety_ids: Sequence[int]) -> None:
         self._safety_ids = np.asarray(safety_ids, dtype=np.int32)
         self.ids = len(safety_ids)
 
     def options(self) -> dict[str, Any]:
-        return {"max_logprobs": self.ids}
+        return {"max_logprobs": self.ids + _LABELS_AT_ONCE}
 
     def run(self, llm: Any, contexts: Sequence[Context]) -> list[np.ndarray | None]:
+        found: list[list[np.ndarray | None]] = [[] for _ in contexts]
+        asked = [(i, part) for i, context in enumerate(contexts) for part in _parts(context)]
+        outputs = self._generate(llm, [(contexts[i], part) for i, part in asked])
+        for (i, part), output in zip(asked, outputs, strict=True):
+            values = output.prompt_token_id_logprobs
+            found[i].append(None if values is None else self._picked(contexts[i], part, values))
+        return [
+            None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
+            for parts in found
+        ]
+
+    def _generate(self, llm: Any, asked: Sequence[tuple[Context, np.ndarray]]) -> Any:
         from vllm import SamplingParams
 
-        # A row scores what follows a token of the prompt, but never what follows its last one, so
-        # every prompt gets one more token, whichever. vLLM then has to generate one, unread.
-        prompts = [{"prompt_token_ids": [*c.ids.tolist(), int(c.ids[0])]} for c in contexts]
-        params = [
-            SamplingParams(
-                max_tokens=1,
-                detokenize=False,
-                prompt_logprob_token_ids=np.tile(self._safety_ids, (context.steps, 1)),
-                prompt_logprob_start=context.response_start - 1,
+        # A row scores what follows a token of the prompt, but never what follows its last one. The
+        # last token of a context is fed too, then; vLLM has to generate one more, unread.
+        prompts = [{"prompt_token_ids": context.ids.tolist()} for context, _ in asked]
+        params = []
+        for context, part in asked:
+            ids = self._ids_of(context, part)
+            rows = len(context.ids) - int(part[0])
+            params.append(
+                SamplingParams(
+                    max_tokens=1,
+                    detokenize=False,
+                    prompt_logprob_token_ids=np.tile(ids, (rows, 1)),
+                    prompt_logprob_start=int(part[0]) - 1,
+                )
             )
-            for context in contexts
-        ]
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        found = [output.prompt_token_id_logprobs for output in outputs]
-        return [None if values is None else values.astype(np.float32) for values in found]
+        return llm.generate(prompts, params, use_tqdm=False)
+
+    def _ids_of(self, context: Context, part: np.ndarray) -> np.ndarray:
+        labels = np.unique(context.ids[part])
+        others = labels[~np.isin(labels, self._safety_ids)]
+        return np.asarray(np.concatenate([self._safety_ids, others]), dtype=np.int32)
+
+    def _picked(self, context: Context, part: np.ndarray, values: Any) -> np.ndarray:
+        """Of every row's values, those of the steps: the safety ids, then the label."""
+        ids = self._ids_of(context, part)
+        order = np.argsort(ids, kind="stable")
+        columns = order[np.searchsorted(ids, context.ids[part], sorter=order)]
+        rows = np.asarray(values, dtype=np.float32)[part - int(part[0])]
+        label = rows[np.arange(len(part)), columns]
+        return np.concatenate([rows[:, : self.ids], label[:, None]], axis=1)
+
+
+def _parts(context: Context) -> list[np.ndarray]:
+    """The steps of a context, in parts of at most so many distinct labels."""
+    positions = context.positions
+    return [
+        positions[first : first + _LABELS_AT_ONCE]
+        for first in range(0, len(positions), _LABELS_AT_ONCE)
+    ]
 
 
 class _Plugin:
@@ -220,14 +257,17 @@ class _Plugin:
     def run(self, llm: Any, contexts: Sequence[Context]) -> list[np.ndarray | None]:
         from vllm import PoolingParams
 
-        from pact_offline.scoring.vllm_model import FIRST_ROW
+        from pact_offline.scoring.vllm_model import LABELS, ROWS
 
-        prompts = [{"prompt_token_ids": context.ids.tolist()} for context in contexts]
+        prompts = [{"prompt_token_ids": context.fed.tolist()} for context in contexts]
         params = [
             PoolingParams(
                 task="token_classify",
                 use_activation=False,
-                extra_kwargs={FIRST_ROW: context.response_start - 1},
+                extra_kwargs={
+                    ROWS: (context.positions - 1).tolist(),
+                    LABELS: context.labels.tolist(),
+                },
             )
             for context in contexts
         ]

@@ -10,6 +10,7 @@ of vLLM's `LlamaForCausalLM`.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -18,17 +19,19 @@ from vllm.model_executor.layers.pooler import Pooler
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from pact_offline.models.log_confidences import log_probabilities_at
+from pact_offline.models.log_confidences import log_probabilities_at, log_probabilities_of
 
 SAFETY_IDS = "pact_safety_ids"  # key in the model's config
-FIRST_ROW = "pact_first_row"  # key in a request's pooling parameters
+# Keys in a request's pooling parameters: rows of its hidden states, and the token after each.
+ROWS, LABELS = "pact_rows", "pact_labels"
 _ROWS_AT_ONCE = 1024  # bounds the logits in memory to this many vocabularies
 
 
 class LogConfidencePooler(Pooler):  # type: ignore[misc]
-    """Hidden states in, fp32 log-confidences [response steps, safety ids] out, for each request.
+    """Hidden states in, fp32 log-confidences [response steps, safety ids + 1] out, a request.
 
-    A prompt may arrive in chunks; the rows of each chunk are scored as they come.
+    The last column is of the token that follows. A prompt may arrive in chunks; the rows of each
+    chunk are scored as they come.
     """
 
     def __init__(
@@ -47,20 +50,25 @@ class LogConfidencePooler(Pooler):  # type: ignore[misc]
         cursor = pooling_metadata.get_pooling_cursor()
         scheduled = cursor.num_scheduled_tokens_cpu.tolist()
         seen = cursor.seq_lens_cpu.tolist()
-        wanted: list[Any] = []
+        wanted: list[int] = []
+        labels: list[int] = []
         counts: list[int] = []
         offset = 0
         for params, count, end in zip(
             pooling_metadata.pooling_params, scheduled, seen, strict=True
         ):
-            # vLLM warms up with requests that carry no first row: score all of theirs.
-            first_row = (params.extra_kwargs or {}).get(FIRST_ROW, 0)
-            skipped = min(max(first_row - (end - count), 0), count)
-            wanted.extend(range(offset + skipped, offset + count))
-            counts.append(count - skipped)
+            # vLLM warms up with requests that carry no rows: score all of theirs.
+            extra = params.extra_kwargs or {}
+            rows = extra.get(ROWS, range(end - count, end))
+            first, last = bisect_left(rows, end - count), bisect_left(rows, end)
+            wanted.extend(offset + row - (end - count) for row in rows[first:last])
+            labels.extend(extra.get(LABELS, [0] * end)[first:last])
+            counts.append(last - first)
             offset += count
-        rows = hidden_states[torch.tensor(wanted, dtype=torch.long, device=hidden_states.device)]
-        parts = torch.split(self._log_confidences(rows), counts)
+        device = hidden_states.device
+        rows = hidden_states[torch.tensor(wanted, dtype=torch.long, device=device)]
+        following = torch.tensor(labels, dtype=torch.long, device=device)
+        parts = torch.split(self._log_confidences(rows, following), counts)
         outputs: list[torch.Tensor | None] = []
         for state, part, finished in zip(
             pooling_metadata.pooling_states, parts, cursor.get_finished_mask(), strict=True
@@ -71,17 +79,19 @@ class LogConfidencePooler(Pooler):  # type: ignore[misc]
                 state.clean()
         return outputs
 
-    def _log_confidences(self, rows: torch.Tensor) -> torch.Tensor:
+    def _log_confidences(self, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         ids = torch.tensor(self._safety_ids, dtype=torch.long, device=rows.device)
-        pieces = []
-        for chunk in torch.split(rows, _ROWS_AT_ONCE):
+        pieces = [rows.new_zeros((0, len(ids) + 1), dtype=torch.float32)]
+        for chunk, following in zip(
+            torch.split(rows, _ROWS_AT_ONCE), torch.split(labels, _ROWS_AT_ONCE), strict=True
+        ):
             logits = self._compute_logits(chunk)
             if logits is None:  # a tensor-parallel rank that does not gather
-                pieces.append(rows.new_zeros((len(chunk), len(ids)), dtype=torch.float32))
+                shape = (len(chunk), len(ids) + 1)
+                pieces.append(rows.new_zeros(shape, dtype=torch.float32))
                 continue
-            pieces.append(log_probabilities_at(logits, ids))
-        if not pieces:
-            return rows.new_zeros((0, len(ids)), dtype=torch.float32)
+            own = log_probabilities_of(logits, following).unsqueeze(-1)
+            pieces.append(torch.cat((log_probabilities_at(logits, ids), own), dim=-1))
         return torch.cat(pieces)
 
 

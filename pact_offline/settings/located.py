@@ -47,6 +47,11 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
         path = file_of(value) if isinstance(value, str) else None
         return f"{file(key, str(path))}:{value.rpartition(':')[2]}" if path else value
 
+    def chat(key: str, settings: Any) -> dict[str, Any]:
+        values = settings if isinstance(settings, dict) else vars(settings)
+        template = values.get("chat_template")
+        return {"chat_template": file(f"{key}.chat_template", template)} if template else {}
+
     def each(find: Any, key: str, values: Any) -> dict[str, Any]:
         return {name: find(f"{key}.{name}", value) for name, value in dict(values).items()}
 
@@ -65,11 +70,19 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
             "refusals": rows("refusals", config.refusals),
             "token_list": token_list and file("token_list", token_list),
             "datasets": each(rows, "datasets", config.datasets),
-            "training": each(own, "training", config.training),
-            "runs": {name: each(own, f"runs.{name}", run) for name, run in config.runs.items()},
+            "tokens": placed(config.tokens, chat("tokens", config.tokens)),
+            "score": placed(config.score, chat("score", config.score)),
+            "training": each(own, "training", config.training) | chat("training", config.training),
+            "runs": {
+                name: each(own, f"runs.{name}", run) | chat(f"runs.{name}", run)
+                for name, run in config.runs.items()
+            },
             "evaluation": placed(config.evaluation, each(rows, "evaluation", config.evaluation)),
             "evaluate": placed(
-                evaluate, each(own, "evaluate", evaluate) | {"guard": model(evaluate.guard)}
+                evaluate,
+                each(own, "evaluate", evaluate)
+                | {"guard": model(evaluate.guard)}
+                | chat("evaluate", evaluate),
             ),
         },
     )

@@ -6,7 +6,8 @@ both, so a key has one name, one default and one description everywhere.
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -23,9 +24,70 @@ ComputeDtype = Literal["float32", "bfloat16"]
 
 BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
 BUILT_IN_JUDGE = "phrases"
+# What a row's forms read; known without importing them.
+COLUMNS = (
+    "messages", "role", "content", "conversations", "prompt", "response", "completion",
+    "instruction", "input", "output", "question", "answer", "context", "system", "history", "tools",
+)  # fmt: skip
 
 
-class TokensSettings(Settings):
+class ChatSettings(Settings):
+    """How every stage renders a conversation."""
+
+    columns: dict[str, str] = Field(
+        {},
+        description="Names of the rows' own keys, for ours: prompt=question,response=answer; or "
+        "messages=dialog,role=speaker,content=text; nested ones by a dot.",
+    )
+    chat_template: str | None = Field(
+        None, description="File with a chat template, in place of the tokenizer's own."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description='Variables of the chat template, as {"enable_thinking": false}.'
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_json(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return dict(json.loads(json.dumps(kwargs, allow_nan=False)))
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("expected values as JSON has them; put a date in quotes") from None
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for ours, theirs in columns.items():
+            if ours not in COLUMNS:
+                raise ValueError(f"expected one of {', '.join(COLUMNS)}, found {ours!r:.60}")
+            if not theirs.strip():
+                raise ValueError(f"expected a name for {ours}, found nothing")
+        return columns
+
+
+class RowSettings(ChatSettings):
+    """Which tokens of which rows are trained."""
+
+    turns: Literal["all", "last"] = Field(
+        "all", description="Answers of a conversation that are trained: all, or the last."
+    )
+    scaffold: Literal["prompt", "response"] = Field(
+        "prompt",
+        description="What a chat template puts before an answer, as an empty thought: part of the "
+        "prompt, or trained with the response. Steps count from the answer's own text either way.",
+    )
+    max_tokens: int = Field(512, ge=2, description="A row is cut at this many tokens.")
+    long_rows: Literal["refuse", "cut", "drop"] = Field(
+        "refuse",
+        description="A row whose prompt alone has max_tokens: refuse the file, cut the prompt's "
+        "beginning, or leave the row out.",
+    )
+    bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse", description="A row that cannot be used: refuse the file, or leave the row out."
+    )
+
+
+class TokensSettings(ChatSettings):
     """How safety tokens are found (defaults: the published script's)."""
 
     mode: Literal["p_diff", "pref_logratio"] = Field(
@@ -44,7 +106,7 @@ class TokensSettings(Settings):
     dtype: Dtype = Field("float32", description="Compute dtype.")
 
 
-class ScoreSettings(Settings):
+class ScoreSettings(RowSettings):
     """How the reference model is run over the contexts."""
 
     backend: Literal["auto", "vllm", "transformers"] = Field(
@@ -59,7 +121,6 @@ class ScoreSettings(Settings):
         description="How log-confidences are stored: exactly (float32), or in 2 or 1 bytes each; "
         "the error of 1 byte is below the noise of bfloat16.",
     )
-    max_tokens: int = Field(512, ge=2, description="A row is cut at this many tokens.")
     batch_tokens: int = Field(
         4096, ge=1, description="Tokens per forward pass; does not change what is stored."
     )
@@ -84,6 +145,9 @@ class ScoreSettings(Settings):
 class AuditSettings(Settings):
     """How a cache is checked against its model."""
 
+    chat_template: str | None = Field(
+        None, description="File with the chat template that the rows were scored with, if any."
+    )
     sample: int = Field(64, ge=1, description="Rows drawn at random.")
     seed: int = Field(0, ge=0, description="Seed of the draw.")
     backend: Literal["vllm", "transformers"] = Field(
@@ -138,7 +202,7 @@ class ObjectiveSettings(Settings):
     boost: float = Field(1.0, ge=0, description="pact: factor on the mix.")
 
 
-class FinetuneSettings(ObjectiveSettings):
+class FinetuneSettings(ObjectiveSettings, RowSettings):
     """How the policy is trained (defaults: the published settings)."""
 
     method: Literal["lora", "full"] = Field("lora", description="Train an adapter or all weights.")
@@ -171,7 +235,6 @@ class FinetuneSettings(ObjectiveSettings):
     row_order: Literal["by_length", "random", "as_given"] = Field(
         "by_length", description="by_length: shuffled, with rows of like length in a batch."
     )
-    max_tokens: int = Field(512, ge=2, description="A row is cut at this many tokens.")
     seed: int = Field(42, ge=0, description="Seed of weights, order and dropout.")
     save_steps: int = Field(
         0,
@@ -213,7 +276,7 @@ class FinetuneSettings(ObjectiveSettings):
         return stripped
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(ChatSettings):
     """How answers are made and judged."""
 
     max_new_tokens: int = Field(40, ge=1, description="Longest answer, in tokens.")

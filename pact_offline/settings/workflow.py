@@ -18,8 +18,10 @@ from pact_offline.settings.parse import Settings, parse_settings
 from pact_offline.settings.stages import (
     BUILT_IN_OBJECTIVES,
     AlignSettings,
+    ChatSettings,
     EvaluateSettings,
     FinetuneSettings,
+    RowSettings,
     ScoreSettings,
     TokensSettings,
 )
@@ -54,6 +56,7 @@ class EvaluationData(Settings):
     task: str = Field(description="Test rows of the task, judged by exact match.")
 
 
+_CHAT = ("chat_template", "chat_template_kwargs")
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -97,6 +100,11 @@ class WorkflowConfig(Settings):
     datasets: dict[RunName, tuple[str, ...]] = Field(
         min_length=1, description="Name to list of row files, in order."
     )
+    rows: RowSettings = Field(
+        default_factory=RowSettings,
+        description="How every stage reads and renders rows; what `tokens`, `score`, `training` or "
+        "`evaluate` say for themselves wins.",
+    )
     tokens: TokensSettings = Field(
         default_factory=TokensSettings, description="Finding safety tokens."
     )
@@ -117,6 +125,26 @@ class WorkflowConfig(Settings):
         default_factory=EvaluateSettings, description="How answers are made and judged."
     )
     title: str = Field("PACT from a cache", description="Title of the report.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_of_every_stage(cls, values: Any) -> Any:
+        given = values.get("rows") if isinstance(values, dict) else None
+        if not isinstance(given, dict):
+            return values
+        stages: dict[str, type[Settings]] = {
+            "tokens": TokensSettings,
+            "score": ScoreSettings,
+            "training": RunConfig,
+            "evaluate": EvaluateSettings,
+        }
+        own = {stage: values.get(stage) or {} for stage in stages}
+        merged = {
+            stage: {**{k: v for k, v in given.items() if k in kind.model_fields}, **own[stage]}
+            for stage, kind in stages.items()
+            if isinstance(own[stage], dict)
+        }
+        return {**values, **merged}
 
     @model_validator(mode="after")
     def _names_agree(self) -> WorkflowConfig:
@@ -143,10 +171,28 @@ class WorkflowConfig(Settings):
                     f"runs.{name}.objective: expected one of {known}, or path/to/file.py:function, "
                     f"found {run.objective!r}"
                 )
+            self._require_same_rows(f"runs.{name}", run)
             if dataset not in self.datasets:
                 known = ", ".join(self.datasets)
                 raise ValueError(f"runs.{name}.dataset: expected one of {known}, found {dataset!r}")
         return self
+
+    def _require_same_rows(self, name: str, run: RunConfig) -> None:
+        """A run from the cache reads rows as they were scored, every stage by one template."""
+        pairs: list[tuple[str, ChatSettings, tuple[str, ...]]] = [
+            ("evaluate", self.evaluate, _CHAT),
+            ("tokens", self.tokens, _CHAT if self.token_list is None else ()),
+        ]
+        if run.objective != "none" and run.reference != "live":
+            pairs.append(("score", self.score, (*_CHAT, "turns", "scaffold")))
+        for stage, settings, keys in pairs:
+            for key in keys:
+                ours, theirs = getattr(run, key), getattr(settings, key)
+                if ours != theirs:
+                    raise ValueError(
+                        f"{name}.{key}: expected {theirs!r} as in `{stage}`, found {ours!r}; "
+                        "`rows` sets it for every stage"
+                    )
 
     def run(self, name: str) -> RunConfig:
         """Settings of one run: its own over `training` over the defaults."""

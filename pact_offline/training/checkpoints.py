@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 
 from pact_offline.errors import Interrupted
 from pact_offline.own_code import content_of
-from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.step_log import STEP_LOG
 
@@ -31,7 +30,7 @@ def fingerprint(
     settings: FinetuneSettings,
     model: dict[str, str],
     targets: str | None,
-    examples: Sequence[TokenizedExample],
+    rows: str,
     tokens: str | None = None,
 ) -> str:
     """What decides a run's result; 64 hex digits.
@@ -40,18 +39,15 @@ def fingerprint(
         settings: with the content of an objective of the user's own.
         model: its identity.
         targets: digest of their store's identity; None without a cache.
-        examples: the rows, in order.
+        rows: `TokenizedRows.digest`.
         tokens: digest of the safety tokens; None with objective "none".
     """
     digest = hashlib.sha256()
     values = settings.model_dump(mode="json", exclude={"save_steps", "report_to"})
     own = content_of("objective", settings.objective)
     processes = os.environ.get("WORLD_SIZE", "1")  # it decides what a step is
-    parts = [values, model, targets, processes, tokens, own]
+    parts = [values, model, targets, processes, tokens, own, rows]
     digest.update(json.dumps(parts, sort_keys=True).encode())
-    for example in examples:
-        digest.update(f"{example.response_start} {len(example.ids)} ".encode())
-        digest.update(example.ids.astype("<i4").tobytes())
     return digest.hexdigest()
 
 

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from pact_offline.models.batches import batches
-from pact_offline.models.log_confidences import aligned_batch
+from pact_offline.models.log_confidences import IGNORED, aligned_batch
 from pact_offline.rows.contexts import ContextKind
+from pact_offline.rows.spans import Turn
 
-IGNORED = -100
+
+def _turns(item: dict[str, Any]) -> list[Turn]:
+    numbers = [int(number) for number in item["turns"]]
+    return [Turn(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
 
 
 class TargetSource(Protocol):
@@ -30,14 +34,16 @@ class TargetSource(Protocol):
 class ResponseCollator:
     """Pads rows so that response steps share columns, and adds the targets of each row.
 
-    Each item is ``{"input_ids": [...], "response_start": int, "index": int}``, where `index` is the
-    row's place in the targets. The batch holds, for `rows` rows, `width` tokens and `columns`
-    response columns:
+    Each item is ``{"input_ids": [...], "turns": [...], "index": int}``, where `turns` holds header,
+    start, first and end of each trained answer (see `rows.spans.Turn`), and `index` is the row's
+    place in the targets. The batch holds, for `rows` rows, `width` tokens and `columns` response
+    columns:
 
     - ``input_ids``, ``attention_mask``, ``position_ids``: int64 [rows, width]
     - ``logits_to_keep``: int64 [columns], the token columns whose logits predict the response
     - ``labels``: int64 [rows, 1 + columns], as usual one column ahead of the logits that predict
-      it: -100, then the response tokens; -100 where a row has ended
+      it: -100, then the response tokens; -100 between answers and where a row has ended
+    - ``step_numbers``: int64 [rows, columns], each response step's number in its answer
     - with targets: ``target_full`` and, if asked for, ``target_response_only``:
       float32 [steps, ids], one row for each label that is not -100, in row-major order
     """
@@ -52,13 +58,25 @@ class ResponseCollator:
         self.pad_id, self.targets, self.response_only = pad_id, targets, response_only
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        contexts = [(item["input_ids"][:-1], item["response_start"]) for item in items]
-        batch, columns, steps = aligned_batch(contexts, self.pad_id)
-        labels = torch.full((len(items), 1 + len(columns)), IGNORED, dtype=torch.long)
-        for row, (item, count) in enumerate(zip(items, steps, strict=True)):
-            response = np.asarray(item["input_ids"][item["response_start"] :])
-            labels[row, 1 : count + 1] = torch.as_tensor(response)
-        batch |= {"logits_to_keep": columns, "labels": labels}
+        turns = [_turns(item) for item in items]
+        contexts = [
+            (item["input_ids"], [(turn.start, turn.end) for turn in some])
+            for item, some in zip(items, turns, strict=True)
+        ]
+        aligned = aligned_batch(contexts, self.pad_id)
+        numbers = torch.zeros_like(aligned.labels)
+        for row, some in enumerate(turns):
+            left = some[0].start
+            for turn in some:
+                steps = torch.arange(turn.start - turn.first, turn.end - turn.first)
+                numbers[row, turn.start - left : turn.end - left] = steps
+        ahead = aligned.labels.new_full((len(items), 1), IGNORED)
+        batch = {
+            **aligned.inputs,
+            "logits_to_keep": aligned.columns,
+            "labels": torch.cat((ahead, aligned.labels), dim=1),
+            "step_numbers": numbers,
+        }
         if self.targets is not None:
             indices = [item["index"] for item in items]
             kinds: list[ContextKind] = ["full", "response_only"]
@@ -86,7 +104,7 @@ class PassCollator:
     def _cut(self, items: Sequence[dict[str, Any]]) -> Sequence[Sequence[dict[str, Any]]]:
         if self.pass_tokens is None:
             return [items]
-        starts = [item["response_start"] for item in items]
+        starts = [_turns(item)[0].start for item in items]
         lengths = [len(item["input_ids"]) for item in items]
         sizes = [(start, length - start) for start, length in zip(starts, lengths, strict=True)]
         order = sorted(range(len(items)), key=lambda i: -lengths[i])

@@ -26,9 +26,10 @@ from pact_offline.models.locate import ModelFiles
 from pact_offline.objectives.registry import objective_named, weights_in_use
 from pact_offline.own_code import content_of
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import header_ids, load_tokenizer, tokenize
+from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.contexts import TokenizedExample
-from pact_offline.rows.read import read_all_rows
+from pact_offline.rows.positions import require_positions
+from pact_offline.rows.tokenized import TokenizedRows, tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.checkpoints import (
@@ -41,7 +42,7 @@ from pact_offline.training.checkpoints import (
     tell_of_killed_runs,
 )
 from pact_offline.training.collator import TargetSource
-from pact_offline.training.dataset import as_dataset
+from pact_offline.training.dataset import as_dataset, memory_mapped
 from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.model_card import model_card
 from pact_offline.training.policy import check_lora_modules, compile_layers, prepare_policy
@@ -91,11 +92,10 @@ def finetune(
     if settings.compile:
         require_compiler()
     inputs = _read_inputs(model, sources, settings, targets_path, cache_place, tokens_path)
-    tokenizer, examples, tokens, cache = inputs
-    counts = count_rows(examples, _rows_per_batch(settings))
-    unheld = why_nothing_is_held(settings, examples)
+    chat, rows, tokens, cache = inputs
+    counts = count_rows(rows, _rows_per_batch(settings))
+    unheld = why_nothing_is_held(settings, rows.longest_turn)
     checkpoints = _checkpoints(model, output, settings, inputs)
-    header = header_ids(tokenizer) if settings.reference == "live" else []
     is_main = is_first_process()
     if is_main:
         for line in remarks(settings, counts, unheld):
@@ -108,14 +108,14 @@ def finetune(
         targets: TargetSource | None = cache
         if tokens is not None and settings.reference == "live":
             reference = load_model(str(model.path), settings.dtype, attention=settings.attention)
-            targets = LiveReference(reference, examples, header, tokens.ids)
+            targets = LiveReference(reference, rows, chat.header_ids, tokens.ids)
         weights = torch.from_numpy(tokens.weights) if tokens is not None else None
         policy = prepare_policy(str(model.path), settings)
         trained = trained_parts(policy)
         if is_main:
             log.info("%s", describe_trained(trained))
         trainer, metrics = train(
-            policy, tokenizer, examples, settings, aside, targets, weights, checkpoints, output
+            policy, chat.tokenizer, rows, settings, aside, targets, weights, checkpoints, output
         )
         facts = {
             "model": model.name,
@@ -123,6 +123,7 @@ def finetune(
             "targets_sha256": cache.sha256 if cache else None,
             "holds": unheld is None,
             "objective_content": own_content,
+            "template": chat.template_sha256,
             "settings": settings.model_dump(mode="json"),
             "trained": trained,
             **counts,
@@ -133,7 +134,7 @@ def finetune(
         if not is_main:
             return facts
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(aside, state_dict=gathered)
-        tokenizer.save_pretrained(aside)
+        chat.tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
         write_json(aside / RUN_FILE, facts)
     remove_checkpoints(output)
@@ -141,8 +142,8 @@ def finetune(
 
 
 class _Inputs(NamedTuple):
-    tokenizer: Any
-    examples: list[TokenizedExample]
+    chat: Chat
+    rows: TokenizedRows
     tokens: SafetyTokens | None
     cache: TargetCache | None
 
@@ -156,22 +157,24 @@ def _read_inputs(
     tokens_path: Path | None,
 ) -> _Inputs:
     """Read what a run needs beside the model, and refuse what does not belong together."""
-    tokenizer = load_tokenizer(str(model.path))
-    rows = read_all_rows(sources)
-    examples = tokenize(rows, tokenizer, settings.max_tokens)
+    chat = chat_of(str(model.path), settings)
+    tokens = _load_safety_tokens(tokens_path, chat, settings)
+    cache = _open_cache(targets_path, cache_place, settings)
+    if cache is not None:
+        cache.check_chat(chat.template_sha256, settings.chat_template_kwargs)
+    rows = tokenized_rows(model, sources, settings, lambda: chat)
+    require_positions(model, rows)
     per_batch = _rows_per_batch(settings)
-    if len(examples) < per_batch:
+    if len(rows) < per_batch:
         raise InputError(
             f"{', '.join(map(str, sources))}: expected at least {per_batch} rows (--batch-size, of "
-            f"every process), found {len(examples)}"
+            f"every process), found {len(rows)}"
         )
-    tokens = _load_safety_tokens(tokens_path, tokenizer, settings)
-    cache = _open_cache(targets_path, cache_place, settings)
     if cache is not None and tokens is not None:
         cache.check_model(model)
         cache.check_safety_ids(tokens.ids, str(tokens_path))
-        cache.check_examples(examples, [row.origin for row in rows])
-    return _Inputs(tokenizer, examples, tokens, cache)
+        cache.check_rows(rows, settings)
+    return _Inputs(chat, rows, tokens, cache)
 
 
 def _rows_per_batch(settings: FinetuneSettings) -> int:
@@ -185,7 +188,7 @@ def _checkpoints(
         return None
     targets = inputs.cache.binding.identity.digest if inputs.cache else None
     tokens = inputs.tokens.digest if inputs.tokens else None
-    run = fingerprint(settings, model.identity, targets, inputs.examples, tokens)
+    run = fingerprint(settings, model.identity, targets, inputs.rows.digest(), tokens)
     return Checkpoints(output, run)
 
 
@@ -205,7 +208,7 @@ def _check_report_to(settings: FinetuneSettings) -> None:
 
 
 def _load_safety_tokens(
-    path: Path | None, tokenizer: Any, settings: FinetuneSettings
+    path: Path | None, chat: Chat, settings: FinetuneSettings
 ) -> SafetyTokens | None:
     if settings.objective == "none":
         return None
@@ -214,7 +217,8 @@ def _load_safety_tokens(
             f"--objective {settings.objective}: expected --safety-tokens, found none; only "
             "--objective none trains without them"
         )
-    tokens = SafetyTokens.load(path, tokenizer)
+    tokens = SafetyTokens.load(path, chat.tokenizer)
+    tokens.check_template(chat.template_sha256, settings.chat_template_kwargs, path)
     weights_in_use(torch.from_numpy(tokens.weights), settings)
     return tokens
 
@@ -239,7 +243,7 @@ def _open_cache(
 def train(
     policy: Any,
     tokenizer: Any,
-    examples: Sequence[TokenizedExample],
+    rows: TokenizedRows | Sequence[TokenizedExample],
     settings: FinetuneSettings,
     folder: Path,
     targets: TargetSource | None = None,
@@ -252,7 +256,7 @@ def train(
     Args:
         policy: from `prepare_policy`.
         tokenizer: the policy's.
-        examples: rows, in the order of `targets`.
+        rows: in the order of `targets`.
         settings: of the run.
         folder: gets the log.
         targets: the cache, or a live reference; None with objective "none".
@@ -275,7 +279,7 @@ def train(
     trainer = PactTrainer(
         policy,
         arguments,
-        train_dataset=as_dataset(examples),
+        train_dataset=memory_mapped(rows) if isinstance(rows, TokenizedRows) else as_dataset(rows),
         pad_id=pad_id_of(tokenizer),
         objective=settings,
         epoch_decay=EPOCH_DECAY if settings.schedule == "epoch_decay" else None,

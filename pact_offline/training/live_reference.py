@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from pact_offline.models.log_confidences import response_log_confidences
-from pact_offline.rows.contexts import CONTEXT_KINDS, ContextKind, TokenizedExample, contexts_of
+from pact_offline.rows.contexts import ContextKind, TokenizedExample, contexts_of
+
+
+class Examples(Protocol):
+    """Rows by their position."""
+
+    def __getitem__(self, index: int, /) -> TokenizedExample: ...
 
 
 class LiveReference:
@@ -17,7 +23,7 @@ class LiveReference:
     def __init__(
         self,
         model: Any,
-        examples: Sequence[TokenizedExample],
+        examples: Examples,
         header: Sequence[int],
         safety_ids: Sequence[int],
     ) -> None:
@@ -30,11 +36,13 @@ class LiveReference:
             safety_ids: columns of the targets.
         """
         self._model = model
-        self._contexts = [contexts_of(example, header) for example in examples]
+        self._examples, self._header = examples, list(header)
         self.safety_ids = list(safety_ids)
 
     def read(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
         """Log-confidences of some examples one after the other, float32 [steps, safety ids]."""
-        contexts = [self._contexts[index][CONTEXT_KINDS.index(kind)] for index in indices]
-        pairs = [(context.ids, context.response_start) for context in contexts]
-        return np.concatenate(response_log_confidences(self._model, pairs, self.safety_ids))
+        found = [contexts_of(self._examples[index], self._header) for index in indices]
+        kept = slice(0, 1) if kind == "full" else slice(1, None)
+        pairs = [(one.ids, one.spans) for contexts in found for one in contexts[kept]]
+        values = response_log_confidences(self._model, pairs, self.safety_ids)
+        return np.concatenate([log_confidences for log_confidences, _ in values])

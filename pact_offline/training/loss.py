@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pact_offline.errors import SettingError
 from pact_offline.models.lm_head import step_log_probabilities
+from pact_offline.models.log_confidences import IGNORED
 from pact_offline.objectives.registry import objective_named, step_weights
 from pact_offline.settings.stages import ObjectiveSettings
-from pact_offline.training.collator import IGNORED
 
 
 class BatchLoss(NamedTuple):
@@ -70,7 +70,7 @@ def batch_loss(
     if objective is None:
         return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, count)
     full = batch["target_full"]
-    steps = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[is_step]
+    steps = batch["step_numbers"][is_step]
     only = batch.get("target_response_only")
     rest = {} if found.rest is None else {"policy_rest": found.rest}
     per_step = objective.per_step(found.safety, full, only, weights, steps, settings, **rest)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pact_offline.errors import InputError
-from pact_offline.files import write_json
+from pact_offline.files import read_text, write_json
 from pact_offline.fine_tuned import FineTuned
 from pact_offline.folders import RUN_FILE, output_aside
 from pact_offline.models.load import load_model
@@ -34,7 +34,10 @@ def merge(model: ModelFiles, adapter: Path, output: Path, dtype: Dtype) -> None:
     with output_aside(output) as aside:
         merged = tuned.added_to(load_model(str(model.path), "float32"))
         merged.to(getattr(torch, dtype)).save_pretrained(aside, safe_serialization=True)
-        load_tokenizer(str(model.path)).save_pretrained(aside)
+        tokenizer = load_tokenizer(str(model.path))
+        if (adapter / "chat_template.jinja").is_file():  # what it was trained with
+            tokenizer.chat_template = read_text(adapter / "chat_template.jinja")
+        tokenizer.save_pretrained(aside)
         settings = {**tuned.facts["settings"], "method": "full"}  # what the card says it is now
         card = model_card({**tuned.facts, "settings": settings})
         (aside / "README.md").write_text(card, encoding="utf-8")

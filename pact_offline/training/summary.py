@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
-from pact_offline.rows.contexts import TokenizedExample
+from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.stages import FinetuneSettings, ObjectiveSettings
 
 
-def why_nothing_is_held(
-    settings: ObjectiveSettings, examples: Sequence[TokenizedExample]
-) -> str | None:
-    """Why a run's objective adds nothing to its loss; None where it does hold the policy."""
+def why_nothing_is_held(settings: ObjectiveSettings, longest: int) -> str | None:
+    """Why a run's objective adds nothing to its loss; None where it does hold the policy.
+
+    Args:
+        settings: of the objective.
+        longest: steps of the longest answer.
+    """
     if settings.objective == "none":
         return "--objective none"
     is_constant = settings.kl_schedule == "constant"
     if settings.kl_weight == 0 and (is_constant or settings.kl_weight_end == 0):
         return "--kl-weight is 0 all along"
-    longest = max(example.steps for example in examples)
     if settings.first_weight == 0 and settings.first_steps >= longest:
         return (
             f"--first-weight is 0 for the first {settings.first_steps} steps, and the longest "
@@ -53,12 +54,16 @@ def describe_trained(parts: dict[str, Any]) -> str:
     return f"trains {share}" + (f": adapters on {modules}" if modules else "")
 
 
-def count_rows(examples: Sequence[TokenizedExample], per_batch: int) -> dict[str, int]:
-    """Rows, those with a cut response, and those of each epoch that fill no batch."""
+def count_rows(rows: TokenizedRows, per_batch: int) -> dict[str, int]:
+    """Rows, answers and trained tokens; what is cut, cannot be used, or fills no batch."""
     return {
-        "rows": len(examples),
-        "rows_cut": sum(example.is_cut for example in examples),
-        "rows_left_out_per_epoch": len(examples) % per_batch,
+        "rows": len(rows),
+        "turns": int(rows.turns.sum()),
+        "trained_tokens": int(rows.steps.sum()),
+        "rows_cut": int(rows.is_cut.sum()),
+        "rows_bad": sum(facts.bad for facts in rows.facts),
+        "rows_long": sum(facts.long for facts in rows.facts),
+        "rows_left_out_per_epoch": len(rows) % per_batch,
     }
 
 
@@ -80,7 +85,7 @@ def remarks(settings: FinetuneSettings, counts: dict[str, int], unheld: str | No
     if counts["rows_cut"]:
         lines.append(
             f"{counts['rows_cut']} of {rows} rows are cut at {settings.max_tokens} tokens "
-            "(--max-tokens): the ends of their responses are not trained"
+            "(--max-tokens): what follows, the end of an answer or whole answers, is not trained"
         )
     if left_out and settings.row_order == "as_given":
         lines.append(

@@ -97,6 +97,12 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         self._sums: dict[str, Tensor | float] = {}
         self._logged = time.monotonic()
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if hasattr(sampler, "lengths"):  # a column that would be looked up for every row
+            sampler.lengths = [int(length) for length in sampler.lengths[:]]
+        return sampler
+
     def training_step(
         self,
         model: Any,

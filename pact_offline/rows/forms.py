@@ -1,0 +1,528 @@
+"""The forms that a row may have, and how each becomes a conversation.
+
+A value of null counts as a key that is not there, as it does where Parquet fills one in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from pact_offline.errors import InputError
+from pact_offline.rows.row import Message, Row, has_answer
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+_ANSWERS = ("response", "completion", "output", "answer")
+_CONTROLS = ("weight", "train")  # of a message: whether it is learnt
+_MISSING = object()
+_TEXT_OR_LIST = "text or a list of messages"
+_MESSAGE_KEYS = ("role", "from", "content", "value", *_CONTROLS)
+
+
+class _Keys:
+    """A row's values, and which of its keys have been read."""
+
+    def __init__(self, value: Mapping[str, Any], origin: str) -> None:
+        self._value = {key: item for key, item in value.items() if item is not None}
+        self.origin = origin
+        self._read: set[str] = set()
+        self.not_trained: set[int] = set()
+        self.unread_in_messages: list[str] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._value
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return self._value.get(key)
+
+    @property
+    def names(self) -> str:
+        return _names(self._value)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        keys = [key for key in self._value if key not in self._read]
+        return (*map(_name, keys), *self.unread_in_messages)
+
+    def text(self, key: str) -> str:
+        """The text under a key; empty where it is not there."""
+        value = self[key]
+        return "" if value is None else text_of(value, key, self.origin)
+
+    def first(self, *keys: str) -> str | None:
+        """The first of some keys that is there."""
+        return next((key for key in keys if key in self), None)
+
+    def listed(self, key: str, expected: str = "a list") -> list[Any]:
+        """The list under a key, also where it is written as JSON text."""
+        value = self[key]
+        if isinstance(value, str) and value.strip()[:1] in ("[", ""):
+            with suppress(ValueError, RecursionError):
+                value = json.loads(value) if value.strip() else []
+        if not isinstance(value, list):
+            raise InputError(f"{self.origin}: {key}: expected {expected}, found {_shown(value)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a row.
+
+    Attributes:
+        keys: those that tell it.
+        others: those that it also reads; alternatives are parted by a bar.
+        means: what it becomes, in words for the table of the docs.
+        example: a row of it.
+        parse: gives the messages.
+    """
+
+    keys: tuple[str, ...]
+    others: tuple[str, ...]
+    means: str
+    example: dict[str, Any]
+    parse: Callable[[_Keys], list[Message]]
+
+    def fits(self, value: _Keys) -> bool:
+        return all(key in value for key in self.keys)
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _system(value: _Keys) -> list[Message]:
+    text = value.text("system")
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
+def _conversation(key: str) -> Callable[[_Keys], list[Message]]:
+    def parse(value: _Keys) -> list[Message]:
+        return _below_system(value, _messages(value, key))
+
+    return parse
+
+
+def _below_system(value: _Keys, messages: list[Message]) -> list[Message]:
+    """Messages, below what the row gives as its system message beside them."""
+    system = _system(value)
+    if system and messages[0]["role"] == "system":
+        raise InputError(f"{value.origin}: system: expected one system message, found two")
+    value.not_trained = {i + len(system) for i in value.not_trained}
+    return [*system, *messages]
+
+
+def _prompt(value: _Keys) -> list[Message]:
+    if isinstance(value["prompt"], str):
+        prompt = [_user(value.text("prompt"))]
+    else:
+        prompt = _messages(value, "prompt", _TEXT_OR_LIST)
+        value.not_trained = {i for i, m in enumerate(prompt) if m["role"] == "assistant"}
+    prompt = _below_system(value, prompt)
+    key = value.first("response", "completion")
+    if key is None:
+        return prompt
+    if isinstance(value[key], str):
+        return [*prompt, _answer(value.text(key))]
+    before = value.not_trained
+    value.not_trained = set()
+    completion = _messages(value, key, _TEXT_OR_LIST)
+    value.not_trained = before | {i + len(prompt) for i in value.not_trained}
+    return [*prompt, *completion]
+
+
+def _instruction(value: _Keys) -> list[Message]:
+    question, answers = value.text("instruction"), value.first("output", "response")
+    if extra := value.text("input"):
+        question = f"{question} {extra}"
+    question = _with_context(question, value)
+    messages = _system(value)
+    for index, pair in enumerate(value.listed("history") if "history" in value else []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise InputError(
+                f"{value.origin}: history[{index}]: expected a question and its answer, found "
+                f"{_shown(pair)}"
+            )
+        asked, answered = (text_of(item, f"history[{index}]", value.origin) for item in pair)
+        messages += [_user(asked), _answer(answered)]
+    messages.append(_user(question))
+    return [*messages, _answer(value.text(answers))] if answers else messages
+
+
+def _with_context(question: str, value: _Keys) -> str:
+    context = value.text("context")
+    return f"{question}\n\n{context}" if context.strip() else question
+
+
+def _pair(question: str, *answers: str) -> Callable[[_Keys], list[Message]]:
+    def parse(value: _Keys) -> list[Message]:
+        asked = [*_system(value), _user(_with_context(value.text(question), value))]
+        key = value.first(*answers)
+        return [*asked, _answer(value.text(key))] if key else asked
+
+    return parse
+
+
+_QUESTION = "Where is my parcel?"
+FORMS = (
+    Form(
+        ("messages",),
+        ("system", "tools"),
+        "a conversation; every field of a message goes to the chat template",
+        {"messages": [_user(_QUESTION), _answer("Shipping")]},
+        _conversation("messages"),
+    ),
+    Form(
+        ("conversations",),
+        ("system", "tools"),
+        "the same, of ShareGPT's `from` and `value`",
+        {
+            "conversations": [
+                {"from": "human", "value": _QUESTION},
+                {"from": "gpt", "value": "Shipping"},
+            ]
+        },
+        _conversation("conversations"),
+    ),
+    Form(
+        ("prompt",),
+        ("response|completion", "system", "tools"),
+        "prompt and answer, each text or a list of messages; answers in the prompt are not trained",
+        {"prompt": _QUESTION, "completion": "Shipping"},
+        _prompt,
+    ),
+    Form(
+        ("instruction",),
+        ("input", "output|response", "system", "history", "context"),
+        "Alpaca's and Dolly's; the user's turn is instruction, one space, input, then after a "
+        "blank line the context; `history` is a list of earlier questions and answers",
+        {"instruction": "Which department?", "input": _QUESTION, "output": "Shipping"},
+        _instruction,
+    ),
+    Form(
+        ("question",),
+        ("answer|response", "system", "context"),
+        "question, after a blank line its context, and answer",
+        {"question": _QUESTION, "context": "It was sent on Monday.", "answer": "Shipping"},
+        _pair("question", "answer", "response"),
+    ),
+    Form(
+        ("input", "output"),
+        ("system", "context"),
+        "the published PACT files': a user's turn and its answer",
+        {"input": _QUESTION, "output": "Shipping"},
+        _pair("input", "output"),
+    ),
+)
+NAMES = sorted(
+    {
+        name
+        for form in FORMS
+        for key in (*form.keys, *form.others)
+        for name in key.split("|")
+    }
+    | {"role", "content"}
+)  # fmt: skip
+
+
+def forms_table() -> str:
+    """Markdown rows of the forms, for the docs."""
+    lines = []
+    for form in FORMS:
+        keys, others = (
+            ", ".join(" or ".join(f"`{name}`" for name in key.split("|")) for key in names)
+            for names in (form.keys, form.others)
+        )
+        example = json.dumps(form.example, ensure_ascii=False)
+        lines.append(f"| {keys} | {others} | {form.means} | `{example}` |")
+    return "\n".join(lines)
+
+
+def parse_row(
+    value: Any,
+    origin: str,
+    *,
+    needs_response: bool = True,
+    columns: Mapping[str, str] | None = None,
+) -> Row:
+    """Read one row in any of the forms.
+
+    Args:
+        value: of the file.
+        origin: file and line.
+        needs_response: refuse a row with no assistant message that may be trained.
+        columns: names of `NAMES` to the row's own, nested ones by a dot; then nothing else of the
+            row is read.
+
+    Raises:
+        InputError: names `origin`, the key, what was expected and what was found.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"{origin}: expected an object, found {type(value).__name__}")
+    fields = dict(columns or {})
+    inner = {ours: theirs for ours in ("role", "content") if (theirs := fields.pop(ours, None))}
+    given = value
+    left_over: tuple[str, ...] = ()
+    if fields:
+        asked = fields if needs_response else {k: v for k, v in fields.items() if k not in _ANSWERS}
+        value, left_over = _mapped(given, fields, asked, origin)
+    is_mapped = value is not given
+    if inner:
+        value = {key: _renamed(item, inner) for key, item in value.items()}
+    keys = _Keys(value, origin)
+    form = next((form for form in FORMS if form.fits(keys)), None)
+    if form is None:
+        if fields and not is_mapped:
+            raise _no_column(given, fields, origin)
+        hint = " by --columns" if fields else f"; name them, as in --columns {_suggestion(value)}"
+        raise InputError(
+            f"{origin}: expected a known form (messages, conversations, prompt, instruction, "
+            f"question, or input and output), found the keys {keys.names}{hint}"
+        )
+    messages = form.parse(keys)
+    tools = _tools(keys) if "tools" in keys else None
+    row = Row(
+        tuple(messages), origin, tools, frozenset(keys.not_trained), (*keys.unread, *left_over)
+    )
+    if not any(has_answer(message) for message in row.prompt):
+        raise InputError(f"{origin}: expected a prompt, found none")
+    if needs_response:
+        _require_response(row, form, keys)
+    return row
+
+
+def _require_response(row: Row, form: Form, keys: _Keys) -> None:
+    trained = [index for index in row.answers if index not in row.not_trained]
+    if any(has_answer(row.messages[index]) for index in trained):
+        return
+    names = [key for key in form.others if "|" in key or key == "output"] or [*form.keys[-1:]]
+    raise InputError(
+        f"{row.origin}: {names[0].replace('|', ' or ')}: expected a response, found none"
+        + (" to learn" if row.answers and not trained else "")
+        + (f" among the keys {keys.names}" if not row.answers else "")
+    )
+
+
+def _mapped(
+    value: dict[str, Any], columns: Mapping[str, str], required: Mapping[str, str], origin: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The values that `columns` names, under our names; and the row's other keys.
+
+    A row that has none of them stays as it is.
+    """
+    found = {ours: _at(value, theirs, _MISSING) for ours, theirs in columns.items()}
+    if all(item is _MISSING for item in found.values()):
+        return value, ()
+    found = {
+        ours: None if item is _MISSING and ours not in required else item
+        for ours, item in found.items()
+    }
+    if missing := {ours: columns[ours] for ours in found if found[ours] is _MISSING}:
+        raise _no_column(value, missing, origin)
+    taken = {theirs if theirs in value else theirs.split(".")[0] for theirs in columns.values()}
+    return found, tuple(_name(key) for key in value if key not in taken and value[key] is not None)
+
+
+def _no_column(value: dict[str, Any], columns: Mapping[str, str], origin: str) -> InputError:
+    first = next(iter(columns.values()))
+    return InputError(f"{origin}: columns: expected the key {first}, found {_names(value)}")
+
+
+def _at(value: Any, place: str, missing: Any = None) -> Any:
+    """What lies under a key, or under keys parted by dots; `missing` where there is no such key."""
+    for part in [place] if isinstance(value, dict) and place in value else place.split("."):
+        if value is None:  # as Parquet has it, where other rows hold keys
+            return None
+        value = value.get(part, missing) if isinstance(value, dict) else missing
+    return value
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A list of messages with some of their keys under our names."""
+    if not isinstance(value, list):
+        return value
+    return [_renamed_message(item, names) if isinstance(item, dict) else item for item in value]
+
+
+def _renamed_message(message: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    found = {ours: _at(message, theirs, _MISSING) for ours, theirs in names.items()}
+    found = {ours: part for ours, part in found.items() if part is not _MISSING}
+    places = [names[ours] for ours in found]
+    taken = {theirs if theirs in message else theirs.split(".")[0] for theirs in places}
+    others = {key: part for key, part in message.items() if key not in taken}
+    return {**others, **found}
+
+
+def _suggestion(value: Mapping[str, Any]) -> str:
+    """A mapping to write for a row of no known form."""
+    for key, item in value.items():
+        if isinstance(item, list) and item and isinstance(item[0], dict):
+            known = {"role": "from", "content": "value"}
+            wanted = [ours for ours, other in known.items() if not {ours, other} & {*item[0]}]
+            names = [
+                _name(name)
+                for name, part in item[0].items()
+                if isinstance(part, str) and name not in (*known, *known.values())
+            ]
+            inner = "".join(f",{o}={t}" for o, t in zip(wanted, names, strict=False))
+            return f"messages={_name(key)}{inner}"
+    names = [_name(key) for key, item in value.items() if isinstance(item, str)]
+    first, second = (*names, "QUESTION", "ANSWER")[:2] if len(names) != 1 else (names[0], "ANSWER")
+    return f"prompt={first},response={second}"
+
+
+def text_of(value: Any, key: str, origin: str) -> str:
+    """A text, or the texts of a list of parts, joined.
+
+    Raises:
+        InputError: neither.
+    """
+    if isinstance(value, list):
+        return "".join(_part(part, f"{key}[{i}]", origin) for i, part in enumerate(value))
+    if not isinstance(value, str):
+        raise InputError(f"{origin}: {key}: expected text, found {_shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{origin}: {key}: expected Unicode text, found half a surrogate pair at character "
+            f"{error.start}"
+        ) from None
+    return value
+
+
+def _unicode(value: Any, key: str, origin: str) -> Any:
+    """A value that goes to the chat template as it is, if all its text can be encoded."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{origin}: {key}: expected Unicode text, found half a surrogate pair"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{origin}: {key}: expected a value, found deeply nested JSON") from None
+    return value
+
+
+def _part(part: Any, key: str, origin: str) -> str:
+    if isinstance(part, dict):
+        kind = part.get("type", "text")
+        if kind not in ("text", "input_text", "output_text") or part.get("text") is None:
+            raise InputError(f"{origin}: {key}: expected a part of text, found {kind!r:.60}")
+        part = part["text"]
+    if not isinstance(part, str):
+        raise InputError(f"{origin}: {key}: expected text, found {_shown(part)}")
+    return text_of(part, key, origin)
+
+
+def _messages(value: _Keys, key: str, expected: str = "a list of messages") -> list[Message]:
+    items = value.listed(key, expected)
+    if not items:
+        raise InputError(f"{value.origin}: {key}: expected a list of messages, found an empty one")
+    return [_message(item, f"{key}[{index}]", index, value) for index, item in enumerate(items)]
+
+
+def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
+    origin = value.origin
+    if not isinstance(item, dict):
+        raise InputError(f"{origin}: {place}: expected role and content, found {_shown(item)}")
+    item = {key: part for key, part in item.items() if part is not None}
+    given = item.get("role", item.get("from"))
+    if given is None:
+        raise InputError(
+            f"{origin}: {place}: expected role and content, found the keys {_names(item)}"
+        )
+    given = text_of(given, f"{place}.role", origin)
+    message: Message = {"role": ROLES.get(given, given), "content": ""}
+    content = item.get("content", item.get("value"))
+    others = {name: part for name, part in item.items() if name not in _MESSAGE_KEYS}
+    message |= _unicode(others, place, origin)
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], f"{place}.tool_calls", origin)
+    if given == "function_call" and "tool_calls" not in message:
+        message["tool_calls"] = _calls(content, f"{place}.value", origin)
+    elif content is not None:
+        message["content"] = text_of(content, f"{place}.content", origin)
+    elif not has_answer(message):
+        raise InputError(f"{origin}: {place}.content: expected text, found none")
+    if not _is_trained(item, place, origin):
+        value.not_trained.add(index)
+    if "role" in item and "from" in item:
+        value.unread_in_messages.append("messages[].from")
+    if "content" in item and "value" in item:
+        value.unread_in_messages.append("messages[].value")
+    return message
+
+
+def _is_trained(item: dict[str, Any], place: str, origin: str) -> bool:
+    for key in _CONTROLS:
+        if key in item and item[key] not in (0, 1):
+            raise InputError(f"{origin}: {place}.{key}: expected 0 or 1, found {_shown(item[key])}")
+    return all(item.get(key, 1) for key in _CONTROLS)
+
+
+def _calls(value: Any, place: str, origin: str) -> list[Any]:
+    """Calls of tools as chat templates read them: the arguments an object, not its JSON text."""
+    calls = _from_json(value)
+    calls = calls if isinstance(calls, list) else [calls]
+    found = []
+    for index, call in enumerate(calls):
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise InputError(
+                f"{origin}: {place}[{index}]: expected a call with name and arguments, found "
+                f"{_shown(call)}"
+            )
+        function = {**inner, "arguments": _from_json(inner.get("arguments") or {})}
+        outer = {k: v for k, v in call.items() if v is not None} if "function" in call else {}
+        found.append({"type": "function", **outer, "function": function})
+    _unicode(found, place, origin)
+    return found
+
+
+def _tools(value: _Keys) -> tuple[Any, ...] | None:
+    tools = tuple(map(_from_json, value.listed("tools")))
+    return _unicode(tools, "tools", value.origin) or None
+
+
+def _from_json(value: Any) -> Any:
+    """What a JSON text of an object or a list stands for; any other value as it is."""
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str | int | float | bool):
+        return repr(value)[:60]
+    return type(value).__name__
+
+
+def _names(keys: Iterable[Any]) -> str:
+    return ", ".join(map(_name, keys)) or "no key"
+
+
+def _name(key: Any) -> str:
+    """A key in one line of text that can be written."""
+    text = str(key)
+    return text if text.isprintable() else repr(text)

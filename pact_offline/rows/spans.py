@@ -1,0 +1,357 @@
+"""Where the answers of a conversation lie among its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from pact_offline.errors import InputError
+from pact_offline.rows.chat import MARKER, Chat, Conversation, common_start
+from pact_offline.rows.dropped import left_out, said_by
+from pact_offline.rows.row import THOUGHTS, Message, Row, has_answer
+
+Turns = Literal["all", "last"]
+_LEADS = "\n.a0"  # characters to put before a text, of which one is a token of its own
+
+
+class Turn(NamedTuple):
+    """An answer among the tokens of its conversation.
+
+    Attributes:
+        header: the first token after the assistant header, where a model begins to generate.
+        start: the first token that is trained: `header` or `first`.
+        first: the first token of the answer's own text, its step 0; what a template puts before
+            (an empty thought, a channel marker) lies between header and first.
+        end: after its last token, the end of turn.
+    """
+
+    header: int
+    start: int
+    first: int
+    end: int
+
+
+class Spans(NamedTuple):
+    """A conversation's token ids, and its answers among them."""
+
+    ids: list[int]
+    turns: list[Turn]
+
+
+@dataclass
+class _Place:
+    """An answer in the rendered text, in characters."""
+
+    header: int
+    own: int
+    end: int
+
+
+@dataclass
+class _Rendered:
+    row: Row
+    turns: list[int]
+    text: str
+    before: dict[int, str | None]
+    until: dict[int, str | None]
+
+
+def trained_turns(row: Row, turns: Turns) -> list[int]:
+    """Positions of the messages of a row that are trained."""
+    answers = [i for i in row.answers if i not in row.not_trained and has_answer(row.messages[i])]
+    return answers if turns == "all" else answers[-1:]
+
+
+def find_spans(
+    chat: Chat, rows: Sequence[Row], turns: Turns = "all", *, train_scaffold: bool = False
+) -> list[Spans | InputError]:
+    """Tokenize conversations up to their last trained answer, and find the answers.
+
+    What a template renders is one text, tokenized at once; but where a token would reach over the
+    place at which a model begins to generate, what is before and after are tokenized one after the
+    other, as a model would see and write them.
+
+    Args:
+        chat: template and tokenizer.
+        rows: with an answer to train each.
+        turns: which answers.
+        train_scaffold: count what the template puts before an answer as response.
+
+    Returns:
+        for each row its spans; of one that cannot be used, why.
+    """
+    chosen = [trained_turns(row, turns) for row in rows]
+    rendered = _render(chat, rows, chosen)
+    found: list[Spans | InputError | None] = []
+    located: list[tuple[int, str, list[_Place]]] = []
+    for index, item in enumerate(rendered):
+        places = item if isinstance(item, InputError) else _places(chat, item)
+        if isinstance(places, InputError):
+            found.append(InputError(f"{rows[index].origin}: {places}"))
+            continue
+        assert isinstance(item, _Rendered)
+        found.append(None)
+        located.append((index, item.text, places))
+    encoded = _encode(chat.tokenizer, [text for _, text, _ in located])
+    for (index, text, places), whole in zip(located, encoded, strict=True):
+        spans = _tokens(chat.tokenizer, text, places, whole, train_scaffold)
+        if all(1 <= turn.start < turn.end for turn in spans.turns):
+            found[index] = spans
+        else:
+            found[index] = InputError(
+                f"{rows[index].origin}: expected an answer with tokens of its own and one before "
+                "them, found none"
+            )
+    return [item for item in found if item is not None]
+
+
+def _render(
+    chat: Chat, rows: Sequence[Row], chosen: Sequence[list[int]]
+) -> list[_Rendered | InputError]:
+    """Each conversation until its last trained answer, before each answer, and until each."""
+    wholes = [
+        Conversation(row.messages[: turns[-1] + 1], row.tools)
+        for row, turns in zip(rows, chosen, strict=True)
+    ]
+    before = [(r, t) for r, turns in enumerate(chosen) for t in turns]
+    until = [(r, t) for r, turns in enumerate(chosen) for t in turns[:-1]]
+    texts = chat.render_all(
+        [*wholes, *(Conversation(rows[r].messages[: t + 1], rows[r].tools) for r, t in until)],
+        generation_prompt=False,
+    )
+    prompts = chat.render_all(
+        [Conversation(rows[r].messages[:t], rows[r].tools) for r, t in before],
+        generation_prompt=True,
+    )
+    found: list[_Rendered | InputError] = []
+    for row, turns, text in zip(rows, chosen, texts, strict=False):
+        if isinstance(text, InputError):
+            found.append(text)
+        elif problem := left_out(row.messages[: turns[-1]], text):
+            found.append(problem)
+        else:
+            found.append(_Rendered(row, turns, text, {}, {turns[-1]: text}))
+    for pairs, parts, name in ((before, prompts, "before"), (until, texts[len(rows) :], "until")):
+        for (r, t), part in zip(pairs, parts, strict=True):
+            item = found[r]
+            if isinstance(item, _Rendered):
+                getattr(item, name)[t] = part if isinstance(part, str) else None
+    return found
+
+
+def _places(chat: Chat, item: _Rendered) -> list[_Place] | InputError:
+    places = []
+    for turn in item.turns:
+        message = item.row.messages[turn]
+        place = _place(chat, item, turn)
+        for what, said in said_by(message):
+            if place is None or said not in item.text[place.own : place.end]:
+                return InputError(
+                    f"messages[{turn}].{what}: expected in what the chat template renders, found "
+                    "that it leaves this out or changes it"
+                )
+        if place is not None:
+            places.append(place)
+    return places
+
+
+def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
+    """Where an answer lies in the text; None if the template drops it."""
+    text, message = item.text, item.row.messages[turn]
+    before, until = item.before.get(turn), _until(chat, item, turn)
+    header = len(before) if before and text.startswith(before) else None
+    if header is not None and until and text.startswith(until) and len(message) == 2:
+        for content in (message["content"], message["content"].strip()):
+            behind = text[header + len(content) : len(until)]
+            if text.startswith(content, header) and content.strip() not in behind:
+                return _Place(header, header, len(until))  # else it may be what is put before it
+    marker = _marker(text)
+    for variant in _variants(message, marker):
+        try:
+            other, alone = (
+                chat.render(
+                    [*item.row.messages[:turn], variant, *after],
+                    generation_prompt=False,
+                    tools=item.row.tools,
+                )
+                for after in (item.row.messages[turn + 1 : item.turns[-1] + 1], ())
+            )
+        except InputError:
+            continue
+        if marker not in other:
+            continue
+        own = min(common_start(text, other), other.find(marker))
+        shared = common_start(text, until or "")
+        if until and (shared == len(until) or _holds(text[own:shared], message)):
+            end = shared
+        else:
+            behind = other.rpartition(marker)[2]
+            if not text.endswith(behind):
+                continue
+            end = len(text) - len(behind)
+            end += common_start(text[end:], alone.rpartition(marker)[2])
+        end = _before_mark(text, end, chat.marks)
+        mark = next((mark for mark in chat.marks if text.startswith(mark, end)), "")
+        if not text[own:end].rstrip().endswith(chat.marks) and end < len(text):
+            end += len(mark)  # the turn ends otherwise where another follows
+        return _Place(own if header is None else min(header, own), own, end)
+    if header is not None and until and text.startswith(until):
+        return _Place(header, header, len(until))
+    return None
+
+
+def _until(chat: Chat, item: _Rendered, turn: int) -> str | None:
+    """The conversation until an answer ends, without a thought that the template then drops."""
+    until, message = item.until.get(turn), item.row.messages[turn]
+    if not until or item.text.startswith(until) or not set(THOUGHTS) & set(message):
+        return until
+    kept = {key: part for key, part in message.items() if key not in THOUGHTS}
+    try:
+        messages = [*item.row.messages[:turn], kept]
+        other = chat.render(messages, generation_prompt=False, tools=item.row.tools)
+    except InputError:
+        return until
+    return max(until, other, key=lambda rendered: common_start(item.text, rendered))
+
+
+def _before_mark(text: str, at: int, marks: Sequence[str]) -> int:
+    """A place, moved before a mark that it lies in: two ways to end a turn may begin alike."""
+    for mark in marks:
+        found = text.find(mark, max(0, at - len(mark) + 1), at + len(mark) - 1)
+        if found >= 0:
+            return found
+    return at
+
+
+def _holds(text: str, message: Message) -> bool:
+    return all(said in text for _, said in said_by(message)) and bool(text)
+
+
+def _marker(text: str) -> str:
+    """A marker that a conversation does not hold itself."""
+    marker = MARKER
+    while marker in text:
+        marker += MARKER[-1]
+    return marker
+
+
+def _variants(message: Message, marker: str) -> list[Message]:
+    """The message with a marker for its text, and with nothing else.
+
+    Templates that read the calls alone drop the first, templates that want a call before a tool's
+    answer refuse the second. Where the calls are all that is said, they begin the answer.
+    """
+    plain = {"role": "assistant", "content": marker}
+    kept = {key: part for key, part in message.items() if key not in THOUGHTS}
+    variants = [{**kept, "content": marker}, plain] if len(kept) > 2 else [plain]
+    return variants if message["content"].strip() else variants[::-1]
+
+
+class _Piece(NamedTuple):
+    """A part of a text.
+
+    Attributes:
+        start: the character it begins at.
+        tokens: its encoding; None without a fast tokenizer.
+        offset: what to add to a token's number in the encoding.
+        first: the number of its first token.
+        lead: characters of the encoding that stand before the part.
+    """
+
+    start: int
+    tokens: Any
+    offset: int
+    first: int
+    lead: int = 0
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[Any]:
+    """Encodings that know which token a character lies in; None without a fast tokenizer."""
+    if not tokenizer.is_fast:
+        return [None] * len(texts)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return list(backend.encode_batch(texts, add_special_tokens=False))
+
+
+def _tokens(
+    tokenizer: Any, text: str, places: list[_Place], whole: Any, train_scaffold: bool
+) -> Spans:
+    cuts: list[int] = []
+    if whole is not None:
+        ids, pieces = list(whole.ids), [_Piece(0, whole, 0, 0)]
+        cuts = [at for place in places for at in _cuts(place, whole, text)]
+    else:
+        cuts = [at for place in places for at in (place.header, place.end)]
+    if cuts or whole is None:
+        ids, pieces = _encode_apart(tokenizer, text, sorted({0, *cuts}))
+    found = []
+    for place in places:
+        end = _token_at(pieces, place.end, len(ids)) if place.end < len(text) else len(ids)
+        header = _token_at(pieces, place.header, end)
+        first = max(header, _token_at(pieces, place.own, end))
+        found.append(Turn(header, header if train_scaffold else first, first, end))
+    return Spans(ids[: found[-1].end], found)
+
+
+def _cuts(place: _Place, whole: Any, text: str) -> list[int]:
+    """Where a text has to be tokenized apart: where a token reaches over a place's bounds.
+
+    A space that a template writes before an answer is one token with its first word, as it is when
+    a model generates it.
+    """
+    found = []
+    for at in {place.header, place.own}:
+        token = whole.char_to_token(at)
+        if token is None:
+            continue
+        start = whole.token_to_chars(token)[0]
+        if start < at and (at == place.header or text[start:at].strip(" ")):
+            found.append(at)
+    return found
+
+
+def _encode_apart(tokenizer: Any, text: str, starts: list[int]) -> tuple[list[int], list[_Piece]]:
+    ids: list[int] = []
+    pieces = []
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        part = text[start:end]
+        tokens, lead, skipped = _encode_behind(tokenizer, part, _LEADS if start else "")
+        pieces.append(_Piece(start, tokens, len(ids) - skipped, len(ids), lead))
+        if tokens is None:
+            ids += tokenizer(part, add_special_tokens=False).input_ids
+        else:
+            ids += tokens.ids[skipped:]
+    return ids, pieces
+
+
+def _encode_behind(tokenizer: Any, part: str, leads: str) -> tuple[Any, int, int]:
+    """A part's tokens, without a space that a tokenizer of SentencePiece's kind begins texts with.
+
+    Returns:
+        encoding; characters and tokens in it that stand before the part.
+    """
+    alone = _encode(tokenizer, [part])[0]
+    if alone is not None and alone.tokens and alone.tokens[0].startswith("▁"):
+        for lead in leads:
+            tokens = _encode(tokenizer, [lead + part])[0]
+            first = tokens.char_to_token(1)
+            if first is not None and tokens.token_to_chars(first)[0] == 1:
+                return tokens, 1, first
+    return alone, 0, 0
+
+
+def _token_at(pieces: list[_Piece], at: int, limit: int) -> int:
+    """The token that a character lies in, or the next that any character does."""
+    piece = next(piece for piece in reversed(pieces) if piece.start <= at)
+    if piece.tokens is None or at == piece.start:
+        return int(piece.first)
+    later = [other.first for other in pieces if other.start > piece.start]
+    place = at - piece.start + piece.lead
+    for char in range(place, place + 64):
+        token = piece.tokens.char_to_token(char)
+        if token is not None:
+            return int(piece.offset + token)
+    return later[0] if later else limit

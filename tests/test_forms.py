@@ -1,0 +1,503 @@
+"""What a row may look like, and which conversation it becomes."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_rows
+
+from pact_offline.errors import InputError
+from pact_offline.rows.forms import FORMS, NAMES, ROLES, forms_table, parse_row
+from pact_offline.rows.read import read_rows
+from pact_offline.rows.row import Row
+from pact_offline.settings.stages import COLUMNS
+
+ASKED, SAID = "Is it here?", "Yes."
+HALF = "\ud800"  # of a surrogate pair: text that nothing can encode
+Message = dict[str, Any]
+
+
+def system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def user(text: Any = ASKED) -> Message:
+    return {"role": "user", "content": text}
+
+
+def answer(text: Any = SAID, **more: Any) -> Message:
+    return {"role": "assistant", "content": text, **more}
+
+
+def parsed(value: Any, **options: Any) -> Row:
+    return parse_row(value, "rows.jsonl:3", **options)
+
+
+def problem(value: Any, **options: Any) -> str:
+    """Why a row is refused: in one line, which can be written, and begins with its place."""
+    with pytest.raises(InputError) as found:
+        parsed(value, **options)
+    line = str(found.value)
+    assert line.splitlines() == [line]
+    assert line.encode().startswith(b"rows.jsonl:3: ")
+    return line.removeprefix("rows.jsonl:3: ")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": [user(), answer()]},
+        {"messages": [{"role": "human", "content": ASKED}, {"role": "gpt", "content": SAID}]},
+        {"messages": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": SAID}]},
+        {"messages": json.dumps([user(), answer()])},
+        {"messages": None, "prompt": ASKED, "response": SAID},
+        {"conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": SAID}]},
+        {"conversations": [{"from": "user", "value": ASKED}, {"from": "model", "value": SAID}]},
+        {"conversations": [user(), answer()]},
+        {"prompt": ASKED, "response": SAID},
+        {"prompt": ASKED, "completion": SAID},
+        {"prompt": [user()], "completion": [answer()]},
+        {"prompt": [user()], "completion": SAID},
+        {"prompt": ASKED, "completion": [answer()]},
+        {"instruction": ASKED, "output": SAID},
+        {"instruction": ASKED, "input": "", "output": SAID},
+        {"instruction": "Is it", "input": "here?", "output": SAID},
+        {"instruction": ASKED, "context": "", "response": SAID},
+        {"instruction": ASKED, "input": None, "output": SAID, "history": [], "system": " "},
+        {"question": ASKED, "answer": SAID},
+        {"question": ASKED, "response": SAID},
+        {"input": ASKED, "output": SAID},
+        {"messages": [user([{"type": "text", "text": ASKED}]), answer([{"text": SAID}])]},
+        {"messages": [user([{"type": "input_text", "text": "Is it "}, "here?"]), answer([SAID])]},
+    ],
+)
+def test_every_form_of_row_reads_the_same(value: dict) -> None:
+    row = parsed(value)
+    assert row.messages == (user(), answer())
+    assert row.prompt == (user(),)
+    assert (row.question, row.response) == (ASKED, SAID)
+    assert row.origin == "rows.jsonl:3"
+    assert (row.tools, row.not_trained, row.unread) == (None, frozenset(), ())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.keys[0])
+def test_the_example_of_a_form_is_a_row_of_it(form: Any) -> None:
+    row = parsed(form.example)
+    assert row.response == "Shipping"
+    assert "Where is my parcel?" in row.question
+    assert not row.unread
+    named = {name for key in (*form.keys, *form.others) for name in key.split("|")}
+    assert set(form.example) <= named
+
+
+def test_the_settings_know_every_name_that_the_forms_read() -> None:
+    assert sorted(COLUMNS) == NAMES
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [*ROLES.items(), ("developer", "developer")])
+def test_roles_of_other_names_are_known(theirs: str, ours: str) -> None:
+    said = '{"name": "look", "arguments": {}}' if theirs == "function_call" else "Well."
+    row = parsed({"conversations": [{"from": "human", "value": ASKED},
+                                    {"from": theirs, "value": said},
+                                    {"from": "gpt", "value": SAID}]})  # fmt: skip
+    assert [message["role"] for message in row.messages] == ["user", ours, "assistant"]
+
+
+def test_every_turn_of_a_conversation_stays() -> None:
+    messages = [system("Be kind."), user("Hello"), answer("Hi!"), user(), answer()]
+    row = parsed({"messages": messages})
+    assert row.messages == tuple(messages)
+    assert row.answers == (2, 4)
+    assert row.prompt == tuple(messages[:4])
+
+
+def test_a_last_turn_of_the_user_leaves_the_answers_before_it() -> None:
+    row = parsed({"messages": [user(), answer(), user("Thanks!")]})
+    assert row.answers == (1,)
+    assert row.response is None
+    assert (row.question, len(row.prompt)) == ("Thanks!", 3)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": [user("One"), answer("1"), user("Two"), answer("2")]},
+        {"conversations": [user("One"), answer("1"), user("Two"), answer("2")]},
+        {"prompt": [user("One"), answer("1"), user("Two")], "completion": "2"},
+        {"instruction": "Two", "output": "2", "history": [["One", "1"]]},
+        {"instruction": "Two", "output": "2", "history": '[["One", "1"]]'},
+    ],
+)
+def test_a_system_message_and_a_history_are_in_the_prompt(value: dict) -> None:
+    row = parsed({**value, "system": "Count."})
+    assert row.messages == (system("Count."), user("One"), answer("1"), user("Two"), answer("2"))
+    assert parsed(value).messages == row.messages[1:]
+
+
+def test_answers_in_a_prompt_are_not_trained() -> None:
+    prompt = [user("One"), answer("1"), user("Two")]
+    row = parsed({"prompt": prompt, "completion": [answer("2"), user("Three"), answer("3")]})
+    assert (row.answers, row.not_trained) == ((1, 3, 5), frozenset({1}))
+    below = parsed({"system": "Count.", "prompt": prompt, "completion": "2"})
+    assert (below.answers, below.not_trained) == ((2, 4), frozenset({2}))
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "prompt"])
+def test_one_system_message_is_enough(key: str) -> None:
+    value = {key: [system("Be kind."), user(), answer()], "completion": SAID}
+    assert "system: expected one system message, found two" in problem({**value, "system": "No"})
+    assert parsed({**value, "system": " "}).messages[:2] == (system("Be kind."), user())
+
+
+@pytest.mark.parametrize("weight", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_an_answer_of_no_weight_is_not_trained(weight: dict) -> None:
+    turns = [user("One"), answer("1", **weight), user("Two"), answer("2", weight=1, train=True)]
+    row = parsed({"messages": turns})
+    assert row.not_trained == {1}
+    assert row.messages[1] == answer("1")  # the template is told nothing of it
+    assert row.unread == ()
+    assert parsed({"messages": turns, "system": "Count."}).not_trained == {2}
+    split = parsed({"prompt": turns[:1], "completion": turns[1:]})
+    assert split.not_trained == {1}
+
+
+def test_a_context_follows_the_question_after_a_blank_line() -> None:
+    sent = "It was sent on Monday."
+    for value in (
+        {"instruction": ASKED, "context": sent, "response": SAID},
+        {"question": ASKED, "context": sent, "answer": SAID},
+        {"input": ASKED, "context": sent, "output": SAID},
+    ):
+        assert parsed(value).question == f"{ASKED}\n\n{sent}"
+
+
+def test_text_stays_as_it_is() -> None:
+    odd = " \n\tIs it\u2028here? \r\n"
+    row = parsed({"prompt": odd, "response": odd})
+    assert (row.question, row.response) == (odd, odd)
+
+
+def test_a_message_keeps_what_the_template_may_read() -> None:
+    said = answer("Sunny.", reasoning_content="The tool says so.", name="Ada", weight=1, note=None)
+    row = parsed({"messages": [user(), said]})
+    assert row.messages[1] == answer(
+        "Sunny.", reasoning_content="The tool says so.", name="Ada"
+    )  # fmt: skip
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [CALL],
+        [{"function": CALL["function"]}],
+        [CALL["function"]],
+        [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}, "id": None}],
+        json.dumps([CALL]),
+        json.dumps(CALL["function"]),
+    ],
+)
+def test_calls_of_tools_reach_the_template_in_one_form(calls: Any) -> None:
+    turns = [user("Weather?"), answer(None, tool_calls=calls), {"role": "tool", "content": "sun"}]
+    row = parsed({"messages": [*turns, answer("Sunny.")], "tools": [CALL]})
+    assert row.messages[1] == answer("", tool_calls=[CALL])
+    assert row.tools == (CALL,)
+    assert row.unread == ()
+
+
+def test_a_call_of_sharegpt_is_a_call() -> None:
+    turns = [
+        {"from": "human", "value": "Weather?"},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "observation", "value": "sun"},
+        {"from": "gpt", "value": "Sunny."},
+    ]
+    row = parsed({"conversations": turns, "tools": json.dumps([{"name": "weather"}])})
+    assert row.messages[1:3] == (
+        answer("", tool_calls=[CALL]),
+        {"role": "tool", "content": "sun"},
+    )
+    assert row.tools == ({"name": "weather"},)
+
+
+def test_a_call_keeps_its_number_and_may_have_no_arguments() -> None:
+    calls = [{"id": "call_1", "function": {"name": "now"}}]
+    row = parsed({"messages": [user(), answer("", tool_calls=calls)]})
+    assert row.messages[1]["tool_calls"] == [
+        {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": {}}}
+    ]
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+def test_no_tools_are_none(tools: Any) -> None:
+    assert parsed({"messages": [user(), answer()], "tools": tools}).tools is None
+
+
+def test_keys_that_nothing_reads_are_named() -> None:
+    value = {"id": 7, "prompt": ASKED, "response": SAID, "source": "shop", "score": None}
+    assert parsed(value).unread == ("id", "source")
+    both = {"role": "user", "content": ASKED, "from": "human", "value": "other"}
+    assert parsed({"messages": [both, answer()]}).unread == ("messages[].from", "messages[].value")
+    named = parsed({"prompt": ASKED, "response": SAID, f"a\n{HALF}": 1}).unread
+    assert named == (r"'a\n\ud800'",)
+
+
+@pytest.mark.parametrize(
+    ("columns", "value"),
+    [
+        ({"prompt": "q", "response": "a"}, {"q": ASKED, "a": SAID}),
+        ({"prompt": "d.q", "response": "d.a.text"}, {"d": {"q": ASKED, "a": {"text": SAID}}}),
+        ({"prompt": "d.q", "response": "a"}, {"d.q": ASKED, "a": SAID, "d": {"q": "other"}}),
+        (
+            {"messages": "dialog", "role": "speaker", "content": "text"},
+            {"dialog": [{"speaker": "human", "text": ASKED}, {"speaker": "gpt", "text": SAID}]},
+        ),
+        (
+            {"role": "who", "content": "said.text"},
+            {
+                "messages": [
+                    {"who": "user", "said": {"text": ASKED}},
+                    {"who": "assistant", "said": {"text": SAID}},
+                ]
+            },
+        ),
+        ({"messages": "chosen"}, {"chosen": [user(), answer()]}),
+        (
+            {"instruction": "q", "context": "c", "output": "a"},
+            {"q": ASKED, "c": None, "a": SAID},
+        ),
+        (
+            {"instruction": "q", "context": "c.text", "output": "a"},
+            {"q": ASKED, "c": None, "a": SAID},
+        ),
+    ],
+)
+def test_columns_name_the_rows_own_keys(columns: dict[str, str], value: dict) -> None:
+    row = parsed(value, columns=columns)
+    assert row.messages == (user(), answer())
+    assert set(row.unread) <= {"d"}
+
+
+def test_a_row_of_a_known_form_needs_no_columns() -> None:
+    """Rows of several sources may be read by one mapping."""
+    row = parsed({"prompt": ASKED, "response": SAID}, columns={"prompt": "q", "response": "a"})
+    assert row.messages == (user(), answer())
+
+
+def test_a_prompt_alone_needs_no_column_of_answers() -> None:
+    columns = {"prompt": "q", "response": "a"}
+    assert parsed({"q": ASKED}, columns=columns, needs_response=False).question == ASKED
+    assert problem({"a": SAID}, columns=columns, needs_response=False) == (
+        "columns: expected the key q, found a"
+    )
+
+
+def test_nothing_beside_named_columns_is_read() -> None:
+    value = {"q": ASKED, "a": SAID, "system": "Be kind.", "messages": [user("x"), answer("y")]}
+    row = parsed(value, columns={"prompt": "q", "response": "a"})
+    assert row.messages == (user(), answer())
+    assert row.unread == ("system", "messages")
+
+
+def test_what_else_a_renamed_message_holds_stays() -> None:
+    dialog = [{"who": "user", "text": ASKED}, {"who": "assistant", "text": SAID, "thinking": "Hm"}]
+    row = parsed({"dialog": dialog}, columns={"messages": "dialog", "role": "who",
+                                              "content": "text"})  # fmt: skip
+    assert row.messages[1] == answer(SAID, thinking="Hm")
+
+
+@pytest.mark.parametrize(
+    ("columns", "value", "expected"),
+    [
+        ({"prompt": "q", "response": "a"}, {"q": "x", "b": "y"},
+         "columns: expected the key a, found q, b"),
+        ({"prompt": "q"}, {"text": "x"}, "columns: expected the key q, found text"),
+        ({"prompt": "d.q"}, {"d": {"x": 1}, "id": 2}, "columns: expected the key d.q, found d, id"),
+        ({"prompt": "d.q"}, {"d": "text"}, "columns: expected the key d.q, found d"),
+        ({"prompt": "q"}, {}, "columns: expected the key q, found no key"),
+        (
+            {"prompt": "q", "response": "a"},
+            {"q": None, "a": "x"},
+            "expected a known form (messages, conversations, prompt, instruction, question, or "
+            "input and output), found the keys response by --columns",
+        ),
+        (
+            {"role": "who"},
+            {"messages": [{"speaker": "user", "content": "x"}]},
+            "messages[0]: expected role and content, found the keys speaker, content",
+        ),
+    ],
+)  # fmt: skip
+def test_columns_that_are_not_there_are_named(columns: dict, value: dict, expected: str) -> None:
+    assert problem(value, columns=columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "columns"),
+    [
+        ({"q": ASKED, "a": SAID}, "prompt=q,response=a"),
+        ({"chosen": [user(), answer()]}, "messages=chosen"),
+        ({"chosen": [{"content": ASKED, "role": "user"}, answer()]}, "messages=chosen"),
+        (
+            {"turns": [{"who": "user", "said": ASKED}, {"who": "assistant", "said": SAID}]},
+            "messages=turns,role=who,content=said",
+        ),
+        (
+            {"turns": [{"text": ASKED, "role": "user"}, {"text": SAID, "role": "assistant"}]},
+            "messages=turns,content=text",
+        ),
+    ],
+)
+def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, columns: str) -> None:
+    assert problem(value).endswith(f"name them, as in --columns {columns}")
+    named = dict(pair.split("=") for pair in columns.split(","))
+    assert parsed(value, columns=named).messages == (user(), answer())
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([1], "expected an object, found list"),
+        ("Hi", "expected an object, found str"),
+        (None, "expected an object, found NoneType"),
+        ({}, "expected a known form (messages, conversations, prompt, instruction, question, or "
+             "input and output), found the keys no key"),
+        ({"text": "Hi"}, "found the keys text; name them, as in --columns prompt=text,response="),
+        ({f"\n{HALF}": "Hi"}, r"found the keys '\n\ud800'; name them"),
+        ({"prompt": 3}, "prompt: expected text or a list of messages, found 3"),
+        ({"prompt": " "}, "expected a prompt, found none"),
+        ({"prompt": []}, "prompt: expected a list of messages, found an empty one"),
+        ({"instruction": ["x", 3], "output": "y"}, "instruction[1]: expected text, found 3"),
+        ({"messages": [answer()]}, "expected a prompt, found none"),
+        ({"prompt": "Hi", "response": 4},
+         "response: expected text or a list of messages, found 4"),
+        ({"prompt": "Hi", "response": [4]}, "response[0]: expected role and content, found 4"),
+        ({"input": "Hi", "output": 4}, "output: expected text, found 4"),
+        ({"question": "Hi", "answer": {"text": "x"}}, "answer: expected text, found dict"),
+        ({"instruction": "Hi", "output": "x", "system": 3}, "system: expected text, found 3"),
+        ({"messages": "Hi"}, "messages: expected a list of messages, found 'Hi'"),
+        ({"messages": "[{"}, "messages: expected a list of messages, found '[{'"),
+        ({"messages": "[" * 100_000}, "messages: expected a list of messages, found '[[[["),
+        ({"messages": []}, "messages: expected a list of messages, found an empty one"),
+        ({"messages": ""}, "messages: expected a list of messages, found an empty one"),
+        ({"messages": [3]}, "messages[0]: expected role and content, found 3"),
+        ({"messages": [{"content": "x"}]},
+         "messages[0]: expected role and content, found the keys content"),
+        ({"messages": [{}]}, "messages[0]: expected role and content, found the keys no key"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content: expected text, found none"),
+        ({"messages": [{"role": 3, "content": "x"}]}, "messages[0].role: expected text, found 3"),
+        ({"messages": [user(), answer(5)]}, "messages[1].content: expected text, found 5"),
+        ({"messages": [user([{"type": "image", "image": "x"}]), answer()]},
+         "messages[0].content[0]: expected a part of text, found 'image'"),
+        ({"messages": [user([{"type": "text", "text": 3}]), answer()]},
+         "messages[0].content[0]: expected text, found 3"),
+        ({"messages": [user(), answer(weight=0.5)]},
+         "messages[1].weight: expected 0 or 1, found 0.5"),
+        ({"messages": [user(), answer(train="no")]},
+         "messages[1].train: expected 0 or 1, found 'no'"),
+        ({"messages": [user(), answer(tool_calls=[{"arguments": {}}])]},
+         "messages[1].tool_calls[0]: expected a call with name and arguments, found dict"),
+        ({"messages": [user(), answer(tool_calls="look")]},
+         "messages[1].tool_calls[0]: expected a call with name and arguments, found 'look'"),
+        ({"conversations": [user(), {"from": "function_call", "value": "look"}]},
+         "conversations[1].value[0]: expected a call with name and arguments, found 'look'"),
+        ({"messages": [user(), answer()], "tools": 3}, "tools: expected a list, found 3"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]},
+         "history[0]: expected a question and its answer, found list"),
+        ({"instruction": "x", "output": "y", "history": [["a", "b"], ["a", 3]]},
+         "history[1]: expected text, found 3"),
+        ({"instruction": "x", "output": "y", "history": "a"},
+         "history: expected a list, found 'a'"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_used_says_why(value: Any, expected: str) -> None:
+    assert expected in problem(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"prompt": "Hi"}, "response or completion: expected a response, found none among the "
+                           "keys prompt"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b"},
+         "response or completion: expected a response, found none among the keys prompt, chosen, "
+         "rejected"),
+        ({"prompt": "Hi", "response": ""}, "response or completion: expected a response, found "
+                                           "none"),
+        ({"prompt": "Hi", "completion": " \n"}, "response or completion: expected a response, "
+                                                "found none"),
+        ({"instruction": "Hi", "output": None},
+         "output or response: expected a response, found none among the keys instruction"),
+        ({"question": "Hi"}, "answer or response: expected a response, found none among the keys "
+                             "question"),
+        ({"input": "Hi", "output": ""}, "output: expected a response, found none"),
+        ({"messages": [user()]}, "messages: expected a response, found none among the keys "
+                                 "messages"),
+        ({"messages": [user(), {"role": "AI", "content": "Yes"}]},
+         "messages: expected a response, found none among the keys messages"),
+        ({"messages": [user(), answer(" "), user("x")]}, "messages: expected a response, found "
+                                                         "none"),
+        ({"messages": [user(), answer("x", weight=0)]},
+         "messages: expected a response, found none to learn"),
+        ({"prompt": [user(), answer("x")]},
+         "response or completion: expected a response, found none to learn"),
+    ],
+)  # fmt: skip
+def test_a_row_without_an_answer_is_a_prompt_alone(value: Any, expected: str) -> None:
+    assert problem(value) == expected
+    assert parsed(value, needs_response=False).messages[0]["role"] == "user"
+
+
+def test_a_call_or_a_thought_is_an_answer_too() -> None:
+    assert parsed({"messages": [user(), answer("", tool_calls=[CALL])]}).answers == (1,)
+    assert parsed({"messages": [user(), answer("", thinking="Hm")]}).answers == (1,)
+    assert "found none" in problem({"messages": [user(), answer("", tool_calls=[])]})
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ({"prompt": "a", "response": HALF}, "response"),
+        ({"prompt": f"a{HALF}", "response": "b"}, "prompt"),
+        ({"messages": [user([{"type": "text", "text": HALF}]), answer()]}, "messages[0].content"),
+        ({"messages": [user(), answer(reasoning_content=HALF)]}, "messages[1]"),
+        ({"messages": [user(), {**answer(), HALF: 1}]}, "messages[1]"),
+        ({"messages": [user(), answer(tool_calls=[{"name": HALF}])]}, "messages[1]"),
+        ({"messages": [user(), answer(tool_calls='[{"name": "\\ud800"}]')]},
+         "messages[1].tool_calls"),
+        ({"messages": [{"role": HALF, "content": "x"}, answer()]}, "messages[0].role"),
+        ({"messages": [user(), answer()], "tools": [{"name": HALF}]}, "tools"),
+        ({"messages": [user(), answer()], "tools": '["\\ud800"]'}, "tools"),
+    ],
+)  # fmt: skip
+def test_half_a_surrogate_pair_is_no_text(value: Any, key: str) -> None:
+    found = problem(value)
+    assert found.startswith(key)
+    assert "expected Unicode text, found half a surrogate pair" in found
+
+
+def test_a_row_reads_the_same_from_json_and_from_csv(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [user(), answer(train=False), user("x"), answer("y")], "tools": [CALL]},
+        {"messages": [user(), answer()], "tools": []},
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, ["messages", "tools"])
+        table.writeheader()
+        table.writerows({key: json.dumps(item) for key, item in row.items()} for row in rows)
+    one, other = read_rows(tmp_path / "rows.jsonl"), read_rows(tmp_path / "rows.csv")
+    assert [(row.messages, row.tools, row.not_trained) for row in one] == [
+        (row.messages, row.tools, row.not_trained) for row in other
+    ]
+    assert one[0].not_trained == {1}
+
+
+def test_the_docs_have_the_forms_of_the_parser() -> None:
+    """`docs/rows.md` between its two marks; written by `forms_table`."""
+    page = (Path(__file__).parents[1] / "docs" / "rows.md").read_text(encoding="utf-8")
+    assert forms_table() in page
