@@ -1,6 +1,7 @@
 """The Snakemake workflow: on tiny random models, and on the bundled model with real vLLM."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -347,13 +348,13 @@ def test_a_bad_config_stops_the_workflow_with_one_line(tmp_path: Path) -> None:
 @pytest.mark.workflow
 def test_the_bundled_configs_work_from_anywhere(tmp_path: Path) -> None:
     demo = plan(None, "--printshellcmds", "--cores", "1000", directory=tmp_path)
-    assert f"--rows {ROOT / 'data' / 'attack.jsonl'}" in demo
+    assert f"--rows {shlex.quote(str(ROOT / 'data' / 'attack.jsonl'))}" in demo
     assert "demo align --base results/models/base" in demo
     assert f"OMP_NUM_THREADS={usable_cores()} " in demo  # not of the machine, in a container
     assert "--words-only" in demo
     assert "--words-only true" not in demo.lower()
     llama = plan(ROOT / "stages" / "llama-3.1-8b.yaml", "--printshellcmds", directory=tmp_path)
-    assert f"--task {ROOT / 'data' / 'support' / 'test.jsonl'}" in llama
+    assert f"--task {shlex.quote(str(ROOT / 'data' / 'support' / 'test.jsonl'))}" in llama
     assert "finetune --model meta-llama/Llama-3.1-8B-Instruct" in llama
 
 
