@@ -296,6 +296,15 @@ def test_no_compiler_is_told_before_a_model_is_loaded(
     assert "expected a C++ compiler (g++, or CXX), found no no-such-compiler" in line
 
 
+def test_torch_at_a_path_with_a_space_does_not_compile_and_is_told(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pact_offline.training.policy.load_model", None)
+    monkeypatch.setattr(torch, "__file__", "/my code/torch/__init__.py")
+    line = fails(*command, "--compile", "-o", tmp_path / "adapter")
+    assert "--compile: expected torch at a path without a space" in line
+
+
 def test_finetune_writes_an_adapter_that_peft_loads(
     command: list[Any], tmp_path: Path, run: Callable[..., Result], aligned: Path, targets: Path
 ) -> None:

@@ -33,6 +33,11 @@ def require_compiler() -> None:
     compiler = os.environ.get("CXX", "g++")
     if default_device().type == "cpu" and shutil.which(compiler) is None:
         raise SettingError(f"--compile: expected a C++ compiler (g++, or CXX), found no {compiler}")
+    if default_device().type == "cpu" and " " in torch.__file__:  # it gives its linker that path
+        raise SettingError(
+            "--compile: expected torch at a path without a space, as its own compiler wants, found "
+            f"{torch.__file__}"
+        )
 
 
 def load_model(
