@@ -6,13 +6,15 @@ A value of null counts as a key that is not there, as it does where Parquet fill
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pact_offline.errors import InputError
+from pact_offline.rows.columns import mapped, no_column, renamed, suggestion
 from pact_offline.rows.row import Message, Row, has_answer
+from pact_offline.rows.values import from_json, key_name, key_names, require_unicode, shown, text_of
 
 ROLES = {
     "human": "user",
@@ -27,7 +29,6 @@ ROLES = {
 }
 _ANSWERS = ("response", "completion", "output", "answer")
 _CONTROLS = ("weight", "train")  # of a message: whether it is learnt
-_MISSING = object()
 _TEXT_OR_LIST = "text or a list of messages"
 _MESSAGE_KEYS = ("role", "from", "content", "value", *_CONTROLS)
 
@@ -51,12 +52,12 @@ class _Keys:
 
     @property
     def names(self) -> str:
-        return _names(self._value)
+        return key_names(self._value)
 
     @property
     def unread(self) -> tuple[str, ...]:
         keys = [key for key in self._value if key not in self._read]
-        return (*map(_name, keys), *self.unread_in_messages)
+        return (*map(key_name, keys), *self.unread_in_messages)
 
     def text(self, key: str) -> str:
         """The text under a key; empty where it is not there."""
@@ -74,7 +75,7 @@ class _Keys:
             with suppress(ValueError, RecursionError):
                 value = json.loads(value) if value.strip() else []
         if not isinstance(value, list):
-            raise InputError(f"{self.origin}: {key}: expected {expected}, found {_shown(value)}")
+            raise InputError(f"{self.origin}: {key}: expected {expected}, found {shown(value)}")
         return value
 
 
@@ -158,7 +159,7 @@ def _instruction(value: _Keys) -> list[Message]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(
                 f"{value.origin}: history[{index}]: expected a question and its answer, found "
-                f"{_shown(pair)}"
+                f"{shown(pair)}"
             )
         asked, answered = (text_of(item, f"history[{index}]", value.origin) for item in pair)
         messages += [_user(asked), _answer(answered)]
@@ -282,16 +283,16 @@ def parse_row(
     left_over: tuple[str, ...] = ()
     if fields:
         asked = fields if needs_response else {k: v for k, v in fields.items() if k not in _ANSWERS}
-        value, left_over = _mapped(given, fields, asked, origin)
+        value, left_over = mapped(given, fields, asked, origin)
     is_mapped = value is not given
     if inner:
-        value = {key: _renamed(item, inner) for key, item in value.items()}
+        value = {key: renamed(item, inner) for key, item in value.items()}
     keys = _Keys(value, origin)
     form = next((form for form in FORMS if form.fits(keys)), None)
     if form is None:
         if fields and not is_mapped:
-            raise _no_column(given, fields, origin)
-        hint = " by --columns" if fields else f"; name them, as in --columns {_suggestion(value)}"
+            raise no_column(given, fields, origin)
+        hint = " by --columns" if fields else f"; name them, as in --columns {suggestion(value)}"
         raise InputError(
             f"{origin}: expected a known form (messages, conversations, prompt, instruction, "
             f"question, or input and output), found the keys {keys.names}{hint}"
@@ -320,118 +321,6 @@ def _require_response(row: Row, form: Form, keys: _Keys) -> None:
     )
 
 
-def _mapped(
-    value: dict[str, Any], columns: Mapping[str, str], required: Mapping[str, str], origin: str
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The values that `columns` names, under our names; and the row's other keys.
-
-    A row that has none of them stays as it is.
-    """
-    found = {ours: _at(value, theirs, _MISSING) for ours, theirs in columns.items()}
-    if all(item is _MISSING for item in found.values()):
-        return value, ()
-    found = {
-        ours: None if item is _MISSING and ours not in required else item
-        for ours, item in found.items()
-    }
-    if missing := {ours: columns[ours] for ours in found if found[ours] is _MISSING}:
-        raise _no_column(value, missing, origin)
-    taken = {theirs if theirs in value else theirs.split(".")[0] for theirs in columns.values()}
-    return found, tuple(_name(key) for key in value if key not in taken and value[key] is not None)
-
-
-def _no_column(value: dict[str, Any], columns: Mapping[str, str], origin: str) -> InputError:
-    first = next(iter(columns.values()))
-    return InputError(f"{origin}: columns: expected the key {first}, found {_names(value)}")
-
-
-def _at(value: Any, place: str, missing: Any = None) -> Any:
-    """What lies under a key, or under keys parted by dots; `missing` where there is no such key."""
-    for part in [place] if isinstance(value, dict) and place in value else place.split("."):
-        if value is None:  # as Parquet has it, where other rows hold keys
-            return None
-        value = value.get(part, missing) if isinstance(value, dict) else missing
-    return value
-
-
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    """A list of messages with some of their keys under our names."""
-    if not isinstance(value, list):
-        return value
-    return [_renamed_message(item, names) if isinstance(item, dict) else item for item in value]
-
-
-def _renamed_message(message: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    found = {ours: _at(message, theirs, _MISSING) for ours, theirs in names.items()}
-    found = {ours: part for ours, part in found.items() if part is not _MISSING}
-    places = [names[ours] for ours in found]
-    taken = {theirs if theirs in message else theirs.split(".")[0] for theirs in places}
-    others = {key: part for key, part in message.items() if key not in taken}
-    return {**others, **found}
-
-
-def _suggestion(value: Mapping[str, Any]) -> str:
-    """A mapping to write for a row of no known form."""
-    for key, item in value.items():
-        if isinstance(item, list) and item and isinstance(item[0], dict):
-            known = {"role": "from", "content": "value"}
-            wanted = [ours for ours, other in known.items() if not {ours, other} & {*item[0]}]
-            names = [
-                _name(name)
-                for name, part in item[0].items()
-                if isinstance(part, str) and name not in (*known, *known.values())
-            ]
-            inner = "".join(f",{o}={t}" for o, t in zip(wanted, names, strict=False))
-            return f"messages={_name(key)}{inner}"
-    names = [_name(key) for key, item in value.items() if isinstance(item, str)]
-    first, second = (*names, "QUESTION", "ANSWER")[:2] if len(names) != 1 else (names[0], "ANSWER")
-    return f"prompt={first},response={second}"
-
-
-def text_of(value: Any, key: str, origin: str) -> str:
-    """A text, or the texts of a list of parts, joined.
-
-    Raises:
-        InputError: neither.
-    """
-    if isinstance(value, list):
-        return "".join(_part(part, f"{key}[{i}]", origin) for i, part in enumerate(value))
-    if not isinstance(value, str):
-        raise InputError(f"{origin}: {key}: expected text, found {_shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{origin}: {key}: expected Unicode text, found half a surrogate pair at character "
-            f"{error.start}"
-        ) from None
-    return value
-
-
-def _unicode(value: Any, key: str, origin: str) -> Any:
-    """A value that goes to the chat template as it is, if all its text can be encoded."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{origin}: {key}: expected Unicode text, found half a surrogate pair"
-        ) from None
-    except RecursionError:
-        raise InputError(f"{origin}: {key}: expected a value, found deeply nested JSON") from None
-    return value
-
-
-def _part(part: Any, key: str, origin: str) -> str:
-    if isinstance(part, dict):
-        kind = part.get("type", "text")
-        if kind not in ("text", "input_text", "output_text") or part.get("text") is None:
-            raise InputError(f"{origin}: {key}: expected a part of text, found {kind!r:.60}")
-        part = part["text"]
-    if not isinstance(part, str):
-        raise InputError(f"{origin}: {key}: expected text, found {_shown(part)}")
-    return text_of(part, key, origin)
-
-
 def _messages(value: _Keys, key: str, expected: str = "a list of messages") -> list[Message]:
     items = value.listed(key, expected)
     if not items:
@@ -442,18 +331,18 @@ def _messages(value: _Keys, key: str, expected: str = "a list of messages") -> l
 def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
     origin = value.origin
     if not isinstance(item, dict):
-        raise InputError(f"{origin}: {place}: expected role and content, found {_shown(item)}")
+        raise InputError(f"{origin}: {place}: expected role and content, found {shown(item)}")
     item = {key: part for key, part in item.items() if part is not None}
     given = item.get("role", item.get("from"))
     if given is None:
         raise InputError(
-            f"{origin}: {place}: expected role and content, found the keys {_names(item)}"
+            f"{origin}: {place}: expected role and content, found the keys {key_names(item)}"
         )
     given = text_of(given, f"{place}.role", origin)
     message: Message = {"role": ROLES.get(given, given), "content": ""}
     content = item.get("content", item.get("value"))
     others = {name: part for name, part in item.items() if name not in _MESSAGE_KEYS}
-    message |= _unicode(others, place, origin)
+    message |= require_unicode(others, place, origin)
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], f"{place}.tool_calls", origin)
     if given == "function_call" and "tool_calls" not in message:
@@ -474,13 +363,13 @@ def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
 def _is_trained(item: dict[str, Any], place: str, origin: str) -> bool:
     for key in _CONTROLS:
         if key in item and item[key] not in (0, 1):
-            raise InputError(f"{origin}: {place}.{key}: expected 0 or 1, found {_shown(item[key])}")
+            raise InputError(f"{origin}: {place}.{key}: expected 0 or 1, found {shown(item[key])}")
     return all(item.get(key, 1) for key in _CONTROLS)
 
 
 def _calls(value: Any, place: str, origin: str) -> list[Any]:
     """Calls of tools as chat templates read them: the arguments an object, not its JSON text."""
-    calls = _from_json(value)
+    calls = from_json(value)
     calls = calls if isinstance(calls, list) else [calls]
     found = []
     for index, call in enumerate(calls):
@@ -488,41 +377,15 @@ def _calls(value: Any, place: str, origin: str) -> list[Any]:
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise InputError(
                 f"{origin}: {place}[{index}]: expected a call with name and arguments, found "
-                f"{_shown(call)}"
+                f"{shown(call)}"
             )
-        function = {**inner, "arguments": _from_json(inner.get("arguments") or {})}
+        function = {**inner, "arguments": from_json(inner.get("arguments") or {})}
         outer = {k: v for k, v in call.items() if v is not None} if "function" in call else {}
         found.append({"type": "function", **outer, "function": function})
-    _unicode(found, place, origin)
+    require_unicode(found, place, origin)
     return found
 
 
 def _tools(value: _Keys) -> tuple[Any, ...] | None:
-    tools = tuple(map(_from_json, value.listed("tools")))
-    return _unicode(tools, "tools", value.origin) or None
-
-
-def _from_json(value: Any) -> Any:
-    """What a JSON text of an object or a list stands for; any other value as it is."""
-    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str | int | float | bool):
-        return repr(value)[:60]
-    return type(value).__name__
-
-
-def _names(keys: Iterable[Any]) -> str:
-    return ", ".join(map(_name, keys)) or "no key"
-
-
-def _name(key: Any) -> str:
-    """A key in one line of text that can be written."""
-    text = str(key)
-    return text if text.isprintable() else repr(text)
+    tools = tuple(map(from_json, value.listed("tools")))
+    return require_unicode(tools, "tools", value.origin) or None
