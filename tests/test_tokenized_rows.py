@@ -32,7 +32,6 @@ from pact_offline.rows.read import read_rows
 from pact_offline.rows.tokenize import tokenize_all
 from pact_offline.rows.tokenized import (
     TokenizedRows,
-    is_known,
     joined,
     tokenized_by,
     tokenized_rows,
@@ -43,6 +42,12 @@ THOUGHT = TEMPLATE.replace(
     "{{ m['content'] }}",
     "{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}",
 )
+
+
+def is_known(model: ModelFiles, source: str, settings: RowSettings) -> bool:
+    """Whether what a source gave is kept."""
+    name = tokenized._name_of(model, source, settings)
+    return name is not None and (tokenized._home() / name / "facts.json").is_file()
 
 
 @pytest.fixture(autouse=True)

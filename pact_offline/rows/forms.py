@@ -232,15 +232,6 @@ FORMS = (
         _pair("input", "output"),
     ),
 )
-NAMES = sorted(
-    {
-        name
-        for form in FORMS
-        for key in (*form.keys, *form.others)
-        for name in key.split("|")
-    }
-    | {"role", "content"}
-)  # fmt: skip
 
 
 def forms_table() -> str:
@@ -269,7 +260,7 @@ def parse_row(
         value: of the file.
         origin: file and line.
         needs_response: refuse a row with no assistant message that may be trained.
-        columns: names of `NAMES` to the row's own, nested ones by a dot; then nothing else of the
+        columns: names of `COLUMNS` to the row's own, nested ones by a dot; then nothing else of the
             row is read.
 
     Raises:

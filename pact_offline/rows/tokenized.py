@@ -269,12 +269,6 @@ def tokenized_source(
     return found
 
 
-def is_known(model: ModelFiles, source: str, settings: RowSettings) -> bool:
-    """Whether a source was tokenized before."""
-    name = _name_of(model, source, settings)
-    return name is not None and (_home() / name / _FACTS).is_file()
-
-
 def _home() -> Path:
     """Where `datasets` keeps what it has read; found without importing it, which takes a second."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / (
