@@ -71,14 +71,12 @@ class RowKeys:
 
     def first_difference(self, other: RowKeys) -> int | None:
         """The first row whose contexts are others; None where all are the same."""
-        if np.array_equal(self.ends, other.ends) and self.data == other.data:
+        ours, theirs = self.data, other.data
+        if np.array_equal(self.ends, other.ends) and ours == theirs:
             return None
         for row in range(min(len(self), len(other))):
-            ours, theirs = (
-                keys.data[keys.starts[row] * KEY_BYTES : keys.ends[row] * KEY_BYTES]
-                for keys in (self, other)
-            )
-            if ours != theirs:
+            start, end = KEY_BYTES * int(self.starts[row]), KEY_BYTES * int(self.ends[row])
+            if self.ends[row] != other.ends[row] or ours[start:end] != theirs[start:end]:
                 return row
         return min(len(self), len(other))
 
