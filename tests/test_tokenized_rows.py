@@ -132,7 +132,7 @@ def test_rows_are_what_the_tokenizer_makes_of_the_file(
     assert found.turns.tolist() == [len(e.turns) for e in examples]
     assert found.is_cut.tolist() == [e.is_cut for e in examples]
     turns = [turn for example in examples for turn in example.turns]
-    assert found.longest_answer == max(turn.end - turn.header for turn in turns)
+    assert found.answer_lengths.tolist() == [turn.end - turn.header for turn in turns]
     assert found.longest_turn == max(turn.end - turn.first for turn in turns)
     facts = found.facts[0]
     assert (facts.read, facts.bad, facts.long) == (9, 0, 0)

@@ -103,11 +103,10 @@ class TokenizedRows:
         """Trained tokens of each row, int64 [rows]."""
         return _joined([batch.steps() for batch in self._batches])
 
-    @cached_property
-    def longest_answer(self) -> int:
-        """Tokens of the longest answer, from where it is generated."""
-        numbers = [batch.turns.reshape(-1, 4) for batch in self._batches]
-        return max((int((some[:, 3] - some[:, 0]).max()) for some in numbers), default=0)
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """Tokens of each answer, from where it is generated, int64 [turns of all rows]."""
+        return _joined([batch.answer_lengths() for batch in self._batches])
 
     @cached_property
     def longest_turn(self) -> int:
@@ -164,6 +163,10 @@ class _Batch:
         key_ends = _ends(keys)
         self.keys = memoryview(keys.buffers()[2])[key_ends[0] : key_ends[-1]]
         self.is_cut = numbers(is_cut).astype(bool)
+
+    def answer_lengths(self) -> np.ndarray:
+        numbers = self.turns[self.turn_ends[0] : self.turn_ends[-1]].reshape(-1, 4)
+        return np.asarray(numbers[:, 3] - numbers[:, 0], dtype=np.int64)
 
     def steps(self) -> np.ndarray:
         numbers = self.turns[self.turn_ends[0] : self.turn_ends[-1]].reshape(-1, 4)

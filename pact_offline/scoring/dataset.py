@@ -60,11 +60,15 @@ class Dataset:
         """Their keys, in the same order."""
         return self.rows.keys.unique()
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest context."""
-        header = len(self.identity.header_ids)
-        return max(int(self.rows.lengths.max()), header + self.rows.longest_answer)
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each context, int64, by its place."""
+        lengths = np.zeros(len(self.rows.keys), np.int64)
+        is_full = np.zeros(len(lengths), bool)
+        is_full[self.keys.starts] = True
+        lengths[is_full] = self.rows.lengths
+        lengths[~is_full] = len(self.identity.header_ids) + self.rows.answer_lengths
+        return lengths
 
     def context(self, place: int) -> Context:
         """The context at a place."""

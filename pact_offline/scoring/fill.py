@@ -59,7 +59,7 @@ def fill(job: ScoringJob, model: ModelFiles, settings: ScoreSettings) -> ScoreSu
         shared=len(dataset.rows.keys) - len(dataset.distinct),
         known=len(dataset.distinct) - len(unknown),
         scored=len(places),
-        tokens=sum(len(context.fed) for context in map(dataset.context, places)),
+        tokens=int((dataset.lengths[places] - 1).sum()),  # the last of each is not fed
         backend=dataset.backend,
         store=dataset.store,
     )
@@ -76,7 +76,7 @@ def fill(job: ScoringJob, model: ModelFiles, settings: ScoreSettings) -> ScoreSu
         dataset.backend,
         model.path,
         dataset.identity.safety_ids,
-        dataset.longest,
+        int(dataset.lengths.max()),
         settings,
     )
     with closing(scorer):
