@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from pact_offline.errors import CheckFailedError, MissingFileError, ModelError
-from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal
-from pact_offline.files import write_json
+from pact_offline.files import read_json, write_json
+from pact_offline.fine_tuned import FineTuned
 from pact_offline.folders import RUN_FILE, output_aside
 from pact_offline.machine import default_dtype
+from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
@@ -33,6 +34,7 @@ from pact_offline.rows.tokenize import tokenize_all
 from pact_offline.settings.stages import AlignSettings, FinetuneSettings
 from pact_offline.training.finetune import train
 from pact_offline.training.policy import prepare_policy
+from pact_offline.training.step_log import STEP_LOG
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ def align(
     output: Path,
     settings: AlignSettings,
 ) -> dict[str, float]:
-    """Teach a model to refuse, and check that it does so where it should and nowhere else.
+    """Make an adapter that teaches a model to refuse, where it should and nowhere else.
 
     It learns the refusal pairs, and its own earlier answers to the benign prompts.
 
@@ -113,7 +115,7 @@ def align(
         refusals: refusal pairs.
         benign: prompts, answered by the untouched model.
         prompts: files "harmful", "benign" and "task".
-        output: directory of the merged model.
+        output: directory of the adapter, whose weights are bfloat16.
         settings: sizes, learning rate and limits.
 
     Returns:
@@ -153,15 +155,16 @@ def align(
             _beginning(example, settings.answer_tokens)
             for example in tokenize_all(rows, chat, training)
         ]
-        trainer, _ = train(policy, chat.tokenizer, _in_order(examples, settings), training, aside)
-        # What is kept is bfloat16; it is checked as such, in what this machine computes in.
-        merged = trainer.model.merge_and_unload().to(torch.bfloat16)
-        merged = merged.to(getattr(torch, training.dtype)).eval()
+        train(policy, chat.tokenizer, _in_order(examples, settings), training, aside)
+        policy.to(torch.bfloat16).save_pretrained(aside, safe_serialization=True)
+        for file in (STEP_LOG, "README.md"):
+            (aside / file).unlink()
+        del policy
+        # Checked as it will be used: as what is kept, in what this machine computes in.
+        merged = _with_adapter(base, aside).to(getattr(torch, training.dtype))
         shares = {name: _share_refused(merged, chat, rows) for name, rows in checks.items()}
         log.info("refused: %s", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
         check(shares, settings)
-        merged.to(torch.bfloat16).save_pretrained(aside, safe_serialization=True)
-        chat.tokenizer.save_pretrained(aside)
         write_json(
             aside / RUN_FILE,
             {
@@ -171,6 +174,33 @@ def align(
             },
         )
     return shares
+
+
+def aligned(base: str, adapter: Path, output: Path) -> None:
+    """Write the reference: a model with an adapter of `align`, merged.
+
+    Args:
+        base: hub id or path.
+        adapter: directory of the adapter.
+        output: directory of the merged model, in bfloat16.
+
+    Raises:
+        MissingFileError, InputError: no adapter of this model.
+    """
+    with output_aside(output) as aside:
+        _with_adapter(base, adapter).save_pretrained(aside, safe_serialization=True)
+        load_tokenizer(base).save_pretrained(aside)
+        made = read_json(adapter / RUN_FILE) if (adapter / RUN_FILE).is_file() else None
+        write_json(aside / RUN_FILE, {"aligned": made, "provenance": provenance(base=base)})
+
+
+def _with_adapter(base: str, adapter: Path) -> Any:
+    """The merged model in bfloat16, in eval mode.
+
+    Added up in float64, so that every processor rounds to the same weights.
+    """
+    model = load_model(base, "float32", device=torch.device("cpu")).double()
+    return FineTuned.read(adapter).added_to(model).to(torch.bfloat16)
 
 
 def _beginning(example: TokenizedExample, length: int) -> TokenizedExample:

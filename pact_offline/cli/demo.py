@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from pact_offline.cli.options import (
+    FOLDER,
     MODEL,
     OUTPUT_FOLDER,
     ROW_SOURCES,
@@ -54,7 +55,7 @@ def demo_extract(output: Path) -> None:
 @click.option("--harmful-check", type=ROWS, required=True, help="Held-out harmful prompts.")
 @click.option("--benign-check", type=ROWS, required=True, help="Plain benign prompts.")
 @click.option("--task-check", type=ROWS, required=True, help="Task prompts.")
-@click.option("-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the model.")
+@click.option("-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the adapter.")
 @settings_options(AlignSettings)
 def demo_align(
     base: str,
@@ -66,14 +67,29 @@ def demo_align(
     output: Path,
     settings: AlignSettings,
 ) -> None:
-    """Teach the demo model to refuse, and check that it does.
+    """Make the adapter that teaches the demo model to refuse, and check that it does.
 
     Example: pact-offline demo align --base models/base --refusals refusals.jsonl
     --benign benign.jsonl --harmful-check h.jsonl --benign-check b.jsonl --task-check t.jsonl
-    -o models/aligned
+    -o models/adapter
     """
     from pact_offline.demo import align
 
     prompts = {"harmful": harmful_check, "benign": benign_check, "task": task_check}
     shares = align(base, refusals, benign, prompts, output, settings)
     click.echo(", ".join(f"{name} refused {share:.1%}" for name, share in shares.items()))
+
+
+@demo.command("aligned")
+@click.option("--base", type=MODEL, required=True, help="Untouched model: hub id or path.")
+@click.option("--adapter", type=FOLDER, required=True, help="From `pact-offline demo align`.")
+@click.option("-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the model.")
+def demo_aligned(base: str, adapter: Path, output: Path) -> None:
+    """Write the demo model that refuses: the untouched one with its adapter.
+
+    Example: pact-offline demo aligned --base models/base --adapter data/reference
+    -o models/aligned
+    """
+    from pact_offline.demo import aligned
+
+    aligned(base, adapter, output)
