@@ -6,8 +6,16 @@ def run_rows(wildcards):
 
 
 def needs_targets(run):
-    """Plain fine-tuning needs no targets, nor does one with the reference in memory."""
-    return run.objective != "none" and run.reference != "live"
+    """Plain fine-tuning needs no targets unless it leaves refused rows out, nor does one with the
+    reference in memory."""
+    is_plain = run.objective == "none" and run.refused_rows == "learn"
+    return not is_plain and run.reference != "live"
+
+
+def rehearses(run):
+    """Whether a run mixes the reference's own answers in."""
+    is_held = run.objective != "none" and run.reference != "live"
+    return CONFIG.rehearsal is not None and is_held and run.rehearsal_share > 0
 
 
 def run_targets(wildcards):
@@ -18,17 +26,35 @@ def run_targets(wildcards):
 
 
 def run_tokens(wildcards):
-    return [] if RUNS[wildcards.run].objective == "none" else rules.tokens.output
+    run = RUNS[wildcards.run]
+    return rules.tokens.output if needs_targets(run) or run.reference == "live" else []
+
+
+def run_rehearsal(wildcards):
+    """As `run_targets`: the prompts decide them."""
+    return ancient(REHEARSAL) if rehearses(RUNS[wildcards.run]) else []
+
+
+def run_prompts(wildcards):
+    return local_files(CONFIG.rehearsal.prompts) if rehearses(RUNS[wildcards.run]) else []
+
+
+def rehearsed(wildcards):
+    """What decides a run's rehearsal beside its own settings."""
+    is_one = rehearses(RUNS[wildcards.run])
+    return [CONFIG.rehearsal.prompts, options(CONFIG.rehearsal, ["prompts"])] if is_one else []
 
 
 def targets_option(wildcards):
     run = RUNS[wildcards.run]
-    if run.objective == "none":
+    if not run_tokens(wildcards):
         return ""
-    tokens = f"--safety-tokens {shlex.quote(str(rules.tokens.output[0]))}"
-    if not needs_targets(run):
-        return tokens
-    return f"--targets {shlex.quote(str(run_targets(wildcards)))} {tokens}"
+    given = {"--safety-tokens": rules.tokens.output[0]}
+    if needs_targets(run):
+        given["--targets"] = run_targets(wildcards)
+    if rehearses(run):
+        given["--rehearsal"] = REHEARSAL
+    return " ".join(repeated(option, [path]) for option, path in given.items())
 
 
 def finetune_means(wildcards):
@@ -43,6 +69,8 @@ rule finetune:
         rows=run_rows,
         template=lambda wildcards: chat_template(RUNS[wildcards.run]),
         targets=run_targets,
+        rehearsal=run_rehearsal,
+        prompts=run_prompts,
         tokens=run_tokens,
         model=model_input(ALIGNED),
         code=lambda wildcards: own_code(RUNS[wildcards.run]),
@@ -63,6 +91,7 @@ rule finetune:
         rows=lambda wildcards: repeated("--rows", CONFIG.datasets[RUNS[wildcards.run].dataset]),
         targets=targets_option,
         scored=lambda wildcards: SCORE_VALUES if needs_targets(RUNS[wildcards.run]) else "",
+        rehearsed=rehearsed,
         settings=lambda wildcards: options(
             RUNS[wildcards.run], without=["dataset", "save_steps"]
         ),

@@ -3,6 +3,7 @@
 from functools import cache
 
 from pact_offline.cache.presence import is_there
+from pact_offline.cache.targets import answers_place
 
 
 scattergather:

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -543,13 +544,15 @@ def test_row_keys_are_read_as_they_were_written(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     rows = [[random.bytes(16).hex() for _ in range(count)] for count in (2, 4, 3)]
     made = RowKeys.of(rows)
-    written = RowKeys(made.keys, made.ends, np.array([0, 0, 1]), np.array([7, 9, 1]))
+    scaffolds = np.array([0, 0, 4, 0, 1, 0])
+    written = RowKeys(made.keys, made.ends, np.array([0, 0, 1]), np.array([7, 9, 1]), scaffolds)
     targets = tmp_path / "t.json"
     found = RowKeys.load(targets, written.save(targets))
     assert [key.hex() for key in found.keys.to_pylist()] == [*rows[0], *rows[1], *rows[2]]
     assert (found.starts.tolist(), found.ends.tolist()) == ([0, 2, 6], [2, 6, 9])
     assert (found.sources.tolist(), found.places.tolist()) == ([0, 0, 1], [7, 9, 1])
     assert found.data == made.data
+    assert (found.turn_ends.tolist(), found.scaffolds.tolist()) == ([1, 4, 6], scaffolds.tolist())
     assert found.first_difference(made) is None
     for other, row in (
         ([rows[0], rows[2], rows[1]], 1),
@@ -594,7 +597,8 @@ def key_table(ends: list[int], keys: pa.Array) -> pa.Table:
     """Rows whose keys end at `ends`."""
     lists = pa.LargeListArray.from_arrays(pa.array([0, *ends], pa.int64()), keys)
     zeros = [0] * len(ends)
-    return pa.table([lists, zeros, zeros], schema=row_keys_module.SCHEMA)
+    scaffolds = [[0] * (end - start - 1) for start, end in pairwise([0, *ends])]
+    return pa.table([lists, zeros, zeros, scaffolds], schema=row_keys_module.SCHEMA)
 
 
 def keys_beside_rows(keys: pa.Array) -> bytes:
@@ -615,7 +619,7 @@ def keys_beside_rows(keys: pa.Array) -> bytes:
         ),
         (
             lambda keys: to_bytes(key_table([2, 4, 6], keys).select(["keys", "source"])),
-            "expected the columns keys, source, place, found others",
+            "expected the columns keys, source, place, scaffold, found others",
         ),
         (
             lambda keys: to_bytes(
@@ -623,23 +627,33 @@ def keys_beside_rows(keys: pa.Array) -> bytes:
                     row_keys_module.SCHEMA.set(2, pa.field("place", pa.int32()))
                 )
             ),
-            "expected the columns keys, source, place, found others",
+            "expected the columns keys, source, place, scaffold, found others",
         ),
         (
             lambda keys: to_bytes(
                 key_table([6], keys).set_column(2, "place", pa.array([None], pa.int64()))
             ),
-            "expected the columns keys, source, place, found others",
+            "expected the columns keys, source, place, scaffold, found others",
         ),
         (lambda keys: to_bytes(key_table([], keys)), "expected the keys of rows, found none"),
         (lambda keys: to_bytes(key_table([2, 3, 6], keys)), "expected two or more of each row"),
+        (
+            lambda keys: to_bytes(
+                key_table([2, 4, 6], keys).set_column(
+                    3,
+                    row_keys_module.SCHEMA.field("scaffold"),
+                    pa.array([[0, 0], [], [0]], pa.large_list(pa.int32())),
+                )
+            ),
+            "scaffold: expected one of each turn",
+        ),
         (keys_beside_rows, "expected those of rows, found others beside them"),
         (lambda keys: b"", "expected an Arrow table"),
         (lambda keys: b"[" * 100_000, "expected an Arrow table"),
     ],
     ids=[
         "compressed", "a dictionary", "a column less", "another type", "a null", "no rows",
-        "a row of one key", "keys of no row", "empty", "no Arrow",
+        "a row of one key", "scaffolds of others", "keys of no row", "empty", "no Arrow",
     ],
 )  # fmt: skip
 def test_keys_in_another_form_are_refused_in_words(
@@ -720,7 +734,7 @@ def test_an_older_targets_file_says_to_score_again(
         ["cache", "audit", scored, *common],
         ["finetune", *common, "--targets", scored, "-o", scored.with_name("adapter")],
     ):
-        assert f"{scored}: format_version: expected 3, found 2; run `pact-offline score` again" in (
+        assert f"{scored}: format_version: expected 4, found 2; run `pact-offline score` again" in (
             fails(*command)
         )
     again = run(*score_command(aligned, rows_file, tokens_file, scored.parent), "-o", scored)

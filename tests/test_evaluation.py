@@ -17,10 +17,10 @@ from tiny import make_model
 
 from pact_offline.cli import cli
 from pact_offline.evaluation import subject
-from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import is_refusal, judge_with_guard
 from pact_offline.evaluation.metrics import Metrics, Rate
 from pact_offline.evaluation.prompt_sets import Answer
+from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.rows.chat import Chat, load_tokenizer
 from pact_offline.rows.row import Row

@@ -82,6 +82,7 @@ def test_no_module_of_the_cache_needs_torch() -> None:
                 "cache/store.py",
                 "cache/targets.py",
                 "rows/files.py",
+                "rows/subset.py",
                 "rows/tokenized.py",
                 "rows/tokenizing.py",
                 "scoring/dataset.py",

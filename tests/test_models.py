@@ -17,7 +17,7 @@ from examples import prompt_of
 from tiny import make_model
 
 from pact_offline import files
-from pact_offline.evaluation.generate import generate
+from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.rows.chat import load_tokenizer

@@ -38,29 +38,6 @@ from pact_offline.training.step_log import Journal
 from pact_offline.training.trainer import PactTrainer
 
 
-@pytest.fixture
-def targets(
-    tmp_path: Path, aligned: Path, rows_file: Path, tokens_file: Path, run: Callable[..., Result]
-) -> Path:
-    path = tmp_path / "targets.json"
-    result = run(
-        "score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file,
-        "--cache", tmp_path / "cache", "--backend", "transformers", "--dtype", "float32",
-        "--stored-dtype", "float32", "-o", path,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    return path
-
-
-@pytest.fixture
-def command(aligned: Path, rows_file: Path, tokens_file: Path, targets: Path) -> list[Any]:
-    return [
-        "finetune", "--model", aligned, "--rows", rows_file, "--targets", targets,
-        "--safety-tokens", tokens_file, "--dtype", "float32", "--batch-size", 4,
-        "--learning-rate", "1e-3", "--lora-dropout", 0,
-    ]  # fmt: skip
-
-
 def loss_by_hand(
     model: Any, reference: Any, examples: Any, targets: TargetCache, weights: torch.Tensor,
     settings: FinetuneSettings,
@@ -87,27 +64,6 @@ def loss_by_hand(
             kl += function(policy, given, only, weights, steps, settings).sum()
         count += end - start
     return (cross_entropy + settings.kl_weight * kl) / count
-
-
-@pytest.fixture
-def conversations(rows_file: Path) -> Path:
-    """The twelve rows, with one to three answers each, one of them not to be learnt."""
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    said = [
-        [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["response"]},
-        ]
-        for row in rows
-    ]
-    said[4][1]["weight"] = 0
-    messages = [
-        [turn for i in range(1 + number % 3) for turn in said[(number + i) % 12]]
-        for number in range(12)
-    ]
-    messages[4] = [*said[4], *said[5]]
-    write_rows(rows_file, [{"messages": turns} for turns in messages])
-    return rows_file
 
 
 def test_every_answer_of_a_conversation_is_trained_and_held(

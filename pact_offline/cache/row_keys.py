@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         ("keys", pa.large_list(pa.binary(KEY_BYTES))),  # the full context's, then each turn's
         ("source", pa.int32()),
         ("place", pa.int64()),
+        ("scaffold", pa.large_list(pa.int32())),  # of each turn
     ]
 )
 
@@ -35,12 +36,14 @@ class RowKeys:
         ends: int64 [rows], where each row's keys end.
         sources: int32 [rows], number of each row's source.
         places: int64 [rows], its line there.
+        scaffolds: int32 [turns of all rows], response steps before the answer's own text.
     """
 
     keys: pa.FixedSizeBinaryArray
     ends: np.ndarray
     sources: np.ndarray
     places: np.ndarray
+    scaffolds: np.ndarray
 
     @classmethod
     def of(cls, rows: list[list[str]]) -> RowKeys:
@@ -52,7 +55,8 @@ class RowKeys:
         )
         ends = np.cumsum([len(keys) for keys in rows], dtype=np.int64)
         places = np.arange(1, len(rows) + 1, dtype=np.int64)
-        return cls(keys, ends, np.zeros(len(rows), np.int32), places)
+        scaffolds = np.zeros(count - len(rows), np.int32)
+        return cls(keys, ends, np.zeros(len(rows), np.int32), places, scaffolds)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -61,6 +65,11 @@ class RowKeys:
     def starts(self) -> np.ndarray:
         """Where each row's keys begin, int64 [rows]: at its full context's."""
         return np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+
+    @cached_property
+    def turn_ends(self) -> np.ndarray:
+        """Where each row's turns end among those of all rows, int64 [rows]."""
+        return np.asarray(self.ends - np.arange(1, len(self) + 1), dtype=np.int64)
 
     @property
     def data(self) -> bytes:
@@ -86,6 +95,7 @@ class RowKeys:
             lists_of(self.ends, self.keys),
             array_of(self.sources.astype(np.int32)),
             array_of(self.places.astype(np.int64)),
+            lists_of(self.turn_ends, array_of(self.scaffolds.astype(np.int32))),
         ]
         data = to_bytes(pa.table(columns, schema=SCHEMA))
         digest = hashlib.sha256(data).hexdigest()
@@ -126,7 +136,11 @@ class RowKeys:
         if offsets[0] or offsets[-1] != len(lists.values):
             raise DamagedError(f"{path}: keys: expected those of rows, found others beside them")
         sources, places = (numbers(table[name].chunk(0)) for name in ("source", "place"))
-        return cls(lists.values, offsets[1:], sources, places)
+        turns = table["scaffold"].chunk(0)
+        found_keys = cls(lists.values, offsets[1:], sources, places, numbers(turns.values))
+        if not np.array_equal(numbers(turns.offsets)[1:], found_keys.turn_ends):
+            raise DamagedError(f"{path}: scaffold: expected one of each turn, found otherwise")
+        return found_keys
 
 
 def keys_place(targets: Path, digest: str) -> Path:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.stages import RowSettings
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _STORE_NAME = re.compile(r"(?!\.+$)[\w. -]+")
 
 
@@ -194,6 +195,13 @@ class TargetCache:
     def safety_ids(self) -> list[int]:
         return list(self.binding.identity.safety_ids)
 
+    @cached_property
+    def turn_steps(self) -> np.ndarray:
+        """Response steps of each turn, one row after the other, int64 [turns of all rows]."""
+        is_turn = np.ones(len(self._places), bool)
+        is_turn[self._starts] = False
+        return np.asarray(self._store.steps[self._places[is_turn]])
+
     def _at(self, index: int, kind: ContextKind) -> np.ndarray:
         start = self._starts[index]
         if kind == "full":
@@ -278,7 +286,14 @@ class TargetCache:
 
 def keys_of(rows: TokenizedRows) -> RowKeys:
     """The keys of tokenized rows."""
-    return RowKeys(rows.keys, rows.key_ends, rows.sources.astype(np.int32), rows.places)
+    return RowKeys(
+        rows.keys, rows.key_ends, rows.sources.astype(np.int32), rows.places, rows.scaffolds
+    )
+
+
+def answers_place(targets: Path) -> Path:
+    """Where the rows of a targets.json of `pact-offline rehearse` lie: beside it."""
+    return targets.with_name(f"{targets.name.removesuffix('.json')}.answers.jsonl")
 
 
 def store_place(store: str, path: Path, cache: str | Path | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pact_offline import __version__
-from pact_offline.cli import bench, cache, demo, evaluation, rows, scoring, training
+from pact_offline.cli import bench, cache, demo, evaluation, rows, scoring, screening, training
 from pact_offline.cli.lifetime import end_with_another
 from pact_offline.errors import Interrupted, PactError
 from pact_offline.files import is_text
@@ -56,7 +56,7 @@ def one_line(text: str) -> str:
 def cli(verbose: bool) -> None:
     """Fine-tune chat models without losing their refusals, from confidences that were scored once.
 
-    The usual order: rows, tokens, score, finetune, evaluate, report.
+    The usual order: rows, tokens, score, screen, rehearse, finetune, evaluate, report.
     """
     end_with_another()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
@@ -67,6 +67,8 @@ for command in (
     rows.rows,
     scoring.tokens,
     scoring.score,
+    screening.screen,
+    scoring.rehearse,
     training.finetune,
     training.merge,
     evaluation.evaluate,

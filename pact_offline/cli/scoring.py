@@ -1,4 +1,4 @@
-"""`pact-offline tokens` and `score`."""
+"""`pact-offline tokens`, `score` and `rehearse`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pact_offline.cli.options import (
 )
 from pact_offline.errors import Interrupted
 from pact_offline.settings.stages import (
+    RehearseSettings,
     ScoreSettings,
     TokensSettings,
 )
@@ -153,4 +154,59 @@ def score(
             f"{summary.rows} rows, {summary.contexts} contexts: {summary.shared} shared, "
             f"{summary.known} known, {summary.scored} scored ({summary.tokens} tokens, "
             f"{summary.backend})\nstore: {summary.store}"
+        )
+
+
+@click.command()
+@click.option("--model", type=MODEL, required=True, help="Reference model: hub id or path.")
+@click.option(
+    "--prompts",
+    type=ROWS,
+    multiple=True,
+    required=True,
+    help=f"Prompts for it to answer, harmful and harmless: {ROW_SOURCES}; answers in them are not "
+    "read; may be repeated.",
+)
+@safety_tokens_option
+@click.option(
+    "--cache", type=STORES, required=True, help="Directory of stores, or an fsspec URL (s3://...)."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT_FILE,
+    required=True,
+    help="targets.json to write; its rows go to NAME.answers.jsonl beside it.",
+)
+@settings_options(RehearseSettings)
+@json_option
+def rehearse(
+    model: str,
+    prompts: tuple[str, ...],
+    safety_tokens: Path,
+    cache: str,
+    output: Path,
+    as_json: bool,
+    settings: RehearseSettings,
+) -> None:
+    """Let the reference answer prompts, and score that.
+
+    `finetune --rehearsal` mixes them into every batch, and holds the policy there. Made once for a
+    reference, for any dataset and run.
+
+    Example: pact-offline rehearse --model A --prompts data/rehearsal.jsonl
+    --safety-tokens tokens.json --cache cache -o rehearsal.json
+    """
+    from dataclasses import asdict
+
+    from pact_offline.models.locate import locate_model
+    from pact_offline.scoring.rehearse import rehearse as run
+
+    summary = run(locate_model(model), prompts, safety_tokens, cache, settings, output)
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+    else:
+        click.echo(
+            f"{summary.rows} answers, {summary.contexts} contexts: {summary.known} known, "
+            f"{summary.scored} scored ({summary.backend})\nstore: {summary.store}"
         )

@@ -33,6 +33,9 @@ from pact_offline.settings.stages import (
 @rows_option
 @click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
 @click.option("--safety-tokens", type=FILE, help="safety_tokens.json from `pact-offline tokens`.")
+@click.option(
+    "--rehearsal", type=FILE, help="targets.json from `pact-offline rehearse`, to mix in."
+)
 @cache_option
 @click.option(
     "-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the adapter, to write."
@@ -44,6 +47,7 @@ def finetune(
     rows: tuple[str, ...],
     targets: Path | None,
     safety_tokens: Path | None,
+    rehearsal: Path | None,
     cache: str | None,
     output: Path,
     as_json: bool,
@@ -67,6 +71,7 @@ def finetune(
         settings,
         targets_path=targets,
         tokens_path=safety_tokens,
+        rehearsal_path=rehearsal,
         cache_place=cache,
     )
     if not is_first_process():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pact_offline.evaluation.generate import generate
+from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.own_code import content_of, load_verdict
 from pact_offline.rows.chat import Chat

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pact_offline.errors import InputError, SettingError
-from pact_offline.evaluation.generate import generate
 from pact_offline.evaluation.judges import Judge
 from pact_offline.evaluation.metrics import PROMPT_SETS, PromptSet
+from pact_offline.models.generate import generate
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat
 from pact_offline.rows.read import read_rows

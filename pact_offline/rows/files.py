@@ -11,9 +11,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -21,6 +21,7 @@ from pact_offline.errors import InputError, first_line
 from pact_offline.files import parse_json, require_file
 from pact_offline.models.locate import looks_like_path
 
+Kind = Literal["parquet", "arrow", "csv", "json array", "json lines"]
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
 _BATCH_ROWS = 1024
@@ -80,25 +81,28 @@ def suffix_of(path: Path) -> str:
 
 def _file_values(path: Path) -> Iterator[Value]:
     require_file(path)
-    suffix = suffix_of(path)
     try:
-        with _opened(path) as stream:
-            start = stream.peek(16)[:16]
-            if start.startswith(b"PAR1"):
-                yield from _parquet(path, stream)
-            elif start.startswith(b"ARROW1") or suffix in (".arrow", ".feather"):
-                yield from _arrow(path, stream)
-            elif suffix in (".csv", ".tsv"):
-                yield from _csv(path, stream, "\t" if suffix == ".tsv" else ",")
-            elif start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-                yield from _json_array(path, stream)
-            else:
-                yield from _json_lines(path, stream)
+        with opened(path) as stream:
+            yield from _READERS[kind_of(path, stream)](path, stream)
     except (OSError, EOFError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
-def _opened(path: Path) -> io.BufferedReader:
+def kind_of(path: Path, stream: io.BufferedReader) -> Kind:
+    """What a file is, by how it begins and its name."""
+    suffix = suffix_of(path)
+    start = stream.peek(16)[:16]
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if start.startswith(b"ARROW1") or suffix in (".arrow", ".feather"):
+        return "arrow"
+    if suffix in (".csv", ".tsv"):
+        return "csv"
+    is_array = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    return "json array" if is_array else "json lines"
+
+
+def opened(path: Path) -> io.BufferedReader:
     """A file's bytes, unpacked."""
     file = path.open("rb")
     start = file.peek(4)
@@ -154,6 +158,24 @@ def _json_lines(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
 def _json_array(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
     """The items of an array, each by the line it begins at; one at a time in memory."""
     text = _decoded(stream.read().removeprefix(b"\xef\xbb\xbf"), path)
+    return (Value(item.line, item.value) for item in array_items(text, path))
+
+
+class Item(NamedTuple):
+    """An item of a JSON array: its line, its value, and where its text lies."""
+
+    line: int
+    value: Any
+    start: int
+    end: int
+
+
+def array_items(text: str, path: Path) -> Iterator[Item]:
+    """The items of a JSON array, in order.
+
+    Raises:
+        InputError: names the line where it is none.
+    """
     decoder = json.JSONDecoder()
     at = _skip(text, _skip(text, 0) + 1)
     line, counted = 1, 0
@@ -167,7 +189,7 @@ def _json_array(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
         except (ValueError, RecursionError):
             parse_json(text[at:], str(path), line=line)  # says what is wrong with it
             raise InputError(f"{path}:{line}: expected JSON, found otherwise") from None
-        yield Value(line, value)
+        yield Item(line, value, at, end)
         at = _skip(text, end)
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)
@@ -183,11 +205,16 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _csv(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator[Value]:
+def delimiter_of(path: Path) -> str:
+    """What stands between the cells of a CSV file."""
+    return "\t" if suffix_of(path) == ".tsv" else ","
+
+
+def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
     csv.field_size_limit(_LONGEST_CELL)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        reader = csv.reader(text, delimiter=delimiter_of(path), strict=True)
         names = next(reader, [])
         if doubled := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"{path}:1: expected distinct columns, found {doubled!r} twice")
@@ -207,7 +234,7 @@ def _csv(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator[Valu
         text.detach()
 
 
-def _seekable(stream: io.BufferedReader) -> Any:
+def seekable(stream: io.BufferedReader) -> Any:
     raw = stream.raw
     return pa.BufferReader(stream.read()) if isinstance(raw, _Unpacked) else pa.PythonFile(stream)
 
@@ -215,12 +242,12 @@ def _seekable(stream: io.BufferedReader) -> Any:
 def _parquet(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(_seekable(stream))
+    file = pq.ParquetFile(seekable(stream))
     yield from _batches(file.iter_batches(_BATCH_ROWS))
 
 
 def _arrow(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
-    file = _seekable(stream)
+    file = seekable(stream)
     try:
         reader = pa.ipc.open_file(file)
         batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
@@ -236,6 +263,15 @@ def _batches(batches: Iterator[pa.RecordBatch]) -> Iterator[Value]:
         for value in batch.to_pylist():
             place += 1
             yield Value(place, _unfilled(value))
+
+
+_READERS: dict[Kind, Callable[[Path, io.BufferedReader], Iterator[Value]]] = {
+    "parquet": _parquet,
+    "arrow": _arrow,
+    "csv": _csv,
+    "json array": _json_array,
+    "json lines": _json_lines,
+}
 
 
 def _unfilled(value: Any, *, in_list: bool = False) -> Any:

@@ -106,13 +106,26 @@ class TokenizedRows:
     @property
     def answer_lengths(self) -> np.ndarray:
         """Tokens of each answer, from where it is generated, int64 [turns of all rows]."""
-        return _joined([batch.answer_lengths() for batch in self._batches])
+        numbers = [batch.numbers() for batch in self._batches]
+        return _joined([some[:, 3] - some[:, 0] for some in numbers])
+
+    @property
+    def turn_steps(self) -> np.ndarray:
+        """Trained tokens of each answer, int64 [turns of all rows]."""
+        numbers = [batch.numbers() for batch in self._batches]
+        return _joined([some[:, 3] - some[:, 1] for some in numbers])
 
     @cached_property
     def longest_turn(self) -> int:
         """Steps of the longest answer, counted from its own text."""
-        numbers = [batch.turns.reshape(-1, 4) for batch in self._batches]
+        numbers = [batch.numbers() for batch in self._batches]
         return max((int((some[:, 3] - some[:, 2]).max()) for some in numbers), default=0)
+
+    @property
+    def scaffolds(self) -> np.ndarray:
+        """Trained tokens of each answer before its own text, int32 [turns of all rows]."""
+        numbers = [batch.numbers() for batch in self._batches]
+        return _joined([some[:, 2] - some[:, 1] for some in numbers]).astype(np.int32)
 
     @property
     def turns(self) -> np.ndarray:
@@ -164,12 +177,12 @@ class _Batch:
         self.keys = memoryview(keys.buffers()[2])[key_ends[0] : key_ends[-1]]
         self.is_cut = numbers(is_cut).astype(bool)
 
-    def answer_lengths(self) -> np.ndarray:
-        numbers = self.turns[self.turn_ends[0] : self.turn_ends[-1]].reshape(-1, 4)
-        return np.asarray(numbers[:, 3] - numbers[:, 0], dtype=np.int64)
+    def numbers(self) -> np.ndarray:
+        """Header, start, first and end of each turn, int32 [turns, 4]."""
+        return self.turns[self.turn_ends[0] : self.turn_ends[-1]].reshape(-1, 4)
 
     def steps(self) -> np.ndarray:
-        numbers = self.turns[self.turn_ends[0] : self.turn_ends[-1]].reshape(-1, 4)
+        numbers = self.numbers()
         spans = np.concatenate([[0], np.cumsum(numbers[:, 3] - numbers[:, 1])])
         ends = (self.turn_ends - self.turn_ends[0]) // 4
         return np.diff(spans[ends])

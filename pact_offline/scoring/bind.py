@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pact_offline.cache.bindings import save_binding
 from pact_offline.cache.targets import Binding, row_settings
 from pact_offline.errors import MissingTargetError
+from pact_offline.files import sha256_file
 from pact_offline.models.locate import ModelFiles
 from pact_offline.provenance import provenance
+from pact_offline.rows.files import is_hub
 from pact_offline.scoring.job import ScoringJob
 from pact_offline.settings.stages import ScoreSettings
 
 
-def bind(job: ScoringJob, model: ModelFiles, settings: ScoreSettings, path: Path) -> Binding:
+def bind(
+    job: ScoringJob,
+    model: ModelFiles,
+    settings: ScoreSettings,
+    path: Path,
+    made_from: dict[str, Any] | None = None,
+) -> Binding:
     """Write targets.json for a dataset whose contexts are all in the store.
 
     Args:
@@ -21,6 +30,7 @@ def bind(job: ScoringJob, model: ModelFiles, settings: ScoreSettings, path: Path
         model: the reference model.
         settings: how rows became tokens.
         path: where to write it.
+        made_from: more of its provenance.
 
     Raises:
         MissingTargetError: some contexts are not there, or no longer. Nothing is written.
@@ -44,6 +54,7 @@ def bind(job: ScoringJob, model: ModelFiles, settings: ScoreSettings, path: Path
         rows=tuple(
             {
                 "source": one.source,
+                "sha256": None if is_hub(one.source) else sha256_file(Path(one.source)),
                 "rows": len(table),
                 "read": one.read,
                 "bad": one.bad,
@@ -52,7 +63,10 @@ def bind(job: ScoringJob, model: ModelFiles, settings: ScoreSettings, path: Path
             for one, table in zip(facts, dataset.rows.tables, strict=True)
         ),
         provenance=provenance(
-            model=model.name, backend=dataset.backend, backend_reason=dataset.backend_reason
+            model=model.name,
+            backend=dataset.backend,
+            backend_reason=dataset.backend_reason,
+            **(made_from or {}),
         ),
     )
     save_binding(dataset.store, binding, path)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pact_offline.errors import UnsupportedModelError
 from pact_offline.models.locate import ModelFiles
@@ -27,6 +28,7 @@ def score(
     *,
     output: Path | None = None,
     part: tuple[int, int] | None = None,
+    made_from: dict[str, Any] | None = None,
 ) -> ScoreSummary:
     """Score the contexts of a dataset that the cache does not know yet.
 
@@ -41,6 +43,7 @@ def score(
         settings: of scoring.
         output: targets.json to write, if any.
         part: (i, n) scores the i-th of n parts only.
+        made_from: what the targets.json says of the rows' provenance.
 
     Raises:
         UnsupportedModelError: vLLM was asked for, and refuses the model.
@@ -50,7 +53,7 @@ def score(
         with ScoringJob(dataset, part) as job:
             summary = fill(job, model, settings)
             if output is not None:
-                bind(job, model, settings, output)
+                bind(job, model, settings, output, made_from)
             return summary
 
     dataset = prepare(model, sources, tokens_path, cache, settings)

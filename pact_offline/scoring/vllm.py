@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from pact_offline.settings.stages import ScoreSettings
 
 _PASSES_AT_ONCE = 4  # forward passes between two signs of progress
 _SEQUENCES_AT_ONCE = 128
+_GENERATED_AT_ONCE = 1 << 16  # tokens in the key-value cache while answers are made
 _LABELS_AT_ONCE = 512  # tokens of a response whose own probabilities one request asks for
 
 
@@ -74,31 +75,12 @@ class VllmScorer:
         import vllm
         from vllm.triton_utils import HAS_TRITON
 
-        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
         if settings.compile:
             require_compiler()
-        architecture = _architecture(model)
-        if architecture not in vllm.ModelRegistry.get_supported_archs():
-            raise UnsupportedModelError(
-                f"{model}: expected an architecture that vLLM runs, found {architecture}; use "
-                "--backend transformers"
-            )
+        architecture = _known_architecture(model)
         self._tokens_at_once = _PASSES_AT_ONCE * settings.batch_tokens
         self._set_num_threads = torch.set_num_threads
-        options: dict[str, Any] = {
-            "model": str(model),
-            "dtype": settings.dtype,
-            "max_num_batched_tokens": max(settings.batch_tokens, _SEQUENCES_AT_ONCE),
-            "max_num_seqs": _SEQUENCES_AT_ONCE,
-            "enable_chunked_prefill": True,
-            "tensor_parallel_size": settings.tensor_parallel_size,
-            "enable_prefix_caching": False,
-            "enforce_eager": not settings.compile,
-            "trust_remote_code": False,
-            "load_format": "safetensors",
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-        }
+        options = _options(model, settings)
         try:
             self._way: _Official | _Plugin = _Official(safety_ids)
             config = _engine_config(options) if HAS_TRITON else None
@@ -276,6 +258,102 @@ class _Plugin:
         )
         found = [getattr(output.outputs, "data", None) for output in outputs]
         return [None if values is None else values.float().cpu().numpy() for values in found]
+
+
+def _known_architecture(model: Path) -> str:
+    """The model's architecture.
+
+    Raises:
+        UnsupportedModelError: vLLM does not know it.
+        ModelError: none is named.
+    """
+    import vllm
+
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    architecture = _architecture(model)
+    if architecture not in vllm.ModelRegistry.get_supported_archs():
+        raise UnsupportedModelError(
+            f"{model}: expected an architecture that vLLM runs, found {architecture}; use "
+            "--backend transformers"
+        )
+    return architecture
+
+
+def _options(model: Path, settings: ScoreSettings) -> dict[str, Any]:
+    """An engine's options, whatever it is to do."""
+    return {
+        "model": str(model),
+        "dtype": settings.dtype,
+        "max_num_batched_tokens": max(settings.batch_tokens, _SEQUENCES_AT_ONCE),
+        "max_num_seqs": _SEQUENCES_AT_ONCE,
+        "enable_chunked_prefill": True,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enable_prefix_caching": False,
+        "enforce_eager": not settings.compile,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+
+
+def greedy_answers(
+    model: Path,
+    prompts: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    length: int,
+    settings: ScoreSettings,
+    progress: Callable[[int], object],
+) -> list[list[int]]:
+    """The model's own answers, without what ends them.
+
+    Args:
+        model: directory of the model.
+        prompts: token ids of each.
+        ends: ids that end an answer.
+        length: most tokens of an answer.
+        settings: dtype and memory.
+        progress: called with the number of prompts done.
+
+    Raises:
+        UnsupportedModelError: vLLM refuses the model.
+    """
+    prepare_environment(settings.tensor_parallel_size)
+    import torch
+    import vllm
+
+    _known_architecture(model)
+    set_num_threads = torch.set_num_threads
+    longest = max(map(len, prompts)) + length
+    options = {**_options(model, settings), "max_model_len": longest}
+    llm = None
+    try:
+        held = min(len(prompts), _SEQUENCES_AT_ONCE) * longest
+        options |= _memory(_engine_config(options), min(held, _GENERATED_AT_ONCE), settings)
+        llm = vllm.LLM(**options)
+        params = vllm.SamplingParams(
+            temperature=0, max_tokens=length, stop_token_ids=[*ends], detokenize=False
+        )
+        answers = []
+        for first in range(0, len(prompts), _SEQUENCES_AT_ONCE):
+            some = [{"prompt_token_ids": [*ids]} for ids in prompts[first:][:_SEQUENCES_AT_ONCE]]
+            for output in llm.generate(some, params, use_tqdm=False):
+                ids = [*output.outputs[0].token_ids]
+                stop = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+                answers.append(ids[:stop])
+            progress(len(some))
+    except Exception as error:
+        if isinstance(error, PactError):
+            raise
+        raise UnsupportedModelError(
+            f"{model}: vLLM does not run this model here: {_reason(error)}; use --backend "
+            "transformers"
+        ) from error
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        torch.set_num_threads = set_num_threads
+    return answers
 
 
 def _engine_config(options: dict[str, Any]) -> Any:

@@ -62,6 +62,7 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
         return settings.model_copy(update=moved)
 
     align, token_list, evaluate = config.align_data, config.token_list, config.evaluate
+    rehearsal = config.rehearsal
     return placed(
         config,
         {
@@ -69,6 +70,8 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
             "align_data": align and placed(align, each(rows, "align_data", align)),
             "refusals": rows("refusals", config.refusals),
             "token_list": token_list and file("token_list", token_list),
+            "rehearsal": rehearsal
+            and placed(rehearsal, {"prompts": rows("rehearsal.prompts", rehearsal.prompts)}),
             "datasets": each(rows, "datasets", config.datasets),
             "tokens": placed(config.tokens, chat("tokens", config.tokens)),
             "score": placed(config.score, chat("score", config.score)),

@@ -142,6 +142,21 @@ class ScoreSettings(RowSettings):
     )
 
 
+class AnswerSettings(Settings):
+    """How the reference answers prompts, for a fine-tuning to rehearse."""
+
+    answer_tokens: int = Field(
+        16, ge=1, description="Most tokens of an answer; the first ones decide whether it refuses."
+    )
+    per_file: int | None = Field(
+        None, ge=1, description="At most so many prompts of each file, evenly spaced. Default: all."
+    )
+
+
+class RehearseSettings(ScoreSettings, AnswerSettings):
+    """How the reference answers prompts, and is scored on that."""
+
+
 class AuditSettings(Settings):
     """How a cache is checked against its model."""
 
@@ -204,6 +219,35 @@ class ObjectiveSettings(Settings):
 
 class FinetuneSettings(ObjectiveSettings, RowSettings):
     """How the policy is trained (defaults: the published settings)."""
+
+    refused_rows: Literal["learn", "hold", "drop"] = Field(
+        "learn",
+        description="Answers that the reference would have refused, by its cached confidence: "
+        "learn them, hold the policy to the reference there and learn nothing, or leave them out.",
+    )
+    refused_above: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="The reference would have refused an answer where its weighted safety tokens "
+        "have more than this probability together at step 0.",
+    )
+    rehearsal_share: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="Share of the rows of a batch that are rehearsed, where --rehearsal is given; "
+        "they come on top of --batch-size. 0: none.",
+    )
+    gap_warns: float | None = Field(
+        None,
+        gt=0,
+        description="Warn where the confidence gap of held and rehearsed steps, as a mean over the "
+        "last 20 optimizer steps, is above this; 0 to 2.",
+    )
+    gap_stops: float | None = Field(
+        None, gt=0, description="End the training there, with exit code 2 and no adapter."
+    )
 
     method: Literal["lora", "full"] = Field("lora", description="Train an adapter or all weights.")
     lora_rank: int = Field(8, ge=1, description="LoRA rank.")

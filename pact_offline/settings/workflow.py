@@ -18,6 +18,7 @@ from pact_offline.settings.parse import Settings, parse_settings
 from pact_offline.settings.stages import (
     BUILT_IN_OBJECTIVES,
     AlignSettings,
+    AnswerSettings,
     ChatSettings,
     EvaluateSettings,
     FinetuneSettings,
@@ -44,6 +45,14 @@ class ModelsConfig(Settings):
     )
     base: str | None = Field(
         None, description="Its base model, for finding safety tokens (hub id or path)."
+    )
+
+
+class RehearsalData(AnswerSettings):
+    """Prompts that the reference answers, for runs to rehearse."""
+
+    prompts: tuple[str, ...] = Field(
+        min_length=1, description="Harmful, borderline and plain prompts; answers are not read."
     )
 
 
@@ -88,6 +97,9 @@ class WorkflowConfig(Settings):
     align: AlignSettings = Field(
         default_factory=AlignSettings, description="The demo's reference model."
     )
+    realign: bool = Field(
+        False, description="Make the demo's reference model anew, not from the shipped adapter."
+    )
     align_data: AlignData | None = Field(None, description="Rows of the demo's reference model.")
     refusals: str | None = Field(
         None, description="Refusal pairs for finding safety tokens; needed without a token_list."
@@ -113,6 +125,11 @@ class WorkflowConfig(Settings):
     )
     score_parts: int = Field(
         1, ge=1, description="Scoring jobs that share a dataset; changing it rescores nothing."
+    )
+    rehearsal: RehearsalData | None = Field(
+        None,
+        description="Made once, scored as `score` says, and mixed into every run with an "
+        "objective and a rehearsal_share above 0.",
     )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Training settings that all runs share."
@@ -158,8 +175,8 @@ class WorkflowConfig(Settings):
                 "models: expected both 'aligned' and 'base', or neither for the demo pair; "
                 "'base' may be left out with a 'token_list'"
             )
-        if aligned is None and self.align_data is None:
-            raise ValueError("'align_data' is needed to make the demo's reference model")
+        if aligned is None and self.realign and self.align_data is None:
+            raise ValueError("'align_data' is needed to make the demo's reference model anew")
         if "reference" in self.runs:
             raise ValueError("runs.reference: this name stands for the reference model itself")
         for name in self.runs:

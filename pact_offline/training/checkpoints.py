@@ -23,6 +23,7 @@ from pact_offline.training.step_log import STEP_LOG
 
 log = logging.getLogger(__name__)
 
+_MEANS = {"save_steps", "report_to", "gap_warns", "gap_stops"}  # decide no weight
 _EPOCH = "epoch_start.safetensors"  # written last: a checkpoint without it is not whole
 
 
@@ -32,6 +33,7 @@ def fingerprint(
     targets: str | None,
     rows: str,
     tokens: str | None = None,
+    rehearsal: str | None = None,
 ) -> str:
     """What decides a run's result; 64 hex digits.
 
@@ -41,12 +43,13 @@ def fingerprint(
         targets: digest of their store's identity; None without a cache.
         rows: `TokenizedRows.digest`.
         tokens: digest of the safety tokens; None with objective "none".
+        rehearsal: digest of the rehearsed rows and their store; None without.
     """
     digest = hashlib.sha256()
-    values = settings.model_dump(mode="json", exclude={"save_steps", "report_to"})
+    values = settings.model_dump(mode="json", exclude=_MEANS)
     own = content_of("objective", settings.objective)
     processes = os.environ.get("WORLD_SIZE", "1")  # it decides what a step is
-    parts = [values, model, targets, processes, tokens, own, rows]
+    parts = [values, model, targets, processes, tokens, own, rows, rehearsal]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()
 

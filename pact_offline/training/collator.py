@@ -13,11 +13,7 @@ from pact_offline.models.batches import batches
 from pact_offline.models.log_confidences import IGNORED, aligned_batch
 from pact_offline.rows.contexts import ContextKind
 from pact_offline.rows.spans import Turn
-
-
-def _turns(item: dict[str, Any]) -> list[Turn]:
-    numbers = [int(number) for number in item["turns"]]
-    return [Turn(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
+from pact_offline.training.uses import DROPPED, LEARNT, Uses
 
 
 class TargetSource(Protocol):
@@ -46,6 +42,7 @@ class ResponseCollator:
     - ``step_numbers``: int64 [rows, columns], each response step's number in its answer
     - with targets: ``target_full`` and, if asked for, ``target_response_only``:
       float32 [steps, ids], one row for each label that is not -100, in row-major order
+    - with uses: ``is_learnt``: bool [steps], in that order; the others are held only
     """
 
     def __init__(
@@ -54,13 +51,32 @@ class ResponseCollator:
         targets: TargetSource | None = None,
         *,
         response_only: bool = True,
+        uses: Uses | None = None,
     ) -> None:
+        """Collate for a model.
+
+        Args:
+            pad_id: fills the padding.
+            targets: by the items' `index`.
+            response_only: whether the targets without the prompt are wanted.
+            uses: by the items' `index`; None: every answer is learnt.
+        """
         self.pad_id, self.targets, self.response_only = pad_id, targets, response_only
+        self.uses = uses
+
+    def turns_of(self, item: dict[str, Any]) -> list[Turn]:
+        """The answers of a row, without those that are left out."""
+        numbers = [int(number) for number in item["turns"]]
+        turns = [Turn(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
+        if self.uses is None:
+            return turns
+        uses = self.uses.of(item["index"])
+        return [turn for turn, use in zip(turns, uses, strict=True) if use != DROPPED]
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        turns = [_turns(item) for item in items]
+        turns = [self.turns_of(item) for item in items]
         contexts = [
-            (item["input_ids"], [(turn.start, turn.end) for turn in some])
+            (item["input_ids"][: some[-1].end], [(turn.start, turn.end) for turn in some])
             for item, some in zip(items, turns, strict=True)
         ]
         aligned = aligned_batch(contexts, self.pad_id)
@@ -77,34 +93,55 @@ class ResponseCollator:
             "labels": torch.cat((ahead, aligned.labels), dim=1),
             "step_numbers": numbers,
         }
+        uses = self._uses_of_steps(items)
+        if uses is not None:
+            batch["is_learnt"] = torch.from_numpy(uses[uses != DROPPED] == LEARNT)
         if self.targets is not None:
             indices = [item["index"] for item in items]
             kinds: list[ContextKind] = ["full", "response_only"]
             for kind in kinds if self.response_only else kinds[:1]:
-                batch[f"target_{kind}"] = torch.from_numpy(self.targets.read(indices, kind))
+                found = self.targets.read(indices, kind)
+                kept = found if uses is None else found[uses != DROPPED]
+                batch[f"target_{kind}"] = torch.from_numpy(kept)
         return batch
+
+    def _uses_of_steps(self, items: Sequence[dict[str, Any]]) -> np.ndarray | None:
+        """What each step of the items' targets is for, int8 [steps]."""
+        if self.uses is None:
+            return None
+        parts = []
+        for item in items:
+            places = np.asarray(item["turns"]).reshape(-1, 4)
+            parts.append(np.repeat(self.uses.of(item["index"]), places[:, 3] - places[:, 1]))
+        return np.asarray(np.concatenate(parts))
 
 
 class PassCollator:
     """Cuts a batch into passes of rows of like length, each collated by itself.
 
     The result holds ``passes``, a list of batches, and ``labels``, int64 [1 + steps]: -100, then
-    those of all passes, which the Trainer counts.
+    those of all passes, which the Trainer counts; with uses also their ``is_learnt``, bool [steps].
+    An item may be a list of them: a row, and what is rehearsed with it.
     """
 
     def __init__(self, collate: ResponseCollator, pass_tokens: int | None = None) -> None:
         """Cut at `pass_tokens` tokens, with padding, a pass; None: never. A row is never cut."""
         self.collate, self.pass_tokens = collate, pass_tokens
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        passes = [self.collate(part) for part in self._cut(items)]
+    def __call__(self, items: Sequence[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
+        rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
+        passes = [self.collate(part) for part in self._cut(rows)]
         steps = [batch["labels"][:, 1:].flatten() for batch in passes]
-        return {"passes": passes, "labels": torch.cat([steps[0].new_tensor([IGNORED]), *steps])}
+        batch: dict[str, Any] = {"passes": passes}
+        batch["labels"] = torch.cat([steps[0].new_tensor([IGNORED]), *steps])
+        if "is_learnt" in passes[0]:
+            batch["is_learnt"] = torch.cat([one["is_learnt"] for one in passes])
+        return batch
 
     def _cut(self, items: Sequence[dict[str, Any]]) -> Sequence[Sequence[dict[str, Any]]]:
         if self.pass_tokens is None:
             return [items]
-        starts = [_turns(item)[0].start for item in items]
+        starts = [self.collate.turns_of(item)[0].start for item in items]
         lengths = [len(item["input_ids"]) for item in items]
         sizes = [(start, length - start) for start, length in zip(starts, lengths, strict=True)]
         order = sorted(range(len(items)), key=lambda i: -lengths[i])

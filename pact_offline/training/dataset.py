@@ -31,13 +31,13 @@ def training_rows(
     return memory_mapped(rows)
 
 
-def memory_mapped(rows: TokenizedRows) -> datasets.Dataset:
-    """Tokenized rows as the collator reads them, with each row's length and index."""
+def memory_mapped(rows: TokenizedRows, first: int = 0) -> datasets.Dataset:
+    """Tokenized rows as the collator reads them, with each row's length, and index from `first`."""
     parts = [datasets.Dataset.from_file(str(file)) for file in rows.files]
     found = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     found = found.select_columns(["input_ids", "turns"])
     found = found.add_column("length", rows.lengths)
-    found = found.add_column("index", np.arange(len(rows)))
+    found = found.add_column("index", np.arange(first, first + len(rows)))
     return found.with_format("numpy")
 
 

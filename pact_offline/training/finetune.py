@@ -11,11 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
+from pact_offline.cache.refused import turns_of
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, SettingError
 from pact_offline.files import write_json
@@ -43,9 +45,11 @@ from pact_offline.training.checkpoints import (
 )
 from pact_offline.training.collator import TargetSource
 from pact_offline.training.dataset import as_dataset, memory_mapped
+from pact_offline.training.gauge import Gauge
 from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.model_card import model_card
 from pact_offline.training.policy import check_lora_modules, compile_layers, prepare_policy
+from pact_offline.training.rehearsal import JoinedTargets, Rehearsal, RehearsedRows
 from pact_offline.training.step_log import STEP_LOG, Journal
 from pact_offline.training.summary import (
     count_rows,
@@ -55,6 +59,7 @@ from pact_offline.training.summary import (
     why_nothing_is_held,
 )
 from pact_offline.training.trainer import PactTrainer, peak_memory_mib
+from pact_offline.training.uses import Uses, all_held, all_learnt, uses_of
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +75,22 @@ def finetune(
     *,
     targets_path: Path | None = None,
     tokens_path: Path | None = None,
+    rehearsal_path: Path | None = None,
     cache_place: str | None = None,
 ) -> dict[str, Any]:
     """Train a policy and write it, whole or not at all, to `output`.
 
-    Everything that can be refused is refused before any weight is loaded. `cache_place` is the
-    `cache` of `TargetCache.open`.
+    Everything that can be refused is refused before any weight is loaded.
+
+    Args:
+        model: the reference that was scored, from which the policy starts.
+        sources: its rows.
+        output: directory to write.
+        settings: of the run.
+        targets_path: targets.json of the rows.
+        tokens_path: the safety tokens.
+        rehearsal_path: targets.json of `pact-offline rehearse`.
+        cache_place: the `cache` of `TargetCache.open`.
 
     Returns:
         what is written to `pact_offline.json`: settings, targets hash, metrics and provenance;
@@ -91,14 +106,16 @@ def finetune(
     check_lora_modules(str(model.path), settings)
     if settings.compile:
         require_compiler()
-    inputs = _read_inputs(model, sources, settings, targets_path, cache_place, tokens_path)
-    chat, rows, tokens, cache = inputs
-    counts = count_rows(rows, _rows_per_batch(settings))
+    paths = _Paths(targets_path, tokens_path, rehearsal_path, cache_place)
+    _require_what_settings_need(settings, paths)
+    inputs = _read_inputs(model, sources, settings, paths)
+    chat, rows, tokens, cache, uses, rehearsal = inputs
+    counts = count_rows(rows, _rows_per_batch(settings), uses)
     unheld = why_nothing_is_held(settings, rows.longest_turn)
     checkpoints = _checkpoints(model, output, settings, inputs)
     is_main = is_first_process()
     if is_main:
-        for line in remarks(settings, counts, unheld):
+        for line in remarks(settings, counts, unheld, is_rehearsed=rehearsal is not None):
             log.warning("%s", line)
         checkpoints.tell() if checkpoints else tell_of_killed_runs(output)
     with (
@@ -109,18 +126,31 @@ def finetune(
         if tokens is not None and settings.reference == "live":
             reference = load_model(str(model.path), settings.dtype, attention=settings.attention)
             targets = LiveReference(reference, rows, chat.header_ids, tokens.ids)
+        if settings.objective == "none":
+            targets = None
         weights = torch.from_numpy(tokens.weights) if tokens is not None else None
         policy = prepare_policy(str(model.path), settings)
         trained = trained_parts(policy)
         if is_main:
             log.info("%s", describe_trained(trained))
         trainer, metrics = train(
-            policy, chat.tokenizer, rows, settings, aside, targets, weights, checkpoints, output
+            policy,
+            chat.tokenizer,
+            rows,
+            settings,
+            aside,
+            targets,
+            weights,
+            checkpoints,
+            output,
+            uses=uses,
+            rehearsal=rehearsal,
         )
         facts = {
             "model": model.name,
             "model_identity": model.identity,
             "targets_sha256": cache.sha256 if cache else None,
+            "rehearsal_sha256": rehearsal.targets.sha256 if rehearsal else None,
             "holds": unheld is None,
             "objective_content": own_content,
             "template": chat.template_sha256,
@@ -141,40 +171,87 @@ def finetune(
     return facts
 
 
+class _Paths(NamedTuple):
+    targets: Path | None
+    tokens: Path | None
+    rehearsal: Path | None
+    cache: str | None
+
+
 class _Inputs(NamedTuple):
     chat: Chat
     rows: TokenizedRows
     tokens: SafetyTokens | None
     cache: TargetCache | None
+    uses: Uses | None
+    rehearsal: Rehearsal | None
+
+
+def _require_what_settings_need(settings: FinetuneSettings, paths: _Paths) -> None:
+    """Refuse options that lack another, or do nothing beside it."""
+    is_plain, is_live = settings.objective == "none", settings.reference == "live"
+    if is_plain and settings.refused_rows == "hold":
+        raise SettingError(
+            "--refused-rows hold: expected an objective that holds them, found --objective none"
+        )
+    if is_plain and paths.rehearsal is not None:
+        raise SettingError(
+            f"--objective none: expected no --rehearsal, found {paths.rehearsal}; only an "
+            "objective learns from it"
+        )
+    if is_live and paths.targets is not None:
+        raise SettingError(f"--reference live: expected no --targets, found {paths.targets}")
+    if is_live and (settings.refused_rows != "learn" or paths.rehearsal is not None):
+        raise SettingError(
+            "--reference live: expected --refused-rows learn and no --rehearsal, which are read "
+            "from the cache"
+        )
+    needs_tokens = not is_plain or settings.refused_rows != "learn"
+    name = f"--objective {settings.objective}"
+    name = name if not is_plain else f"--refused-rows {settings.refused_rows}"
+    if needs_tokens and paths.tokens is None:
+        raise SettingError(
+            f"{name}: expected --safety-tokens, found none; only --objective none trains without "
+            "them"
+        )
+    if needs_tokens and not is_live and paths.targets is None:
+        raise SettingError(
+            f"{name}: expected --targets, found none; only --objective none and --reference live "
+            "train without them"
+        )
 
 
 def _read_inputs(
-    model: ModelFiles,
-    sources: Sequence[str | Path],
-    settings: FinetuneSettings,
-    targets_path: Path | None,
-    cache_place: str | None,
-    tokens_path: Path | None,
+    model: ModelFiles, sources: Sequence[str | Path], settings: FinetuneSettings, paths: _Paths
 ) -> _Inputs:
     """Read what a run needs beside the model, and refuse what does not belong together."""
     chat = chat_of(str(model.path), settings)
-    tokens = _load_safety_tokens(tokens_path, chat, settings)
-    cache = _open_cache(targets_path, cache_place, settings)
+    tokens = _load_safety_tokens(paths.tokens, chat, settings)
+    cache = _open_cache(paths, settings)
     if cache is not None:
         cache.check_chat(chat.template_sha256, settings.chat_template_kwargs)
     rows = tokenized_rows(model, sources, settings, lambda: chat)
     require_positions(model, rows)
-    per_batch = _rows_per_batch(settings)
-    if len(rows) < per_batch:
-        raise InputError(
-            f"{', '.join(map(str, sources))}: expected at least {per_batch} rows (--batch-size, of "
-            f"every process), found {len(rows)}"
-        )
+    uses = rehearsal = None
     if cache is not None and tokens is not None:
         cache.check_model(model)
-        cache.check_safety_ids(tokens.ids, str(tokens_path))
+        cache.check_safety_ids(tokens.ids, str(paths.tokens))
         cache.check_rows(rows, settings)
-    return _Inputs(chat, rows, tokens, cache)
+        if settings.refused_rows != "learn":
+            uses = uses_of(turns_of(cache, tokens.weights), settings)
+        if paths.rehearsal is not None and settings.rehearsal_share:
+            rehearsal = Rehearsal.open(
+                paths.rehearsal, model, chat, tokens, cache_place=paths.cache
+            )
+    per_batch = _rows_per_batch(settings)
+    left = len(rows) if uses is None else len(uses.kept_rows)
+    if left < per_batch:
+        raise InputError(
+            f"{', '.join(map(str, sources))}: expected at least {per_batch} rows (--batch-size, of "
+            f"every process), found {left}"
+            + (f" without {len(rows) - left} refused ones" if left < len(rows) else "")
+        )
+    return _Inputs(chat, rows, tokens, cache, uses, rehearsal)
 
 
 def _rows_per_batch(settings: FinetuneSettings) -> int:
@@ -188,7 +265,8 @@ def _checkpoints(
         return None
     targets = inputs.cache.binding.identity.digest if inputs.cache else None
     tokens = inputs.tokens.digest if inputs.tokens else None
-    run = fingerprint(settings, model.identity, targets, inputs.rows.digest(), tokens)
+    rehearsed = inputs.rehearsal.digest if inputs.rehearsal else None
+    run = fingerprint(settings, model.identity, targets, inputs.rows.digest(), tokens, rehearsed)
     return Checkpoints(output, run)
 
 
@@ -210,34 +288,19 @@ def _check_report_to(settings: FinetuneSettings) -> None:
 def _load_safety_tokens(
     path: Path | None, chat: Chat, settings: FinetuneSettings
 ) -> SafetyTokens | None:
-    if settings.objective == "none":
+    if path is None or (settings.objective == "none" and settings.refused_rows == "learn"):
         return None
-    if path is None:
-        raise SettingError(
-            f"--objective {settings.objective}: expected --safety-tokens, found none; only "
-            "--objective none trains without them"
-        )
     tokens = SafetyTokens.load(path, chat.tokenizer)
     tokens.check_template(chat.template_sha256, settings.chat_template_kwargs, path)
     weights_in_use(torch.from_numpy(tokens.weights), settings)
     return tokens
 
 
-def _open_cache(
-    path: Path | None, place: str | None, settings: FinetuneSettings
-) -> TargetCache | None:
-    if settings.objective == "none":
+def _open_cache(paths: _Paths, settings: FinetuneSettings) -> TargetCache | None:
+    is_needed = settings.objective != "none" or settings.refused_rows != "learn"
+    if paths.targets is None or not is_needed:
         return None
-    if settings.reference == "live":
-        if path is not None:
-            raise SettingError(f"--reference live: expected no --targets, found {path}")
-        return None
-    if path is None:
-        raise SettingError(
-            f"--objective {settings.objective}: expected --targets, found none; only "
-            "--objective none and --reference live train without them"
-        )
-    return TargetCache.open(path, verify_all=True, cache=place)
+    return TargetCache.open(paths.targets, verify_all=True, cache=paths.cache)
 
 
 def train(
@@ -250,6 +313,9 @@ def train(
     weights: torch.Tensor | None = None,
     checkpoints: Checkpoints | None = None,
     output: Path | None = None,
+    *,
+    uses: Uses | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> tuple[PactTrainer, dict[str, float]]:
     """Train a policy in place; `training.jsonl` goes to `folder`.
 
@@ -263,6 +329,8 @@ def train(
         weights: float [ids], safety-token weights.
         checkpoints: where they go, and what a killed run of the same settings left.
         output: where the result will be in the end; names the run in TensorBoard and the like.
+        uses: what each answer of the rows is for; None: every one is learnt.
+        rehearsal: rows that are mixed in and held.
 
     Returns:
         the trainer, and the metrics of the end of training.
@@ -276,17 +344,28 @@ def train(
     arguments = training_arguments(settings, scratch, output.name if output else None)
     resumed = checkpoints.latest() if checkpoints else None
     journal = Journal(scratch / STEP_LOG)
+    dataset: Any = memory_mapped(rows) if isinstance(rows, TokenizedRows) else as_dataset(rows)
+    if uses is not None:
+        dataset = dataset.select(uses.kept_rows)
+    if rehearsal is not None and targets is not None and isinstance(rows, TokenizedRows):
+        learnt = uses or all_learnt(np.cumsum(rows.turns))
+        uses = learnt.then(all_held(np.cumsum(rehearsal.rows.turns)))
+        targets = JoinedTargets(targets, len(rows), rehearsal.targets)
+        dataset = RehearsedRows(dataset, memory_mapped(rehearsal.rows, first=len(rows)))
+    gauge = Gauge(settings.gap_warns, settings.gap_stops)
     trainer = PactTrainer(
         policy,
         arguments,
-        train_dataset=memory_mapped(rows) if isinstance(rows, TokenizedRows) else as_dataset(rows),
+        train_dataset=dataset,
         pad_id=pad_id_of(tokenizer),
         objective=settings,
         epoch_decay=EPOCH_DECAY if settings.schedule == "epoch_decay" else None,
         targets=targets,
         weights=weights,
         pass_tokens=settings.pass_tokens or _default_pass_tokens(),
-        callbacks=[journal, *([EpochOrder(resumed)] if checkpoints else [])],
+        uses=uses,
+        rehearsal_share=settings.rehearsal_share,
+        callbacks=[journal, gauge, *([EpochOrder(resumed)] if checkpoints else [])],
     )
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
@@ -356,8 +435,10 @@ def pad_id_of(tokenizer: Any) -> int:
 def _final_metrics(trainer: PactTrainer, steps: int, seconds: float) -> dict[str, float]:
     history = [entry for entry in trainer.state.log_history if "cross_entropy" in entry]
     last = history[-max(1, len(history) // 10) :]
-    names = [name for name in ("cross_entropy", "kl", "confidence_gap") if name in last[0]]
-    metrics = {f"final_{name}": sum(entry[name] for entry in last) / len(last) for name in names}
+    metrics = {}
+    for name in ("cross_entropy", "kl", "confidence_gap", "held_gap"):
+        if found := [entry[name] for entry in last if name in entry]:
+            metrics[f"final_{name}"] = sum(found) / len(found)
     per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     rows = steps * per_step * trainer.args.world_size
     metrics |= {

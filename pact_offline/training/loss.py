@@ -15,20 +15,27 @@ from pact_offline.settings.stages import ObjectiveSettings
 
 
 class BatchLoss(NamedTuple):
-    """Sums over a batch's response steps, and their count; divide by it for means.
+    """Sums over a batch's response steps, and their counts.
 
     Attributes:
-        loss: cross_entropy + kl_weight * kl, fp32 []; the only one with a gradient.
-        cross_entropy, kl: fp32 [].
-        confidence_gap: sum over safety tokens of the probabilities' absolute differences, fp32 [].
+        loss: what to divide by `steps` for the mean loss: of the steps that are learnt, their mean
+            cross-entropy, and of all kl_weight * their mean kl; fp32 [], with a gradient.
+        cross_entropy: over the steps that are learnt, fp32 [], with a gradient.
+        kl: over all steps, fp32 [], with a gradient where there is an objective.
+        confidence_gap: over the steps that are learnt, the sum over safety tokens of the
+            probabilities' absolute differences, fp32 [].
+        held_gap: the same over the others.
         steps: response steps.
+        learnt: those of them that are learnt; the others are held only.
     """
 
     loss: Tensor
     cross_entropy: Tensor
     kl: Tensor
     confidence_gap: Tensor
+    held_gap: Tensor
     steps: int
+    learnt: int
 
 
 def batch_loss(
@@ -64,11 +71,15 @@ def batch_loss(
         assert weights is not None
         outside = safety_ids[weights > 0]
     found = step_log_probabilities(model, batch, is_step, labels[is_step], safety_ids, outside)
-    cross_entropy = -found.labels.sum()
-    zero = torch.zeros((), device=cross_entropy.device)
     count = len(found.labels)
+    is_learnt = batch.get("is_learnt")
+    learnt = count if is_learnt is None else int(is_learnt.sum())
+    own = found.labels if is_learnt is None else found.labels[is_learnt]
+    cross_entropy = -own.sum()
+    mean = cross_entropy * (count / max(1, learnt))
+    zero = torch.zeros((), device=cross_entropy.device)
     if objective is None:
-        return BatchLoss(cross_entropy, cross_entropy.detach(), zero, zero, count)
+        return BatchLoss(mean, cross_entropy, zero, zero, zero, count, learnt)
     full = batch["target_full"]
     steps = batch["step_numbers"][is_step]
     only = batch.get("target_response_only")
@@ -76,6 +87,7 @@ def batch_loss(
     per_step = objective.per_step(found.safety, full, only, weights, steps, settings, **rest)
     kl = (per_step * step_weights(steps, settings)).sum()
     weight = settings.kl_weight if kl_weight is None else kl_weight
-    gap = (found.safety.detach().exp() - full.exp()).abs().sum()
-    loss = cross_entropy + weight * kl
-    return BatchLoss(loss, cross_entropy.detach(), kl.detach(), gap, count)
+    gaps = (found.safety.detach().exp() - full.exp()).abs().sum(dim=-1)
+    held = zero if is_learnt is None else gaps[~is_learnt].sum()
+    loss = mean + weight * kl
+    return BatchLoss(loss, cross_entropy, kl, gaps.sum() - held, held, count, learnt)

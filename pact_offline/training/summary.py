@@ -7,6 +7,7 @@ from typing import Any
 
 from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.stages import FinetuneSettings, ObjectiveSettings
+from pact_offline.training.uses import LEARNT, Uses
 
 
 def why_nothing_is_held(settings: ObjectiveSettings, longest: int) -> str | None:
@@ -54,8 +55,23 @@ def describe_trained(parts: dict[str, Any]) -> str:
     return f"trains {share}" + (f": adapters on {modules}" if modules else "")
 
 
-def count_rows(rows: TokenizedRows, per_batch: int) -> dict[str, int]:
-    """Rows, answers and trained tokens; what is cut, cannot be used, or fills no batch."""
+def count_rows(rows: TokenizedRows, per_batch: int, uses: Uses | None = None) -> dict[str, int]:
+    """Rows, answers and trained tokens; what is cut, cannot be used, or fills no batch.
+
+    Args:
+        rows: tokenized.
+        per_batch: rows of a batch, of every process.
+        uses: what each answer is for. None: nothing is known of refused ones, and every answer is
+            learnt.
+    """
+    left = len(rows)
+    refused = {}
+    if uses is not None:
+        steps, left = rows.turn_steps, len(uses.kept_rows)
+        refused = {
+            "turns_refused": int((uses.turns != LEARNT).sum()),
+            "tokens_refused": int(steps[uses.turns != LEARNT].sum()),
+        }
     return {
         "rows": len(rows),
         "turns": int(rows.turns.sum()),
@@ -63,17 +79,25 @@ def count_rows(rows: TokenizedRows, per_batch: int) -> dict[str, int]:
         "rows_cut": int(rows.is_cut.sum()),
         "rows_bad": sum(facts.bad for facts in rows.facts),
         "rows_long": sum(facts.long for facts in rows.facts),
-        "rows_left_out_per_epoch": len(rows) % per_batch,
+        "rows_left_out_per_epoch": left % per_batch,
+        **refused,
     }
 
 
-def remarks(settings: FinetuneSettings, counts: dict[str, int], unheld: str | None) -> list[str]:
+def remarks(
+    settings: FinetuneSettings,
+    counts: dict[str, int],
+    unheld: str | None,
+    *,
+    is_rehearsed: bool = False,
+) -> list[str]:
     """What a person should know before a run: a line for each thing that may not be meant.
 
     Args:
         settings: of the run.
         counts: from `count_rows`.
         unheld: from `why_nothing_is_held`.
+        is_rehearsed: whether rows of the reference's own answers are mixed in.
     """
     rows, left_out = counts["rows"], counts["rows_left_out_per_epoch"]
     lines = []
@@ -81,6 +105,18 @@ def remarks(settings: FinetuneSettings, counts: dict[str, int], unheld: str | No
         lines.append(
             f"--objective {settings.objective} does nothing, and this is plain fine-tuning: "
             f"{unheld}"
+        )
+    if settings.objective == "pact" and (is_rehearsed or settings.refused_rows == "hold"):
+        lines.append(
+            "--objective pact is not zero at the reference: rows that are held or rehearsed pull "
+            "the policy on to refuse everything; --objective confidence is"
+        )
+    if refused := counts.get("turns_refused"):
+        share = counts["tokens_refused"] / counts["trained_tokens"]
+        done = "held, and not learnt" if settings.refused_rows == "hold" else "left out"
+        lines.append(
+            f"{refused} of {counts['turns']} answers, {share:.1%} of the steps, would have been "
+            f"refused by the reference (above {settings.refused_above:g}): {done}"
         )
     if counts["rows_cut"]:
         lines.append(

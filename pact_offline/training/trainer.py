@@ -19,6 +19,8 @@ from pact_offline.objectives.registry import (
 from pact_offline.settings.stages import ObjectiveSettings
 from pact_offline.training.collator import PassCollator, ResponseCollator, TargetSource
 from pact_offline.training.loss import BatchLoss, batch_loss
+from pact_offline.training.rehearsal import RehearsalSampler, RehearsedRows
+from pact_offline.training.uses import Uses
 
 
 def peak_memory_mib() -> float:
@@ -31,8 +33,9 @@ def peak_memory_mib() -> float:
 class PactTrainer(Trainer):  # type: ignore[misc]
     """Supervised fine-tuning plus an objective, with no reference model in memory.
 
-    The loss is the mean over all response steps of the (accumulated, multi-process) batch of
-    cross-entropy + kl_weight * objective. The LM head runs on response columns only.
+    The loss is cross-entropy + kl_weight * objective, each as a mean over response steps of the
+    (accumulated, multi-process) batch: the one over those that are learnt, the other over all. The
+    LM head runs on response columns only.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         targets: TargetSource | None = None,
         weights: Tensor | None = None,
         pass_tokens: int | None = None,
+        uses: Uses | None = None,
+        rehearsal_share: float = 0,
         **extra: Any,
     ) -> None:
         """Prepare training.
@@ -54,7 +59,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         Args:
             model: policy, whose forward takes `logits_to_keep`.
             args: transformers training arguments; `remove_unused_columns` is switched off.
-            train_dataset: items as `ResponseCollator` reads them.
+            train_dataset: items as `ResponseCollator` reads them, or `RehearsedRows`.
             pad_id: token id of padding.
             objective: which regulariser, its weight and shape; "none" needs no targets.
             epoch_decay: multiply the learning rate by this after each epoch, in place of the
@@ -64,10 +69,14 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             pass_tokens: tokens, with padding, of a forward and backward pass; a batch of more takes
                 several. None: no limit; nor is there one where weights are sharded, since every
                 process has to run the same number of passes.
+            uses: what each answer is for, by the items' `index`; None: every one is learnt.
+            rehearsal_share: of a batch's rows that are rehearsed, with `RehearsedRows`.
             extra: for transformers' Trainer.
         """
         args.remove_unused_columns = False
         self._settings = objective
+        self._rehearsal_share = rehearsal_share
+        self._learnt_in_batch: Tensor | int | None = None
         self._epoch_decay = epoch_decay
         self._objective = objective_named(objective.objective)
         if self._objective is not None and (targets is None or weights is None):
@@ -80,6 +89,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             response_only=bool(
                 self._objective and self._objective.needs_response_only and objective.gate
             ),
+            uses=uses,
         )
         passes = PassCollator(collator, pass_tokens)
         super().__init__(
@@ -98,10 +108,29 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         self._logged = time.monotonic()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        is_rehearsed = isinstance(dataset, RehearsedRows)
+        sampler = super()._get_train_sampler(dataset.rows if is_rehearsed else dataset)
         if hasattr(sampler, "lengths"):  # a column that would be looked up for every row
             sampler.lengths = [int(length) for length in sampler.lengths[:]]
+        if is_rehearsed:
+            count, seed = len(dataset.rehearsed), self.args.data_seed or self.args.seed
+            return RehearsalSampler(sampler, count, self._rehearsal_share, seed)
         return sampler
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Tensor | int | None:
+        """All response steps; those that are learnt are kept beside."""
+        steps: Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
+        self._learnt_in_batch = steps
+        if batch_samples and "is_learnt" in batch_samples[0]:
+            learnt = torch.stack([batch["is_learnt"].sum() for batch in batch_samples]).sum()
+            learnt = learnt.to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                learnt = self.accelerator.gather(learnt).sum()
+            self._learnt_in_batch = learnt.clamp(min=1)
+        return steps
 
     def training_step(
         self,
@@ -130,12 +159,15 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one pass as its share of the whole batch's mean; in evaluation, of all."""
-        total: Tensor | float = 0.0
-        count = 0
-        for one in inputs.get("passes", [inputs]):
-            parts = self._loss_of_pass(model, one)
-            total, count = total + parts.loss, count + parts.steps
-        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
+        parts = [self._loss_of_pass(model, one) for one in inputs.get("passes", [inputs])]
+        steps: Tensor | int | None = num_items_in_batch
+        learnt = self._learnt_in_batch
+        if steps is None or learnt is None:
+            steps = sum(part.steps for part in parts)
+            learnt = max(1, sum(part.learnt for part in parts))
+        loss: Any = sum(part.cross_entropy for part in parts) / learnt
+        if self._objective is not None:
+            loss = loss + self._kl_weight() * sum(part.kl for part in parts) / steps
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
         return (loss, {}) if return_outputs else loss
@@ -144,11 +176,13 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         kl_weight = self._kl_weight()
         parts = batch_loss(model, batch, self._safety_ids, self._weights, self._settings, kl_weight)
         if model.training:
-            self._count("cross_entropy", parts.cross_entropy)
-            self._count("kl", parts.kl)
+            self._count("cross_entropy", parts.cross_entropy.detach())
+            self._count("kl", parts.kl.detach())
             self._count("kl_weight", kl_weight * parts.steps)
             self._count("gap", parts.confidence_gap)
+            self._count("held_gap", parts.held_gap)
             self._count("steps", parts.steps)
+            self._count("learnt", parts.learnt)
             self._count("tokens", int(batch["attention_mask"].sum()) + len(batch["labels"]))
         return parts
 
@@ -180,14 +214,17 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         """Add what the loss is made of since the last log, as means over response steps."""
         if "loss" in logs and self._sums:
             sums = self._summed_over_processes()
-            steps, now = sums["steps"], time.monotonic()
-            logs["cross_entropy"] = sums["cross_entropy"] / steps
+            steps, learnt, now = max(1, sums["steps"]), sums["learnt"], time.monotonic()
+            held = sums["steps"] - learnt
+            logs["cross_entropy"] = sums["cross_entropy"] / max(1, learnt)
             if self._objective is not None:
                 logs["kl"] = sums["kl"] / steps
                 logs["kl_weight"] = sums["kl_weight"] / steps
-                if sums["cross_entropy"]:
-                    logs["kl_ratio"] = sums["kl"] / sums["cross_entropy"]
-                logs["confidence_gap"] = sums["gap"] / steps
+                if logs["cross_entropy"]:
+                    logs["kl_ratio"] = logs["kl"] / logs["cross_entropy"]
+                logs["confidence_gap"] = sums["gap"] / max(1, learnt)
+                if held:
+                    logs["held_gap"] = sums["held_gap"] / held
             logs["tokens"] = sums["tokens"]
             logs["tokens_per_second"] = round(sums["tokens"] / (now - self._logged), 1)
             if peak := peak_memory_mib():

@@ -1,0 +1,138 @@
+"""The reference's own answers to prompts, scored: what a fine-tuning rehearses."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pact_offline.cache.targets import answers_place
+from pact_offline.errors import InputError, UnsupportedModelError
+from pact_offline.files import written_aside
+from pact_offline.models.locate import ModelFiles
+from pact_offline.progress import bar
+from pact_offline.rows.chat import Chat, chat_of
+from pact_offline.rows.describe import end_ids
+from pact_offline.rows.read import read_rows
+from pact_offline.rows.row import Row
+from pact_offline.scoring.backends import choose_backend
+from pact_offline.scoring.fill import ScoreSummary
+from pact_offline.scoring.score import score
+from pact_offline.settings.stages import AnswerSettings, RehearseSettings, ScoreSettings
+
+log = logging.getLogger(__name__)
+
+_BATCH = 32
+
+
+def rehearse(
+    model: ModelFiles,
+    sources: Sequence[str],
+    tokens_path: Path,
+    cache: str,
+    settings: RehearseSettings,
+    output: Path,
+) -> ScoreSummary:
+    """Let the reference answer prompts, write the answers as rows, and score them.
+
+    Args:
+        model: the reference model.
+        sources: files of prompts; answers in them are not read.
+        tokens_path: the safety tokens.
+        cache: directory or URL of stores.
+        settings: of the answers and of scoring.
+        output: targets.json to write; the rows lie beside it.
+
+    Raises:
+        InputError: prompts that cannot be used, or none is answered.
+        UnsupportedModelError: vLLM was asked for, and refuses the model.
+    """
+    chat = chat_of(str(model.path), settings)
+    rows = [row for source in sources for row in _prompts(source, settings)]
+    prompts = [chat.prompt_ids(row) for row in rows]
+    answers = _answers(model, chat, prompts, settings)
+    said = [pair for pair in zip(rows, answers, strict=True) if pair[1]]
+    if not said:
+        raise InputError(f"{', '.join(sources)}: expected an answer to one of them, found none")
+    if len(said) < len(rows):
+        log.warning(
+            "%d of %d prompts got no answer, and are left out", len(rows) - len(said), len(rows)
+        )
+    place = answers_place(output)
+    with written_aside(place) as aside:
+        lines = (json.dumps(_as_row(row, answer), ensure_ascii=False) for row, answer in said)
+        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    values = settings.model_dump(include={*ScoreSettings.model_fields})
+    scored = ScoreSettings.model_validate({**values, "columns": {}, "turns": "last"})
+    made = {"prompts": [*sources], **settings.model_dump(include={*AnswerSettings.model_fields})}
+    return score(
+        model, [place], tokens_path, cache, scored, output=output, made_from={"rehearsal": made}
+    )
+
+
+def _prompts(source: str, settings: RehearseSettings) -> list[Row]:
+    rows = read_rows(
+        source, needs_response=False, columns=settings.columns, bad_rows=settings.bad_rows
+    )
+    if settings.per_file is None or settings.per_file >= len(rows):
+        return rows
+    return [rows[number * len(rows) // settings.per_file] for number in range(settings.per_file)]
+
+
+def _as_row(row: Row, answer: str) -> dict[str, Any]:
+    tools = {} if row.tools is None else {"tools": [*row.tools]}
+    return {"messages": [*row.prompt, {"role": "assistant", "content": answer}], **tools}
+
+
+def _answers(
+    model: ModelFiles, chat: Chat, prompts: Sequence[Sequence[int]], settings: RehearseSettings
+) -> list[str]:
+    """The text of each answer; empty where the model says nothing."""
+    backend, _ = choose_backend(settings.backend)
+    with bar("answering", len(prompts), "prompts") as progress:
+        if backend == "vllm":
+            try:
+                return _by_vllm(model, chat, prompts, settings, progress.update)
+            except UnsupportedModelError as refusal:
+                if settings.backend == "vllm":
+                    raise
+                log.warning("%s, as --backend auto does now", refusal)
+        return _by_transformers(model, chat, prompts, settings, progress.update)
+
+
+def _by_vllm(
+    model: ModelFiles,
+    chat: Chat,
+    prompts: Sequence[Sequence[int]],
+    settings: RehearseSettings,
+    progress: Callable[[int], object],
+) -> list[str]:
+    from pact_offline.scoring.vllm import greedy_answers
+
+    ends = end_ids(str(model.path), chat.tokenizer)
+    answers = greedy_answers(model.path, prompts, ends, settings.answer_tokens, settings, progress)
+    texts = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    return [text.rstrip("\ufffd").strip() for text in texts]
+
+
+def _by_transformers(
+    model: ModelFiles,
+    chat: Chat,
+    prompts: Sequence[Sequence[int]],
+    settings: RehearseSettings,
+    progress: Callable[[int], object],
+) -> list[str]:
+    from pact_offline.models.generate import generate
+    from pact_offline.models.load import load_model
+
+    texts = generate(
+        load_model(str(model.path), settings.dtype),
+        chat.tokenizer,
+        prompts,
+        max_new_tokens=settings.answer_tokens,
+        batch_size=_BATCH,
+        progress=progress,
+    )
+    return [text.rstrip("\ufffd").strip() for text in texts]

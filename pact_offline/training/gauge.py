@@ -1,0 +1,41 @@
+"""A gauge of a run's safety while it trains: how far held and rehearsed steps have moved."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Any
+
+from transformers import TrainerCallback
+
+from pact_offline.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+_STEPS = 20  # one batch holds a few such rows, and says little by itself
+
+
+class Gauge(TrainerCallback):  # type: ignore[misc]
+    """Warns, or ends the training, where the mean `held_gap` of the last steps is too large."""
+
+    def __init__(self, warns: float | None, stops: float | None) -> None:
+        self._warns, self._stops = warns, stops
+        self._last: deque[float] = deque(maxlen=_STEPS)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if not logs or "held_gap" not in logs:
+            return
+        self._last.append(logs["held_gap"])
+        if len(self._last) < _STEPS:
+            return
+        mean = sum(self._last) / _STEPS
+        said = f"step {state.global_step}: the confidence gap of held and rehearsed steps"
+        if self._stops is not None and mean > self._stops:
+            raise TrainingError(
+                f"{said}: expected at most {self._stops:g} (--gap-stops), found {mean:.3g}"
+            )
+        if self._warns is not None and mean > self._warns:
+            log.warning("%s is above %g (--gap-warns): %.3g", said, self._warns, mean)
+            self._warns = None  # once a run

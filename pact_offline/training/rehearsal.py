@@ -1,0 +1,158 @@
+"""Rehearsal: rows of the reference's own answers, mixed into every batch and not learnt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from pact_offline.cache.targets import TargetCache, answers_place
+from pact_offline.models.locate import ModelFiles
+from pact_offline.rows.chat import Chat
+from pact_offline.rows.contexts import ContextKind
+from pact_offline.rows.positions import require_positions
+from pact_offline.rows.tokenized import TokenizedRows, tokenized_rows
+from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.training.collator import TargetSource
+
+Place = tuple[int, tuple[int, ...]]  # a row, and the rehearsed rows that go with it
+
+
+class RehearsalSampler(Sampler[Place]):
+    """Another sampler's rows, each with the rehearsed rows that go with it.
+
+    They are dealt out evenly, by the place of a row in the whole training, so that a run that goes
+    on from a checkpoint sees the same. Each pass over them has another order.
+    """
+
+    def __init__(self, rows: Sampler[int], count: int, share: float, seed: int) -> None:
+        """Deal out so many rows.
+
+        Args:
+            rows: the sampler of the task's rows.
+            count: rehearsed rows that there are.
+            share: of a batch's rows that are rehearsed, at least 0 and below 1.
+            seed: of their order.
+        """
+        self._rows, self._count, self._seed = rows, count, seed
+        self._each = share / (1 - share)
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._rows) if isinstance(self._rows, Sized) else 0
+
+    def __iter__(self) -> Iterator[Place]:
+        first = self._epoch * len(self)
+        for place, row in enumerate(self._rows, first):
+            dealt = range(int(place * self._each), int((place + 1) * self._each))
+            yield int(row), tuple(self._at(number) for number in dealt)
+
+    def _at(self, number: int) -> int:
+        if number // self._count != getattr(self, "_pass", None):
+            self._pass = number // self._count
+            order = np.random.default_rng([self._seed, self._pass])
+            self._order = order.permutation(self._count)
+        return int(self._order[number % self._count])
+
+
+class RehearsedRows(Dataset[Any]):
+    """Task rows and rehearsed rows as one dataset, by the places of a `RehearsalSampler`."""
+
+    def __init__(self, rows: Any, rehearsed: Any) -> None:
+        """Put a dataset behind another.
+
+        Args:
+            rows, rehearsed: items as `ResponseCollator` reads them; the `index` of a rehearsed one
+                goes on from the task's last.
+        """
+        self.rows, self.rehearsed = rows, rehearsed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Place) -> list[Any]:
+        row, others = place
+        return [self.rows[row], *(self.rehearsed[other] for other in others)]
+
+
+class JoinedTargets:
+    """Two sources of targets, one behind the other."""
+
+    def __init__(self, first: TargetSource, rows: int, second: TargetSource) -> None:
+        """Join them.
+
+        Args:
+            first: of the task's rows.
+            rows: how many those are.
+            second: of the rehearsed rows.
+        """
+        self._sources, self._rows = (first, second), rows
+        self.safety_ids = first.safety_ids
+
+    def read(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
+        """Log-confidences of some examples one after the other, float32 [steps, safety ids]."""
+        parts = []
+        for index in indices:
+            number = int(index >= self._rows)
+            parts.append(self._sources[number].read([index - number * self._rows], kind))
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Rows of the reference's own answers, and their targets.
+
+    Attributes:
+        rows: tokenized as they were scored.
+        targets: of these rows, in their order.
+    """
+
+    rows: TokenizedRows
+    targets: TargetCache
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        model: ModelFiles,
+        chat: Chat,
+        tokens: SafetyTokens,
+        *,
+        cache_place: str | None = None,
+    ) -> Rehearsal:
+        """Open what `pact-offline rehearse` wrote, and refuse what is of another reference.
+
+        Args:
+            path: its targets.json; the rows lie beside it.
+            model: the reference.
+            chat: of the run.
+            tokens: of the run.
+            cache_place: the `cache` of `TargetCache.open`.
+
+        Raises:
+            MissingFileError: there are no rows beside it.
+            TargetsMismatchError: another model, template, safety tokens, or rows.
+        """
+        targets = TargetCache.open(path, verify_all=True, cache=cache_place)
+        targets.check_model(model)
+        targets.check_safety_ids(tokens.ids, "--safety-tokens")
+        targets.check_chat(chat.template_sha256, chat.template_kwargs)
+        settings = targets.binding.row_settings
+        rows = tokenized_rows(model, [answers_place(path)], settings, lambda: chat)
+        require_positions(model, rows)
+        targets.check_rows(rows, settings)
+        return cls(rows, targets)
+
+    @property
+    def digest(self) -> str:
+        """Of what decides its part of a run, 64 hex digits."""
+        parts = self.targets.binding.identity.digest + self.rows.digest()
+        return hashlib.sha256(parts.encode()).hexdigest()

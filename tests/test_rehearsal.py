@@ -1,0 +1,320 @@
+"""Rehearsal: the reference's own answers, scored, and mixed into every batch."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from conftest import write_rows
+from safetensors.numpy import load_file
+from tiny import make_model
+from torch.utils.data import SequentialSampler
+
+from pact_offline.cache.targets import TargetCache, answers_place
+from pact_offline.errors import TrainingError
+from pact_offline.models.generate import generate
+from pact_offline.models.load import load_model
+from pact_offline.models.locate import locate_model
+from pact_offline.rows.chat import Chat, load_tokenizer
+from pact_offline.rows.read import read_rows
+from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.settings.stages import FinetuneSettings
+from pact_offline.training.collator import ResponseCollator
+from pact_offline.training.dataset import memory_mapped
+from pact_offline.training.gauge import Gauge
+from pact_offline.training.loss import batch_loss
+from pact_offline.training.rehearsal import Rehearsal, RehearsalSampler
+from pact_offline.training.trainer import PactTrainer
+
+SCORED = ["--backend", "transformers", "--dtype", "float32", "--stored-dtype", "float32"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Nine prompts; one has an answer, which is not read, and one two turns before it."""
+    rows: list[Any] = [{"prompt": f"What is the best way number {i}?"} for i in range(7)]
+    rows.append({"prompt": "How do I write?", "response": "never read"})
+    said = [("user", "My parcel"), ("assistant", "Shipping"), ("user", "and my money back?")]
+    rows.append({"messages": [{"role": role, "content": text} for role, text in said]})
+    return write_rows(tmp_path / "prompts.jsonl", rows)
+
+
+@pytest.fixture
+def rehearsal(
+    prompts: Path, aligned: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result]
+) -> Path:
+    path = tmp_path / "rehearsal.json"
+    result = run(
+        "rehearse", "--model", aligned, "--prompts", prompts, "--safety-tokens", tokens_file,
+        "--cache", tmp_path / "cache", "-o", path, "--answer-tokens", 5, *SCORED,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_the_reference_answers_itself_and_is_scored_on_that(
+    rehearsal: Path, prompts: Path, aligned: Path, tmp_path: Path, targets: Path
+) -> None:  # fmt: skip
+    asked, said = read_rows(prompts, needs_response=False), read_rows(answers_place(rehearsal))
+    assert [row.prompt for row in said] == [row.prompt for row in asked]
+    model = load_model(str(aligned), "float32")
+    chat = Chat(load_tokenizer(str(aligned)))
+    texts = generate(
+        model, chat.tokenizer, [chat.prompt_ids(row) for row in asked], max_new_tokens=5,
+        batch_size=4,
+    )  # fmt: skip
+    assert [row.response for row in said] == [text.rstrip("\ufffd").strip() for text in texts]
+    found = TargetCache.open(rehearsal)
+    assert len(found) == 9
+    assert found.binding.store == TargetCache.open(targets).binding.store
+    made = found.binding.provenance["rehearsal"]
+    assert made == {"prompts": [str(prompts)], "answer_tokens": 5, "per_file": None}
+
+
+def test_a_part_of_each_file_is_drawn_evenly(
+    prompts: Path, aligned: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    output = tmp_path / "some.json"
+    result = run(
+        "rehearse", "--model", aligned, "--prompts", prompts, "--safety-tokens", tokens_file,
+        "--cache", tmp_path / "cache", "-o", output, "--per-file", 3, *SCORED,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    said = [row.question for row in read_rows(answers_place(output))]
+    assert said == [f"What is the best way number {i}?" for i in (0, 3, 6)]
+
+
+def dealt(sampler: RehearsalSampler, epoch: int) -> list[tuple[int, tuple[int, ...]]]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.75])
+def test_rehearsed_rows_are_dealt_out_evenly_each_as_often_as_the_others(share: float) -> None:
+    sampler = RehearsalSampler(SequentialSampler(range(400)), 30, share, seed=1)
+    found = [place for epoch in range(3) for place in dealt(sampler, epoch)]
+    assert [row for row, _ in found] == [*range(400)] * 3
+    each = share / (1 - share)
+    counts = [len(others) for _, others in found]
+    assert sum(counts) == int(1200 * each)
+    running = np.cumsum(counts) - each * np.arange(1, 1201)
+    assert np.abs(running).max() <= 1  # never more than one row ahead or behind
+    numbers = [number for _, others in found for number in others]
+    often = Counter(numbers).values()
+    assert max(often) - min(often) <= 1
+    passes = [tuple(numbers[i : i + 30]) for i in range(0, len(numbers) - 29, 30)]
+    assert all(sorted(one) == [*range(30)] for one in passes)
+    assert len({*passes}) == len(passes)  # each in another order
+    again = RehearsalSampler(SequentialSampler(range(400)), 30, share, seed=1)
+    assert dealt(again, 2) == found[800:]  # without the epochs before
+    other = RehearsalSampler(SequentialSampler(range(400)), 30, share, seed=2)
+    assert dealt(other, 2) != found[800:]
+
+
+def steps_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def rehearsing(command: list[Any], rehearsal: Path) -> list[Any]:
+    return [*command, "--objective", "confidence", "--rehearsal", rehearsal, "--epochs", 2]
+
+
+def test_rehearsed_rows_are_held_and_not_learnt(
+    rehearsing: list[Any], aligned: Path, tmp_path: Path, run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Every batch has its task rows, all learnt, and its share of rehearsed ones, all held."""
+    seen: list[tuple[int, int]] = []
+    step = PactTrainer.training_step
+
+    def count(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        rows = sum(len(part["input_ids"]) for part in inputs["passes"])
+        learnt = [int(part["is_learnt"].sum()) for part in inputs["passes"]]
+        labels = [int((part["labels"] != -100).sum()) for part in inputs["passes"]]
+        assert sum(learnt) == int(inputs["is_learnt"].sum())
+        seen.append((rows, sum(labels) - sum(learnt)))
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(PactTrainer, "training_step", count)
+    result = run(*rehearsing, "--rehearsal-share", 0.3333, "-o", tmp_path / "adapter")
+    assert result.exit_code == 0, result.output
+    assert [rows for rows, _ in seen] == [5, 6, 6, 6, 6, 6]  # of 4, 8, … task rows half as many
+    assert all(held > 0 for _, held in seen)
+    facts = json.loads((tmp_path / "adapter" / "pact_offline.json").read_text())
+    assert facts["rehearsal_sha256"]
+    assert "final_held_gap" in facts["metrics"]
+    assert all("held_gap" in one for one in steps_of(tmp_path / "adapter"))
+
+
+def test_a_share_of_0_trains_as_without(
+    command: list[Any], rehearsing: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:  # fmt: skip
+    for name, given in {
+        "off": [*rehearsing, "--rehearsal-share", 0],
+        "without": [*command, "--objective", "confidence", "--epochs", 2],
+    }.items():
+        assert run(*given, "-o", tmp_path / name).exit_code == 0
+    assert weights(tmp_path / "off").keys() == weights(tmp_path / "without").keys()
+    for name, value in weights(tmp_path / "off").items():
+        np.testing.assert_array_equal(value, weights(tmp_path / "without")[name])
+
+
+def weights(output: Path) -> dict[str, np.ndarray]:
+    return load_file(output / "adapter_model.safetensors")
+
+
+def test_the_loss_of_a_batch_is_two_means(
+    rehearsing: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Cross-entropy over the learnt steps, the objective over all; in one pass and in many."""
+    for name, options in {"one": [], "many": ["--pass-tokens", 1]}.items():
+        given = ["--kl-weight", 2, "--rehearsal-share", 0.4, *options]
+        assert run(*rehearsing, *given, "-o", tmp_path / name).exit_code == 0
+    for one, many in zip(steps_of(tmp_path / "one"), steps_of(tmp_path / "many"), strict=True):
+        assert one["loss"] == pytest.approx(one["cross_entropy"] + 2 * one["kl"], rel=1e-4)
+        for key in ("loss", "cross_entropy", "kl", "confidence_gap", "held_gap", "grad_norm"):
+            assert many[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6)
+
+
+def test_accumulated_batches_count_all_their_steps(
+    rehearsing: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Four rows at once, or twice two: the same rows, rehearsed ones too, give the same step."""
+    order = ["--row-order", "as_given", "--rehearsal-share", 0.5]
+    options = {"one": [], "two": ["--batch-size", 2, "--gradient-accumulation", 2]}
+    for name, given in options.items():
+        assert run(*rehearsing, *order, *given, "-o", tmp_path / name).exit_code == 0
+    for one, two in zip(steps_of(tmp_path / "one"), steps_of(tmp_path / "two"), strict=True):
+        for key in ("cross_entropy", "kl", "held_gap", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("order", ["by_length", "random"])
+def test_a_killed_run_goes_on_with_the_same_rehearsal(
+    order: str, rehearsing: list[Any], tmp_path: Path, run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    given = [*rehearsing, "--save-steps", 1, "--rehearsal-share", 0.4, "--row-order", order]
+    assert run(*given, "-o", tmp_path / "whole").exit_code == 0
+    step = PactTrainer.training_step
+
+    def stop(self: Any, *rest: Any) -> Any:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PactTrainer, "training_step", stop)
+        assert run(*given, "-o", tmp_path / "killed").exit_code == 130
+    again = run(*given, "-o", tmp_path / "killed")
+    assert again.exit_code == 0, again.output
+    assert "going on from here" in again.stderr
+    for name, value in weights(tmp_path / "killed").items():
+        np.testing.assert_array_equal(value, weights(tmp_path / "whole")[name])
+
+
+def test_a_killed_run_does_not_go_on_with_another_rehearsal(
+    rehearsing: list[Any], prompts: Path, aligned: Path, tokens_file: Path, rehearsal: Path,
+    tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    given = [*rehearsing, "--save-steps", 1, "-o", tmp_path / "adapter"]
+
+    def stop(self: Any, *rest: Any) -> Any:
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, *rest)
+
+    step = PactTrainer.training_step
+    with monkeypatch.context() as patched:
+        patched.setattr(PactTrainer, "training_step", stop)
+        assert run(*given).exit_code == 130
+    result = run(
+        "rehearse", "--model", aligned, "--prompts", prompts, "--safety-tokens", tokens_file,
+        "--cache", tmp_path / "cache", "-o", rehearsal, "--per-file", 4, *SCORED,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    again = run(*given)
+    assert again.exit_code == 0
+    assert "going on from here" not in again.stderr
+
+
+def test_the_rehearsal_of_another_reference_is_refused(
+    command: list[Any], rehearsal: Path, tmp_path: Path, tokens_file: Path, prompts: Path,
+    run: Callable[..., Result], fails: Callable[..., str],
+) -> None:  # fmt: skip
+    other = make_model(tmp_path / "other", seed=9)
+    theirs = tmp_path / "theirs.json"
+    result = run(
+        "rehearse", "--model", other, "--prompts", prompts, "--safety-tokens", tokens_file,
+        "--cache", tmp_path / "cache", "-o", theirs, *SCORED,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    output = ["-o", tmp_path / "adapter"]
+    said = fails(*command, "--objective", "confidence", "--rehearsal", theirs, *output)
+    assert f"{theirs}: expected targets of the model" in said
+    said = fails(*command, "--objective", "none", "--rehearsal", rehearsal, *output)
+    assert "--objective none: expected no --rehearsal" in said
+    answers_place(rehearsal).write_text('{"prompt": "other", "response": "rows"}\n')
+    said = fails(*command, "--objective", "confidence", "--rehearsal", rehearsal, *output)
+    assert "expected targets of 1 rows, found 9" in said
+    answers_place(rehearsal).unlink()
+    said = fails(*command, "--objective", "confidence", "--rehearsal", rehearsal, *output)
+    assert "no such file" in said
+
+
+def test_pact_with_rehearsal_is_warned_of(
+    command: list[Any], rehearsal: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:  # fmt: skip
+    result = run(*command, "--rehearsal", rehearsal, "--epochs", 1, "-o", tmp_path / "adapter")
+    assert result.exit_code == 0
+    assert "--objective pact is not zero at the reference" in result.stderr
+
+
+def test_the_gauge_warns_once_and_stops(
+    rehearsing: list[Any], tmp_path: Path, run: Callable[..., Result], fails: Callable[..., str]
+) -> None:
+    options = ["--batch-size", 1, "--rehearsal-share", 0.5, "--gap-warns", 1e-9]
+    result = run(*rehearsing, *options, "-o", tmp_path / "warned")
+    assert result.exit_code == 0
+    assert result.stderr.count("is above 1e-09 (--gap-warns)") == 1
+    said = fails(*rehearsing, *options, "--gap-stops", 1e-9, "-o", tmp_path / "stopped")
+    assert "step 20: the confidence gap of held and rehearsed steps: expected at most 1e-09" in said
+    assert not (tmp_path / "stopped").exists()
+
+
+def test_the_gauge_waits_for_twenty_steps_that_say_something() -> None:
+    gauge = Gauge(None, 0.5)
+    state = type("State", (), {"global_step": 1})()
+    for _ in range(19):
+        gauge.on_log(None, state, None, {"held_gap": 1.0})
+        gauge.on_log(None, state, None, {"loss": 1.0})
+    with pytest.raises(TrainingError, match="found 1"):
+        gauge.on_log(None, state, None, {"held_gap": 1.0})
+
+
+def test_the_objective_pulls_the_policy_back_on_rehearsed_rows(
+    rehearsing: list[Any], command: list[Any], tmp_path: Path, run: Callable[..., Result],
+    rehearsal: Path, aligned: Path, tokens_file: Path,
+) -> None:  # fmt: skip
+    """What rehearsal is for: afterwards the policy is nearer to the reference there."""
+    options = ["--method", "full", "--learning-rate", "3e-3", "--epochs", 10, "--kl-weight", 5]
+    runs = {"with": rehearsing, "without": [*command, "--objective", "confidence"]}
+    tokens = SafetyTokens.load(tokens_file)
+    chat = Chat(load_tokenizer(str(aligned)))
+    opened = Rehearsal.open(rehearsal, locate_model(str(aligned)), chat, tokens)
+    rows = memory_mapped(opened.rows)
+    batch = ResponseCollator(0, opened.targets)([rows[i] for i in range(len(rows))])
+    gaps = {}
+    for name, given in runs.items():
+        assert run(*given, *options, "-o", tmp_path / name).exit_code == 0
+        policy = load_model(str(tmp_path / name), "float32")
+        ids, weight = torch.tensor(tokens.ids), torch.from_numpy(tokens.weights)
+        settings = FinetuneSettings(objective="confidence")
+        gaps[name] = float(batch_loss(policy, batch, ids, weight, settings).confidence_gap)
+    assert gaps["with"] < 0.7 * gaps["without"], gaps
