@@ -13,6 +13,12 @@ from pact_offline.models.locate import locate_model
 from pact_offline.rows.chat import Chat, load_tokenizer, tokenizer_fingerprint
 
 
+# Of what a run says of itself, beside its settings.
+_KEPT = (
+    "sources", "turns_refused", "tokens_refused", "targets_sha256", "rehearsal_sha256", "metrics",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model, and what was made of it.
@@ -36,7 +42,7 @@ class Subject:
         if facts is None:
             return {}
         holds = facts.get("holds", facts["settings"].get("objective") != "none")
-        kept = {name: facts[name] for name in ("targets_sha256", "metrics")}
+        kept = {name: facts[name] for name in _KEPT if name in facts}
         return {**facts["settings"], "holds": holds, **kept}
 
     def check_chat(self, chat: Chat) -> None:

@@ -61,7 +61,7 @@ def pact(
         policy: [steps, ids], the policy's log-confidences; any float dtype.
         full: [steps, ids], the reference's with the prompt.
         response_only: [steps, ids], the reference's without the prompt; not read with the gate off.
-        weights: [ids], safety-token weights, at least 0.
+        weights: [ids], safety-token weights; one below 0 counts as 0.
         steps: int [steps], number of each step in its answer; below 0 before the answer's own text.
         settings: T, alpha, bias, gate and window.
 
@@ -75,7 +75,7 @@ def pact(
         response_only = finite(response_only)
         share = mix(policy, response_only, steps, settings).unsqueeze(-1)
         target = (1 - share) * target + share * response_only
-    shares = torch.softmax(target / settings.temperature, dim=-1) * weights.float()
+    shares = torch.softmax(target / settings.temperature, dim=-1) * weights.float().clamp(min=0)
     shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=_SMALLEST)
     gap = shares.clamp(min=_SMALLEST).log() - F.log_softmax(policy / settings.temperature, dim=-1)
     return settings.temperature**2 * (shares * gap).sum(dim=-1)

@@ -149,6 +149,7 @@ def finetune(
         facts = {
             "model": model.name,
             "model_identity": model.identity,
+            "sources": [*map(str, sources)],
             "targets_sha256": cache.sha256 if cache else None,
             "rehearsal_sha256": rehearsal.targets.sha256 if rehearsal else None,
             "holds": unheld is None,
