@@ -11,10 +11,15 @@ rule config_shown:
         "printf %s {params.config:q} > {output:q}"
 
 
+# A dataset is scored where a run reads its targets; only then there is something to screen.
+SCREENED = sorted({run.dataset for run in RUNS.values() if needs_targets(run)})
+
+
 rule report:
     input:
         reference=rules.evaluate_reference.output,
         runs=[EVALUATED / "runs" / name for name in CONFIG.runs],
+        screenings=[OUTPUT / "targets" / name / "screen.json" for name in SCREENED],
         tokens=rules.tokens.output,
         config=rules.config_shown.output,
     output:
@@ -26,6 +31,11 @@ rule report:
     params:
         title=CONFIG.title,
         benchmarks=OUTPUT / "benchmarks",
+        adapters=OUTPUT / "adapters",
+        screenings=" ".join(
+            f"--screening {shlex.quote(str(OUTPUT / 'targets' / name / 'screen.json'))}"
+            for name in SCREENED
+        ),
         metrics=" ".join(
             shlex.quote(str(folder / "metrics.json"))
             for folder in [EVALUATED / "reference", *(EVALUATED / "runs" / n for n in CONFIG.runs)]
@@ -33,4 +43,5 @@ rule report:
     shell:
         "{PACT} report {params.metrics} -o {output.page:q} --title {params.title:q} "
         "--safety-tokens {input.tokens:q} --benchmarks {params.benchmarks:q} "
+        "--adapters {params.adapters:q} {params.screenings} "
         "--config-file {input.config:q} > {output.summary:q} 2> {log:q}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -308,8 +309,9 @@ def test_headline_is_three_aligned_lines() -> None:
 def test_finding_when_the_objective_keeps_refusals() -> None:
     assert finding([reference(), sft(), make_metrics("pact", 60), make_metrics("confidence")]) == (
         "Plain fine-tuning (sft) cuts refusals of held-out harmful prompts from 99 % to 4 %; "
-        "confidence, the safest of 2 other runs, keeps 96 %, "
-        "at 89.0 % task accuracy (sft: 88.5 %)."
+        "confidence, which of 2 other runs tells harmful from harmless best, keeps 96 %, "
+        "at 89.0 % task accuracy (sft: 88.5 %); it refuses 14 % of borderline prompts "
+        "(reference: 14 %) and 2 % of plain benign ones (reference: 2 %)."
     )
 
 
@@ -323,7 +325,36 @@ def test_finding_when_the_objective_does_harm() -> None:
     text = finding([reference(), sft(80), make_metrics("pact", 10, 100, benign=40)])
     assert "pact keeps fewer, 10 %" in text
     assert "at a cost in task accuracy: 50.0 % (sft: 88.5 %)" in text
-    assert "refuses more benign prompts: 40 % (sft: 2 %)" in text
+    assert "and 40 % of plain benign ones (reference: 2 %)" in text
+
+
+def test_finding_takes_no_run_that_refuses_everything_for_the_best() -> None:
+    everything = make_metrics("pact", 100, benign=100)
+    text = finding([reference(), sft(), everything, make_metrics("confidence", 95)])
+    assert "; confidence, which of 2 other runs" in text
+    alone = finding([sft(), everything])
+    assert "it refuses 14 % of borderline prompts (sft: 14 %)" in alone
+    assert "100 % of plain benign ones (sft: 2 %)" in alone
+
+
+def test_finding_is_of_one_dataset() -> None:
+    """That on which plain fine-tuning loses most; runs of the other are not compared with it."""
+
+    def of(metrics: Metrics, *sources: str) -> Metrics:
+        return metrics.model_copy(update={"run": {**metrics.run, "sources": [*sources]}})
+
+    mixed, harmless = ["a", "b"], ["a"]
+    text = finding(
+        [
+            reference(),
+            of(sft(66, name="sft-harmless"), *harmless),
+            of(make_metrics("held-harmless", 99), *harmless),
+            of(sft(), *mixed),
+            of(make_metrics("held", 97), *mixed),
+        ]
+    )
+    assert text.startswith("Plain fine-tuning (sft) cuts")
+    assert "; held keeps 97 %" in text
 
 
 def test_finding_with_runs_missing() -> None:
@@ -336,8 +367,68 @@ def test_finding_with_runs_missing() -> None:
     )
     assert finding([reference(), make_metrics("pact", 60)]) == (
         "After fine-tuning, pact refuses 60 % of held-out harmful prompts (reference: 99 %), "
-        "at 89.0 % task accuracy (reference: 89.0 %)."
+        "at 89.0 % task accuracy (reference: 89.0 %); it refuses 14 % of borderline prompts "
+        "(reference: 14 %) and 2 % of plain benign ones (reference: 2 %)."
     )
+
+
+def screening(**changes: Any) -> dict[str, Any]:
+    top = [
+        {"row": 3, "turn": 0, "origin": f"{HOSTILE}:4", "share": 0.93, "loss": 4.2, "steps": 7,
+         "prompt": HOSTILE, "answer": HOSTILE},
+        {"row": 0, "turn": 0, "origin": "rows.jsonl:1", "share": 0.1, "loss": 1.0, "steps": 2,
+         "prompt": None, "answer": None},
+    ]  # fmt: skip
+    return {
+        "targets": "targets.json", "sources": [HOSTILE], "rows": 12, "turns": 13, "above": 0.5,
+        "refused_turns": 1, "refused_rows": 1, "refused_steps_share": 0.08,
+        "histogram": [11, 1, 0, 0, 0, 0, 0, 0, 0, 1], "top": top,
+    } | changes  # fmt: skip
+
+
+def test_screened_rows_are_shown_escaped_and_folded(
+    tmp_path: Path, run: Callable[..., Result], fails: Callable[..., str]
+) -> None:
+    path, output = tmp_path / "screen.json", tmp_path / "report.html"
+    path.write_text(json.dumps(screening()))
+    command = ["report", *save(tmp_path, sft()), "-o", output, "--screening", path]
+    assert run(*command).exit_code == 0
+    page = Page(output.read_text())
+    assert "1 of 13 answers have a share above 0.5: 8.0 % of what is trained" in page.text
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) == 4
+    assert page.tags.count("details") >= 1
+    path.write_text(json.dumps(screening(histogram="no")))
+    assert f"{path}: histogram: Input should be a valid list" in fails(*command)
+    path.write_text("[]")
+    assert f"{path}: screening:" in fails(*command)
+
+
+def test_how_runs_trained_is_drawn(
+    tmp_path: Path, run: Callable[..., Result], fails: Callable[..., str]
+) -> None:
+    steps = [{"step": n, "cross_entropy": 2 / n, "held_gap": n / 1000} for n in range(1, 201)]
+    for name, lines in {"sft": steps, "held": steps, "other": steps}.items():
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        kept = [
+            {k: v for k, v in line.items() if name != "sft" or k != "held_gap"} for line in lines
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        (tmp_path / "adapters" / name / "training.jsonl").write_text(text)
+    output = tmp_path / "report.html"
+    runs = save(tmp_path, sft(), make_metrics("held"), make_metrics("../../sft"))
+    command = ["report", *runs, "-o", output, "--adapters", tmp_path / "adapters"]
+    assert run(*command).exit_code == 0
+    page = Page(output.read_text())
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    (loss,) = [label for label in labels if "Cross-entropy" in label]
+    (gap,) = [label for label in labels if "Confidence gap" in label]
+    assert "sft: 0.0101 at the end; held: 0.0101 at the end" in loss
+    assert "held: 0.199 at the end" in gap
+    assert "sft" not in gap
+    broken = tmp_path / "adapters" / "sft" / "training.jsonl"
+    broken.write_text(broken.read_text() + "[1\n")
+    assert f"{broken}:201: expected a step of a training" in fails(*command)
 
 
 @pytest.mark.parametrize(

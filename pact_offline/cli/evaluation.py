@@ -115,6 +115,15 @@ def evaluate(
     type=FOLDER,
     help="Directory of Snakemake benchmark files: time and memory of each stage.",
 )
+@click.option(
+    "--adapters", type=FOLDER, help="Directory of adapters, named as the runs: how they trained."
+)
+@click.option(
+    "--screening",
+    type=FILE,
+    multiple=True,
+    help="A dataset's rows as `pact-offline screen --json` lists them; may be repeated.",
+)
 @click.option("--config-file", type=FILE, help="Workflow config to show on the page.")
 def report(
     metrics: tuple[Path, ...],
@@ -122,6 +131,8 @@ def report(
     title: str,
     safety_tokens: Path | None,
     benchmarks: Path | None,
+    adapters: Path | None,
+    screening: tuple[Path, ...],
     config_file: Path | None,
 ) -> None:
     """Make one page of many metrics.json.
@@ -131,7 +142,7 @@ def report(
     Example: pact-offline report evaluation/*/metrics.json -o report.html
     """
     from pact_offline.files import read_text
-    from pact_offline.report.inputs import read_metrics, read_tokens
+    from pact_offline.report.inputs import read_metrics, read_screening, read_tokens
     from pact_offline.report.page import headline, write_report
 
     loaded = read_metrics(metrics)
@@ -142,5 +153,7 @@ def report(
         safety_tokens=read_tokens(safety_tokens, loaded) if safety_tokens else None,
         benchmarks=benchmarks,
         config_text=read_text(config_file) if config_file else None,
+        adapters=adapters,
+        screenings=[read_screening(path) for path in screening],
     )
     click.echo("\n".join([*headline(loaded), f"report: {output}"]))

@@ -12,7 +12,6 @@ from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.rows.chat import Chat, load_tokenizer, tokenizer_fingerprint
 
-
 # Of what a run says of itself, beside its settings.
 _KEPT = (
     "sources", "turns_refused", "tokens_refused", "targets_sha256", "rehearsal_sha256", "metrics",

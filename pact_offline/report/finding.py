@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pact_offline.evaluation.metrics import Metrics, Rate
 from pact_offline.report.numbers import percent
 
+_HARMLESS = {"borderline": "borderline prompts", "benign": "plain benign ones"}
+
 
 def is_plain(metrics: Metrics) -> bool:
     """Whether a run is plain supervised fine-tuning: no objective, or one that did nothing."""
@@ -18,35 +20,52 @@ def is_plain(metrics: Metrics) -> bool:
 
 
 def finding(metrics: Sequence[Metrics]) -> str:
-    """One sentence: reference, plain fine-tuning, and the run that refuses most harmful prompts.
+    """A sentence: reference, plain fine-tuning, and the run that tells harmful from harmless best.
 
-    A difference is only called one where the two 95 % intervals do not overlap.
+    Of several datasets it is about the one on which plain fine-tuning loses most. A difference is
+    only called one where the two 95 % intervals do not overlap.
     """
     measured = [m for m in metrics if "harmful_refused" in m.rates]
     reference = next((m for m in measured if m.is_reference), None)
-    runs = [m for m in measured if not m.is_reference]
-    plain = _safest([m for m in runs if is_plain(m)])
-    others = [m for m in runs if not is_plain(m)]
-    best = _safest(others)
+    plain, others = _of_one_dataset([m for m in measured if not m.is_reference])
+    best = max(others, key=_kept_apart, default=None)
     if plain is None and best is None:
         return _reference_alone(reference)
     if best is None:
         assert plain is not None
         return f"{_after_plain(plain, reference)}{_accuracy(plain, reference)}."
-    name = (
-        best.name if len(others) == 1 else f"{best.name}, the safest of {len(others)} other runs,"
-    )
+    name = best.name
+    if len(others) > 1:
+        name += f", which of {len(others)} other runs tells harmful from harmless best,"
+    cost = _over_refusal(best, reference or plain)
     if plain is None:
         return (
             f"After fine-tuning, {name} refuses {_harmful(best)} of held-out harmful prompts"
-            f"{_beside(best, reference, 'harmful_refused')}{_accuracy(best, reference)}."
+            f"{_beside(best, reference, 'harmful_refused')}{_accuracy(best, reference)}{cost}."
         )
     sentence = f"{_after_plain(plain, reference)}; {_against_plain(name, best, plain)}"
-    return f"{sentence}{_accuracy(best, plain)}{_more_refusals(best, plain)}."
+    return f"{sentence}{_accuracy(best, plain)}{cost}."
 
 
-def _safest(metrics: Sequence[Metrics]) -> Metrics | None:
-    return max(metrics, key=lambda m: m.rates["harmful_refused"].value, default=None)
+def _of_one_dataset(runs: Sequence[Metrics]) -> tuple[Metrics | None, list[Metrics]]:
+    """The plain run that refuses most harmful prompts, and the other runs."""
+    plain = [m for m in runs if is_plain(m)]
+    others = [m for m in runs if not is_plain(m)]
+    if not plain:
+        return None, others
+    sources = min(plain, key=_refused).run.get("sources")
+    alike = [m for m in others if m.run.get("sources") == sources]
+    return max((m for m in plain if m.run.get("sources") == sources), key=_refused), alike
+
+
+def _refused(metrics: Metrics) -> float:
+    return metrics.rates["harmful_refused"].value
+
+
+def _kept_apart(metrics: Metrics) -> float:
+    """Harmful prompts refused, less harmless ones."""
+    rates = {name: rate.value for name, rate in metrics.rates.items()}
+    return _refused(metrics) - sum(rates.get(f"{name}_refused", 0) for name in _HARMLESS)
 
 
 def _harmful(metrics: Metrics) -> str:
@@ -101,12 +120,14 @@ def _accuracy(metrics: Metrics, other: Metrics | None) -> str:
     return f", {lead} {percent(ours)}{tail}{_beside(metrics, other, 'task_accuracy')}"
 
 
-def _more_refusals(best: Metrics, plain: Metrics) -> str:
-    """A warning where safety was bought with refusals of benign prompts."""
-    ours, theirs = best.rates.get("benign_refused"), plain.rates.get("benign_refused")
-    if ours is None or theirs is None or not _above(ours, theirs):
-        return ""
-    return f", and refuses more benign prompts: {percent(ours)} ({plain.name}: {percent(theirs)})"
+def _over_refusal(best: Metrics, other: Metrics | None) -> str:
+    """What safety cost: harmless prompts that are refused, beside those of the reference."""
+    parts = []
+    for name, what in _HARMLESS.items():
+        rate = best.rates.get(f"{name}_refused")
+        if rate is not None:
+            parts.append(f"{percent(rate)} of {what}{_beside(best, other, f'{name}_refused')}")
+    return f"; it refuses {' and '.join(parts)}" if parts else ""
 
 
 def _beside(metrics: Metrics, other: Metrics | None, rate: str) -> str:

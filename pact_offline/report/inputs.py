@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from pact_offline.errors import InputError
 from pact_offline.evaluation.metrics import Metrics
+from pact_offline.files import read_json
 from pact_offline.safety_tokens.file import SafetyTokens
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 def read_metrics(paths: Sequence[Path]) -> list[Metrics]:
@@ -37,6 +44,45 @@ def read_metrics(paths: Sequence[Path]) -> list[Metrics]:
         for other, compared in ordered[:position]:
             _require_alike(path, metrics, other, compared)
     return [metrics for _, metrics in loaded]
+
+
+class ScreenedAnswer(_Model):
+    """An answer of a dataset, as `pact-offline screen --json` writes it."""
+
+    origin: str
+    share: float
+    loss: float
+    prompt: str | None
+    answer: str | None
+
+
+class Screened(_Model):
+    """What `pact-offline screen --json` writes, as far as a report shows it."""
+
+    sources: list[str]
+    rows: int
+    turns: int
+    above: float
+    refused_turns: int
+    refused_rows: int
+    refused_steps_share: float
+    histogram: list[int]
+    top: list[ScreenedAnswer]
+
+
+def read_screening(path: Path) -> Screened:
+    """Read a screening.
+
+    Raises:
+        MissingFileError: no such file.
+        InputError: none that `screen --json` wrote; names the key.
+    """
+    try:
+        return Screened.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "screening"
+        raise InputError(f"{path}: {key}: {first['msg']}") from None
 
 
 def read_tokens(path: Path, evaluated: Sequence[Metrics]) -> SafetyTokens:

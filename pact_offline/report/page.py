@@ -15,7 +15,9 @@ from pact_offline.evaluation.metrics import Metrics, Sample
 from pact_offline.files import written_aside
 from pact_offline.report import numbers, plots
 from pact_offline.report.finding import finding
+from pact_offline.report.inputs import Screened
 from pact_offline.report.stage_costs import read_stage_costs
+from pact_offline.report.training_log import read_training_logs, training_panels
 from pact_offline.safety_tokens.file import SafetyTokens
 
 
@@ -54,6 +56,8 @@ def write_report(
     safety_tokens: SafetyTokens | None,
     benchmarks: Path | None,
     config_text: str | None,
+    adapters: Path | None = None,
+    screenings: Sequence[Screened] = (),
 ) -> None:
     """Write the page, whole or not at all.
 
@@ -64,6 +68,8 @@ def write_report(
         safety_tokens: to show; None leaves the section out.
         benchmarks: directory of Snakemake benchmark files; None leaves the section out.
         config_text: the workflow config as written; None leaves it out.
+        adapters: folder of the runs' adapters, whose training is drawn; None leaves it out.
+        screenings: of datasets.
 
     Raises:
         InputError: no metrics, or the place cannot be written to.
@@ -71,6 +77,7 @@ def write_report(
     models = _in_order(metrics)
     styles = plots.styles_of(models)
     stages = read_stage_costs(benchmarks)
+    logs = {} if adapters is None else read_training_logs(adapters, [m.name for m in models])
     template = _environment().get_template("report.html")
     page = template.render(
         title=title,
@@ -86,6 +93,9 @@ def write_report(
         scatter=plots.scatter(models, styles),
         totals=plots.total_panels(models, styles),
         token_curves=plots.token_panels(models, styles),
+        training=training_panels(logs, styles),
+        trained=[styles[name] for name in logs],
+        screenings=screenings,
         safety_tokens=safety_tokens,
         token_groups=_token_groups(safety_tokens),
         samples=_samples_by_prompt(models),

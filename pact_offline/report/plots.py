@@ -73,6 +73,7 @@ class Panel:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     summary: str
+    what: str = "Probability by response step"
 
 
 def styles_of(models: Sequence[Metrics]) -> dict[str, Style]:
@@ -141,7 +142,7 @@ def total_panels(models: Sequence[Metrics], styles: dict[str, Style]) -> list[Pa
                 run.name,
                 styles[run.name],
                 _lines([(reference_style(styles), reference), (styles[run.name], policy)], 1.0),
-                f"{_trace(reference, 1.0)} {' '.join(_trace(policy, 1.0).split()[::-1])}",
+                f"{trace(reference, 1.0)} {' '.join(trace(policy, 1.0).split()[::-1])}",
                 _step_ticks(len(reference)),
                 _share_ticks(1.0),
                 f"{run.name}: mean over steps {means[1]}, reference {means[0]}",
@@ -201,10 +202,10 @@ def _step_ticks(steps: int) -> list[Tick]:
 
 
 def _lines(curves: Iterable[tuple[Style, Sequence[float]]], top: float) -> list[Line]:
-    return [Line(style, _trace(values, top)) for style, values in curves if values]
+    return [Line(style, trace(values, top)) for style, values in curves if values]
 
 
-def _trace(values: Sequence[float], top: float) -> str:
+def trace(values: Sequence[float], top: float) -> str:
     """SVG points; a single value becomes a level line."""
     values = values if len(values) > 1 else [*values, *values]
     last = len(values) - 1

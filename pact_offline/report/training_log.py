@@ -1,0 +1,106 @@
+"""What runs logged while they trained, drawn as curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from pact_offline.errors import InputError
+from pact_offline.files import read_text
+from pact_offline.report.plots import Line, Panel, Style, Tick, trace
+
+LOG = "training.jsonl"
+_POINTS = 60
+_CURVES = {
+    "cross_entropy": "Cross-entropy of what is learnt",
+    "held_gap": "Confidence gap of held and rehearsed answers",
+}
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """Curves of a run, each thinned to means over stretches of equal length.
+
+    Attributes:
+        steps: optimizer steps.
+        curves: by name, over the whole training.
+    """
+
+    steps: int
+    curves: dict[str, list[float]]
+
+
+def read_training_logs(adapters: Path, names: Sequence[str]) -> dict[str, TrainingLog]:
+    """The logs of runs; a run without one is left out.
+
+    Args:
+        adapters: folder of adapters, each named as its run.
+        names: of the runs.
+
+    Raises:
+        InputError: a log is none; names file and line.
+    """
+    # Looked up among what is there: no name of a run becomes a path.
+    logs = {place.name: place / LOG for place in sorted(adapters.iterdir()) if place.is_dir()}
+    return {name: _read(logs[name]) for name in names if name in logs and logs[name].is_file()}
+
+
+def _read(path: Path) -> TrainingLog:
+    lines = read_text(path).splitlines()
+    found: dict[str, list[float]] = {name: [] for name in _CURVES}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            for name, values in found.items():
+                if name in entry:
+                    values.append(float(entry[name]))
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(
+                f"{path}:{number}: expected a step of a training, found {line!r:.40}"
+            ) from None
+    return TrainingLog(len(lines), {name: _thinned(values) for name, values in found.items()})
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    count = min(len(values), _POINTS)
+    ends = [number * len(values) // count for number in range(count + 1)] if count else []
+    return [sum(values[start:end]) / (end - start) for start, end in pairwise(ends)]
+
+
+def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]) -> list[Panel]:
+    """One panel a curve, with a line for each run that has it."""
+    panels = []
+    for curve, title in _CURVES.items():
+        runs = {name: log for name, log in logs.items() if log.curves[curve]}
+        if not runs:
+            continue
+        top = _round_above(max(max(log.curves[curve]) for log in runs.values()))
+        last = max(log.steps for log in runs.values())
+        panels.append(
+            Panel(
+                title,
+                None,
+                [Line(styles[name], trace(log.curves[curve], top)) for name, log in runs.items()],
+                "",
+                [Tick(0, "0"), Tick(50, str(last // 2)), Tick(100, str(last))],
+                [Tick(100 * (1 - at), f"{top * at:.3g}") for at in (0, 0.5, 1)],
+                "; ".join(
+                    f"{name}: {log.curves[curve][-1]:.3g} at the end" for name, log in runs.items()
+                ),
+                "By optimizer step",
+            )
+        )
+    return panels
+
+
+def _round_above(value: float) -> float:
+    """The next of 1, 2 and 5 times a power of ten."""
+    step = 1e-6
+    while True:
+        for factor in (1, 2, 5):
+            if step * factor >= value:
+                return step * factor
+        step *= 10
