@@ -48,15 +48,22 @@ COMMANDS: dict[str, str] = {
     "-o OUT.json --backend transformers --config settings.yaml",
     "finetune": "--model model --rows rows.jsonl --targets targets.json "
     "--safety-tokens tokens.json -o OUT --config settings.yaml --batch-size 2",
+    "finetune --rehearsal": "--model model --rows rows.jsonl --targets targets.json "
+    "--safety-tokens tokens.json --rehearsal rehearsal.json --objective confidence --refused-rows "
+    "hold --refused-above 0.01 --rehearsal-share 0.4 -o OUT --batch-size 2",
+    "screen": "targets.json --safety-tokens tokens.json --above 0.01 -o OUT.jsonl",
+    "rehearse": "--model model --prompts prompts.jsonl --safety-tokens tokens.json --cache cache "
+    "-o OUT.json --backend transformers --answer-tokens 3",
     "merge": "--model model --adapter adapter -o OUT",
     "evaluate": "--name run --model model --harmful prompts.jsonl --borderline prompts.jsonl "
     "--benign prompts.jsonl --task rows.jsonl --safety-tokens tokens.json --max-new-tokens 2 "
     "--reference evaluation -o OUT",
     "report": "metrics.json --safety-tokens tokens.json --benchmarks benchmarks "
-    "--config-file settings.yaml --title Page -o OUT.html",
+    "--config-file settings.yaml --title Page --screening screen.json --adapters runs -o OUT.html",
     "demo extract": "-o OUT",
     "demo align": "--base model --refusals rows.jsonl --benign prompts.jsonl "
     "--harmful-check prompts.jsonl --benign-check prompts.jsonl --task-check prompts.jsonl -o OUT",
+    "demo aligned": "--base model --adapter adapter -o OUT",
     "cache ls": "cache",
     "cache show": "targets.json 3 --safety-tokens tokens.json --rows rows.jsonl --model model",
     "cache verify": "targets.json",
@@ -102,8 +109,9 @@ ODD_PLACES = [
     "/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/a", "/sys/a", "nowhere",
     "nowhere/a/b", "model", "base", "adapter", "evaluation", "cache", "benchmarks", "rows.jsonl",
     "tokens.json", "targets.json", "metrics.json", "list.json", "settings.yaml", "rows.parquet",
-    "rows.csv", "conversations.jsonl",
-    "broken.parquet", "here.parquet", "model/config.json", "z" * 255, "z" * 256, ".hidden", "-o",
+    "rows.csv", "conversations.jsonl", "rehearsal.json", "rehearsal.answers.jsonl", "screen.json",
+    "runs", "broken.parquet", "here.parquet", "model/config.json", "z" * 255, "z" * 256, ".hidden",
+    "-o",
 ]  # fmt: skip
 ODD_YAML = [
     "", "a", "- 1", "{}", "1: 2", "null: 1", "? [1, 2]\n: 3", "? {a: b}\n: c", "max_tokens: ~",
@@ -211,6 +219,13 @@ def make_inputs(folder: Path) -> None:
             "--safety-tokens", "tokens.json", "--max-new-tokens", 2, "-o", "evaluation",
         )  # fmt: skip
         shutil.copy("evaluation/metrics.json", "metrics.json")
+        _quietly(
+            "rehearse", "--model", "model", "--prompts", "prompts.jsonl", "--safety-tokens",
+            "tokens.json", "--cache", "cache", "-o", "rehearsal.json", "--backend", "transformers",
+        )  # fmt: skip
+        found = _quietly("screen", "targets.json", "--safety-tokens", "tokens.json", "--json")
+        Path("screen.json").write_text(found.stdout)
+        shutil.copytree("adapter", "runs/reference")
         _odd_places()
 
 

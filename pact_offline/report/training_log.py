@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pact_offline.errors import InputError
+from pact_offline.errors import InputError, MissingFileError
 from pact_offline.files import read_text
 from pact_offline.report.plots import Line, Panel, Style, Tick, trace
 
@@ -41,8 +41,11 @@ def read_training_logs(adapters: Path, names: Sequence[str]) -> dict[str, Traini
         names: of the runs.
 
     Raises:
+        MissingFileError: no such folder.
         InputError: a log is none; names file and line.
     """
+    if not adapters.is_dir():
+        raise MissingFileError(f"{adapters}: no such directory")
     # Looked up among what is there: no name of a run becomes a path.
     logs = {place.name: place / LOG for place in sorted(adapters.iterdir()) if place.is_dir()}
     return {name: _read(logs[name]) for name in names if name in logs and logs[name].is_file()}
