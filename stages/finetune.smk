@@ -18,11 +18,15 @@ def rehearses(run):
     return CONFIG.rehearsal is not None and is_held and run.rehearsal_share > 0
 
 
+def targets_of(run):
+    return OUTPUT / "targets" / run.dataset / "targets.json"
+
+
 def run_targets(wildcards):
-    """Targets that are scored again are the same: what decides them is this rule's own input and
-    parameters, so that no adapter is trained again because a cache was removed."""
     run = RUNS[wildcards.run]
-    return ancient(OUTPUT / "targets" / run.dataset / "targets.json") if needs_targets(run) else []
+    if not needs_targets(run):
+        return []
+    return digest_of(targets_of(run), list(map(str, CONFIG.datasets[run.dataset])))
 
 
 def run_tokens(wildcards):
@@ -31,18 +35,9 @@ def run_tokens(wildcards):
 
 
 def run_rehearsal(wildcards):
-    """As `run_targets`: the prompts decide them."""
-    return ancient(REHEARSAL) if rehearses(RUNS[wildcards.run]) else []
-
-
-def run_prompts(wildcards):
-    return local_files(CONFIG.rehearsal.prompts) if rehearses(RUNS[wildcards.run]) else []
-
-
-def rehearsed(wildcards):
-    """What decides a run's rehearsal beside its own settings."""
-    is_one = rehearses(RUNS[wildcards.run])
-    return [CONFIG.rehearsal.prompts, options(CONFIG.rehearsal, ["prompts"])] if is_one else []
+    if not rehearses(RUNS[wildcards.run]):
+        return []
+    return digest_of(REHEARSAL, list(map(str, CONFIG.rehearsal.prompts)))
 
 
 def targets_option(wildcards):
@@ -51,7 +46,7 @@ def targets_option(wildcards):
         return ""
     given = {"--safety-tokens": rules.tokens.output[0]}
     if needs_targets(run):
-        given["--targets"] = run_targets(wildcards)
+        given["--targets"] = targets_of(run)
     if rehearses(run):
         given["--rehearsal"] = REHEARSAL
     return " ".join(repeated(option, [path]) for option, path in given.items())
@@ -70,7 +65,6 @@ rule finetune:
         template=lambda wildcards: chat_template(RUNS[wildcards.run]),
         targets=run_targets,
         rehearsal=run_rehearsal,
-        prompts=run_prompts,
         tokens=run_tokens,
         model=model_input(ALIGNED),
         code=lambda wildcards: own_code(RUNS[wildcards.run]),
@@ -91,7 +85,6 @@ rule finetune:
         rows=lambda wildcards: repeated("--rows", CONFIG.datasets[RUNS[wildcards.run].dataset]),
         targets=targets_option,
         scored=lambda wildcards: SCORE_VALUES if needs_targets(RUNS[wildcards.run]) else "",
-        rehearsed=rehearsed,
         settings=lambda wildcards: options(
             RUNS[wildcards.run], without=["dataset", "save_steps"]
         ),

@@ -17,9 +17,9 @@ if CONFIG.rehearsal:
             template=chat_template(CONFIG.score),
             tokens=rules.tokens.output,
             model=model_input(ALIGNED),
-        output:
+        output:  # and the answers, which are not made again where only their cache is gone
             targets=REHEARSAL,
-            rows=answers_place(REHEARSAL),
+            digest=REHEARSAL.with_name("digest.txt"),
         log:
             OUTPUT / "logs" / "rehearse.log",
         benchmark:
@@ -39,4 +39,5 @@ if CONFIG.rehearsal:
         shell:
             "OMP_NUM_THREADS={threads} {PACT} rehearse --model {params.model:q} {params.prompts} "
             "--safety-tokens {input.tokens:q} --cache {params.cache:q} -o {output.targets:q} "
-            "{params.answers} {params.values} {resources.means} 2>&1 | tee -i {log:q} >&2"
+            "{params.answers} {params.values} {resources.means} 2>&1 | tee -i {log:q} >&2; "
+            "{PACT} cache digest {output.targets:q} > {output.digest:q}"

@@ -2,8 +2,7 @@
 # its contexts by content, so another number of parts rescores nothing.
 from functools import cache
 
-from pact_offline.cache.presence import is_there
-from pact_offline.cache.targets import answers_place
+from pact_offline.cache.presence import is_made_of, is_there
 
 
 scattergather:
@@ -34,6 +33,18 @@ def is_gone(targets):
         return False
     print(f"pact-offline: {targets}: its cache is gone; it is scored again", file=sys.stderr)
     return True
+
+
+def digest_of(targets, sources):
+    """What a training takes from targets, as its input: the same content where they are the same.
+
+    While they are merely scored again, as their cache is gone, that is no reason to train again.
+    Else it must be a plain input: Snakemake does not look at the other inputs of a job behind one
+    that runs, and an ancient one would hide that the rows have changed.
+    """
+    digest = targets.with_name("digest.txt")
+    is_refilled = digest.exists() and is_gone(targets) and is_made_of(targets, sources)
+    return ancient(digest) if is_refilled else digest
 
 
 def parts_done(wildcards):
@@ -85,7 +96,8 @@ rule targets:
         tokens=rules.tokens.output,
         model=model_input(ALIGNED),
     output:
-        OUTPUT / "targets" / "{dataset}" / "targets.json",
+        targets=OUTPUT / "targets" / "{dataset}" / "targets.json",
+        digest=OUTPUT / "targets" / "{dataset}" / "digest.txt",
     log:
         OUTPUT / "logs" / "targets" / "{dataset}.log",
     resources:
@@ -99,5 +111,6 @@ rule targets:
         values=SCORE_VALUES,
     shell:
         "{PACT} score --model {params.model:q} {params.rows} "
-        "--safety-tokens {input.tokens:q} --cache {params.cache:q} -o {output:q} "
-        "{params.values} {resources.means} 2>&1 | tee -i {log:q} >&2"
+        "--safety-tokens {input.tokens:q} --cache {params.cache:q} -o {output.targets:q} "
+        "{params.values} {resources.means} 2>&1 | tee -i {log:q} >&2; "
+        "{PACT} cache digest {output.targets:q} > {output.digest:q}"

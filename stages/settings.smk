@@ -23,7 +23,7 @@ try:
 except (PactError, OSError) as error:
     print(f"pact-offline: {error}", file=sys.stderr)
     sys.exit(2)
-validate(config, "config.schema.yaml")
+validate(config, "config.schema.yaml", set_default=False)  # CONFIG has the defaults
 OUTPUT = Path(CONFIG.output)
 CACHE = CONFIG.cache or str(OUTPUT / "cache")  # a directory or a URL
 IS_DEMO = CONFIG.models.aligned is None

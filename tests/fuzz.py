@@ -69,6 +69,7 @@ COMMANDS: dict[str, str] = {
     "cache verify": "targets.json",
     "cache verify --repair": "cache --repair",
     "cache audit": "targets.json --model model --rows rows.jsonl --safety-tokens tokens.json",
+    "cache digest": "targets.json",
     "cache gc": "cache --yes --older-than 0",
     "bench equality": "--model model --rows rows.jsonl --targets targets.json "
     "--safety-tokens tokens.json --batch-size 2",
@@ -291,12 +292,12 @@ class Draw:
             for at, argument in enumerate(case.arguments)
             if not argument.startswith("-") or argument == "-"
         ]
-        if values and self._random.random() < 0.5:
+        params = [p for p in command_of(case.command).params if isinstance(p, click.Option)]
+        if values and (not params or self._random.random() < 0.5):
             at = self._random.choice(values)
             case.changes.append(f"{case.arguments[at]!r:.60} is {text!r:.60}")
             case.arguments[at] = text
             return
-        params = [p for p in command_of(case.command).params if isinstance(p, click.Option)]
         option = self._random.choice(params)
         name = self._random.choice([*option.opts, *option.secondary_opts])
         given = [name] if option.is_flag else [name, text]

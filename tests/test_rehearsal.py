@@ -1,6 +1,8 @@
 """Rehearsal: the reference's own answers, scored, and mixed into every batch."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch.utils.data import SequentialSampler
 
 from pact_offline.cache.targets import TargetCache, answers_place
 from pact_offline.errors import TrainingError
+from pact_offline.files import sha256_file
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
@@ -73,7 +76,37 @@ def test_the_reference_answers_itself_and_is_scored_on_that(
     assert len(found) == 9
     assert found.binding.store == TargetCache.open(targets).binding.store
     made = found.binding.provenance["rehearsal"]
-    assert made == {"prompts": [str(prompts)], "answer_tokens": 5, "per_file": None}
+    asked = [{"source": str(prompts), "sha256": sha256_file(prompts)}]
+    assert made == {"prompts": asked, "answer_tokens": 5, "per_file": None}
+
+
+def test_answers_are_not_made_again_where_only_the_scoring_was_killed(
+    prompts: Path, aligned: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = tmp_path / "rehearsal.json"
+    command = [
+        "rehearse", "--model", aligned, "--prompts", prompts, "--safety-tokens", tokens_file,
+        "--cache", tmp_path / "cache", "-o", path, "--answer-tokens", 5, *SCORED,
+    ]  # fmt: skip
+
+    def stop(*given: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pact_offline.scoring.rehearse.score", stop)
+        assert run(*command).exit_code == 130
+    assert not path.exists()
+    said = answers_place(path).read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr("pact_offline.scoring.rehearse._by_transformers", stop)
+        again = run(*command)
+        assert again.exit_code == 0, again.output
+        assert "the answers are known" in again.stderr
+        answers_place(path).write_text(said.replace("parcel", "letter"))
+        assert run(*command).exit_code == 130  # not as they were written: made again
+        answers_place(path).write_text(said)
+        assert run(*command, "--answer-tokens", 6).exit_code == 130
 
 
 def test_a_part_of_each_file_is_drawn_evenly(
@@ -318,3 +351,27 @@ def test_the_objective_pulls_the_policy_back_on_rehearsed_rows(
         settings = FinetuneSettings(objective="confidence")
         gaps[name] = float(batch_loss(policy, batch, ids, weight, settings).confidence_gap)
     assert gaps["with"] < 0.7 * gaps["without"], gaps
+
+
+@pytest.mark.vllm
+def test_vllm_gives_the_answers_that_transformers_gives(
+    rehearsal: Path, prompts: Path, aligned: Path, tokens_file: Path, tmp_path: Path
+) -> None:
+    """Both engines of vLLM in one process: the one that answers, then the one that scores."""
+    output = tmp_path / "by_vllm.json"
+    subprocess.run(
+        [
+            sys.executable, "-m", "pact_offline", "rehearse", "--model", aligned, "--prompts",
+            prompts, "--safety-tokens", tokens_file, "--cache", tmp_path / "cache", "-o", output,
+            "--answer-tokens", "5", "--backend", "vllm", "--dtype", "float32",
+        ],
+        check=True,
+    )  # fmt: skip
+    ours, theirs = (read_rows(answers_place(path)) for path in (output, rehearsal))
+    assert [row.response for row in ours] == [row.response for row in theirs]
+    found, expected = TargetCache.open(output), TargetCache.open(rehearsal)
+    assert found.binding.identity.engine.startswith("vllm")
+    every = range(len(found))
+    np.testing.assert_allclose(
+        found.read(every, "full"), expected.read(every, "full"), atol=0.05
+    )  # one byte a value

@@ -27,12 +27,20 @@ from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import WorkflowConfig, workflow_schema_text
 
 CONFIGS = ["config.yaml", "sweep.yaml", "llama-3.1-8b.yaml"]
+RUNS = ("sft", "pact", "kept")
 # On tiny models a job's start is most of its time, so one core each lets two run at once.
 ONE_CORE_EACH = [
     "--set-threads",
     *(
         f"{rule}=1"
-        for rule in ("tokens", "score_part", "finetune", "evaluate_reference", "evaluate")
+        for rule in (
+            "tokens",
+            "score_part",
+            "rehearse",
+            "finetune",
+            "evaluate_reference",
+            "evaluate",
+        )
     ),
 ]
 
@@ -93,7 +101,12 @@ def finished(aligned: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
         "evaluation": {**few["evaluation"], **prompts},
         "score": {"backend": "transformers", "shard_steps": 12},
         "score_parts": 2,
-        "runs": {"sft": {"objective": "none"}, "pact": {"objective": "pact"}},
+        "rehearsal": {"prompts": ["benign.jsonl", "rows.jsonl"], "per_file": 4, "answer_tokens": 3},
+        "runs": {
+            "sft": {"objective": "none"},
+            "pact": {"objective": "pact", "rehearsal_share": 0},
+            "kept": {"objective": "confidence", "refused_rows": "hold", "refused_above": 0.01},
+        },
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -136,7 +149,43 @@ def test_the_whole_workflow_on_tiny_models(finished: Path) -> None:
     # A config of one's own is the whole config: nothing of the demo's stands in for what it omits.
     assert facts["settings"]["learning_rate"] == 3e-5
     assert facts["settings"]["save_steps"] == 100
-    assert {run.name for run in (output / "adapters").iterdir()} == {"sft", "pact"}
+    assert {run.name for run in (output / "adapters").iterdir()} == {*RUNS}
+
+
+@pytest.mark.workflow
+def test_a_run_rehearses_what_the_reference_said(finished: Path) -> None:
+    output = finished / "out put"
+    facts = {
+        run: json.loads((output / "adapters" / run / "pact_offline.json").read_text())
+        for run in RUNS
+    }
+    assert {run: facts[run]["rehearsal_sha256"] is not None for run in RUNS} == {
+        "sft": False, "pact": False, "kept": True,
+    }  # fmt: skip
+    said = (output / "rehearsal" / "targets.answers.jsonl").read_text().splitlines()
+    assert 0 < len(said) <= 8
+    page = (output / "report.html").read_text(encoding="utf-8")
+    for heading in ("Rows that the reference would have refused", "Confidence gap of held"):
+        assert heading in page
+
+
+@pytest.mark.workflow
+def test_other_rows_are_scored_and_trained_anew_by_every_run(moved: Path) -> None:
+    with (moved / "rows.jsonl").open("a") as rows:
+        rows.write('{"prompt": "Where is it?", "response": "Shipping"}\n')
+    planned = plan(moved / "config.yaml")
+    assert "rule targets:" in planned
+    assert planned.count("rule finetune:") == len(RUNS)
+
+
+@pytest.mark.workflow
+def test_other_prompts_are_answered_and_rehearsed_anew(moved: Path) -> None:
+    write_rows(moved / "benign.jsonl", [{"prompt": f"Another {i}?"} for i in range(6)])
+    planned = plan(moved / "config.yaml")
+    assert "rule rehearse:" in planned
+    assert "rule score_part:" not in planned
+    assert planned.count("rule finetune:") == 1
+    assert "wildcards: run=kept" in planned
 
 
 @pytest.mark.workflow
@@ -153,8 +202,8 @@ def test_what_is_done_stays_done_at_another_place_until_weights_are_written_over
     weights = (models / "base" / "model.safetensors").read_bytes()
     (models / "aligned" / "model.safetensors").write_bytes(weights)
     planned = plan(moved / "config.yaml")
-    assert planned.count("rule finetune:") == 2
-    for rule in ("tokens", "score_part", "targets", "evaluate_reference"):
+    assert planned.count("rule finetune:") == 3
+    for rule in ("tokens", "score_part", "targets", "rehearse", "evaluate_reference"):
         assert f"rule {rule}:" in planned
 
 
@@ -172,11 +221,11 @@ def test_a_cache_that_is_gone_is_scored_again_and_nothing_is_trained_again(moved
 
     shutil.rmtree(output / "cache")
     with_runs(moved, full={"method": "full", "objective": "confidence"})
-    before = {run: (output / "adapters" / run).stat().st_mtime_ns for run in ("sft", "pact")}
+    before = {run: (output / "adapters" / run).stat().st_mtime_ns for run in RUNS}
     made = snakemake(config, *ONE_CORE_EACH)
     assert made.returncode == 0, made.stderr[-4000:]
-    assert "targets.json: its cache is gone; it is scored again" in made.stderr
-    after = {run: (output / "adapters" / run).stat().st_mtime_ns for run in ("sft", "pact")}
+    assert made.stderr.count("targets.json: its cache is gone; it is scored again") == 2
+    after = {run: (output / "adapters" / run).stat().st_mtime_ns for run in RUNS}
     assert after == before
     assert (output / "adapters" / "full" / "config.json").is_file()
     assert (output / "evaluation" / "runs" / "full" / "metrics.json").is_file()
@@ -249,6 +298,7 @@ def test_the_whole_workflow_on_the_bundled_model_with_vllm(tmp_path: Path) -> No
     config: dict[str, Any] = {
         **few_rows(tmp_path),
         "refusals": "refusals.jsonl",
+        "realign": True,
         "align_data": {"refusals": ["refusals.jsonl"], "benign": ["benign.jsonl"]},
         "align": {
             "epochs": 1,
@@ -349,7 +399,12 @@ def test_a_bad_config_stops_the_workflow_with_one_line(tmp_path: Path) -> None:
 def test_the_bundled_configs_work_from_anywhere(tmp_path: Path) -> None:
     demo = plan(None, "--printshellcmds", "--cores", "1000", directory=tmp_path)
     assert f"--rows {shlex.quote(str(ROOT / 'data' / 'attack.jsonl'))}" in demo
-    assert "demo align --base results/models/base" in demo
+    shipped = shlex.quote(str(ROOT / "data" / "reference"))
+    assert f"demo aligned --base results/models/base --adapter {shipped}" in demo
+    assert "demo align " not in demo
+    anew = plan(None, "--printshellcmds", "--config", "realign=True", directory=tmp_path)
+    assert "demo align --base results/models/base" in anew
+    assert "demo aligned --base results/models/base --adapter results/models/adapter" in anew
     assert f"OMP_NUM_THREADS={usable_cores()} " in demo  # not of the machine, in a container
     assert "--words-only" in demo
     assert "--words-only true" not in demo.lower()
@@ -364,9 +419,11 @@ def test_hub_data_and_code_of_ones_own_reach_every_command(tmp_path: Path) -> No
         (tmp_path / f"{name}.py").write_text("")
     hub = {name: f"hub:o/{name}:s" for name in ("harmful", "borderline", "benign", "task")}
     config = {
+        "realign": True,
         "align_data": {"refusals": ["hub:o/refusals"], "benign": ["hub:o/more"]},
         "refusals": "hub:o/pairs",
         "datasets": {"hub": ["hub:o/rows"]},
+        "rehearsal": {"prompts": ["hub:o/prompts"]},
         "training": {"dataset": "hub"},
         "runs": {"own": {"objective": "objective.py:loss"}},
         "evaluation": hub,
@@ -379,7 +436,9 @@ def test_hub_data_and_code_of_ones_own_reach_every_command(tmp_path: Path) -> No
         "--refusals hub:o/refusals --benign hub:o/more --harmful-check hub:o/harmful:s",
         "--base results/models/base --refusals hub:o/pairs",
         "--rows hub:o/rows --safety-tokens",
-        "--rows hub:o/rows --targets",
+        "--rows hub:o/rows --safety-tokens results/safety_tokens.json --targets",
+        "--rehearsal results/rehearsal/targets.json",
+        "--prompts hub:o/prompts",
         *(f"--{name} {value}" for name, value in hub.items()),
         "--objective objective.py:loss",
         "--save-steps 100 --cache s3://bucket/cache",

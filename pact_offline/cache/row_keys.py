@@ -78,6 +78,11 @@ class RowKeys:
         buffer = self.keys.buffers()[1]
         return b"" if buffer is None else bytes(buffer[at : at + len(self.keys) * KEY_BYTES])
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the keys of each row, 64 hex digits."""
+        return hashlib.sha256(self.ends.astype("<i8").tobytes() + self.data).hexdigest()
+
     def first_difference(self, other: RowKeys) -> int | None:
         """The first row whose contexts are others; None where all are the same."""
         ours, theirs = self.data, other.data

@@ -18,8 +18,7 @@ import numpy as np
 from pact_offline.cache.refused import Turns, turns_of
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, TargetsMismatchError
-from pact_offline.files import sha256_file
-from pact_offline.rows.files import is_hub, origin_of, values_of
+from pact_offline.rows.files import checksum_of, origin_of, values_of
 from pact_offline.rows.read import row_of
 from pact_offline.rows.row import THOUGHTS, Message, Row
 from pact_offline.rows.spans import trained_turns
@@ -204,10 +203,8 @@ class _Source:
 
     def problem(self) -> str | None:
         """Why its rows cannot be looked at: it is gone, or is another."""
-        if is_hub(self.name):
-            return None
         try:
-            found = sha256_file(Path(self.name))
+            found = checksum_of(self.name)
         except (OSError, InputError) as error:
             return str(error)
         return None if found == self._sha256 else f"{self.name}: has changed since it was scored"

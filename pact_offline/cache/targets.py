@@ -126,6 +126,13 @@ class Binding:
         return cls(**value)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 over what a training takes from it, 64 hex digits: the same rows that are scored
+        again by the same model, in whatever shards, have the same."""
+        parts = [self.identity.digest, self.keys.digest, self.tokenizer, self.template]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
     def row_settings(self) -> RowSettings:
         """How rows became tokens, but for the chat template, which `template` names."""
         return parse_settings(RowSettings, self.settings, "settings")

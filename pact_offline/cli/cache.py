@@ -162,6 +162,20 @@ def cache_verify(path: str, repair: bool, cache: str | None) -> None:
         sys.exit(1)
 
 
+@cache.command("digest")
+@click.argument("targets", type=FILE)
+def cache_digest(targets: Path) -> None:
+    """Print what a training takes from a targets.json, as a SHA-256.
+
+    The same rows that are scored again by the same model, in whatever shards, give the same.
+
+    Example: pact-offline cache digest targets.json
+    """
+    from pact_offline.cache.targets import Binding
+
+    click.echo(Binding.load(targets).digest)
+
+
 @cache.command("audit")
 @click.argument("targets", type=FILE)
 @click.option(

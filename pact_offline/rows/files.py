@@ -18,7 +18,7 @@ from typing import IO, Any, Literal, NamedTuple
 import pyarrow as pa
 
 from pact_offline.errors import InputError, first_line
-from pact_offline.files import parse_json, require_file
+from pact_offline.files import parse_json, require_file, sha256_file
 from pact_offline.models.locate import looks_like_path
 
 Kind = Literal["parquet", "arrow", "csv", "json array", "json lines"]
@@ -50,6 +50,11 @@ def origin_of(source: str, place: int) -> str:
 
 def is_hub(source: str) -> bool:
     return source.startswith("hub:")
+
+
+def checksum_of(source: str) -> str | None:
+    """SHA-256 of a source's file, 64 hex digits; None for the hub."""
+    return None if is_hub(source) else sha256_file(Path(source))
 
 
 def values_of(source: str) -> Iterator[Value]:

@@ -8,10 +8,9 @@ from typing import Any
 from pact_offline.cache.bindings import save_binding
 from pact_offline.cache.targets import Binding, row_settings
 from pact_offline.errors import MissingTargetError
-from pact_offline.files import sha256_file
 from pact_offline.models.locate import ModelFiles
 from pact_offline.provenance import provenance
-from pact_offline.rows.files import is_hub
+from pact_offline.rows.files import checksum_of
 from pact_offline.scoring.job import ScoringJob
 from pact_offline.settings.stages import ScoreSettings
 
@@ -54,7 +53,7 @@ def bind(
         rows=tuple(
             {
                 "source": one.source,
-                "sha256": None if is_hub(one.source) else sha256_file(Path(one.source)),
+                "sha256": checksum_of(one.source),
                 "rows": len(table),
                 "read": one.read,
                 "bad": one.bad,

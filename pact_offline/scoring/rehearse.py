@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -9,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pact_offline.cache.targets import answers_place
-from pact_offline.errors import InputError, UnsupportedModelError
-from pact_offline.files import written_aside
+from pact_offline.errors import InputError, PactError, UnsupportedModelError
+from pact_offline.files import read_json, sha256_file, write_json, written_aside
 from pact_offline.models.locate import ModelFiles
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.describe import end_ids
+from pact_offline.rows.files import checksum_of
 from pact_offline.rows.read import read_rows
 from pact_offline.rows.row import Row
-from pact_offline.scoring.backends import choose_backend
+from pact_offline.scoring.backends import choose_backend, engine_name
 from pact_offline.scoring.fill import ScoreSummary
 from pact_offline.scoring.score import score
 from pact_offline.settings.stages import AnswerSettings, RehearseSettings, ScoreSettings
@@ -51,25 +53,65 @@ def rehearse(
     """
     chat = chat_of(str(model.path), settings)
     rows = [row for source in sources for row in _prompts(source, settings)]
-    prompts = [chat.prompt_ids(row) for row in rows]
-    answers = _answers(model, chat, prompts, settings)
-    said = [pair for pair in zip(rows, answers, strict=True) if pair[1]]
-    if not said:
-        raise InputError(f"{', '.join(sources)}: expected an answer to one of them, found none")
-    if len(said) < len(rows):
-        log.warning(
-            "%d of %d prompts got no answer, and are left out", len(rows) - len(said), len(rows)
-        )
     place = answers_place(output)
-    with written_aside(place) as aside:
-        lines = (json.dumps(_as_row(row, answer), ensure_ascii=False) for row, answer in said)
-        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    made_of = _made_of(model, chat, rows, settings)
+    if _are_known(place, made_of):
+        log.info("%s: the answers are known", place)
+    else:
+        _write(place, rows, _answers(model, chat, rows, settings), made_of)
     values = settings.model_dump(include={*ScoreSettings.model_fields})
     scored = ScoreSettings.model_validate({**values, "columns": {}, "turns": "last"})
-    made = {"prompts": [*sources], **settings.model_dump(include={*AnswerSettings.model_fields})}
+    made = {
+        "prompts": [{"source": source, "sha256": checksum_of(source)} for source in sources],
+        **settings.model_dump(include={*AnswerSettings.model_fields}),
+    }
     return score(
         model, [place], tokens_path, cache, scored, output=output, made_from={"rehearsal": made}
     )
+
+
+def _made_of(
+    model: ModelFiles, chat: Chat, rows: Sequence[Row], settings: RehearseSettings
+) -> dict[str, Any]:
+    """What decides the answers."""
+    asked = json.dumps([[_as_row(row, ""), chat.prompt_ids(row)] for row in rows])
+    return {
+        "model": model.identity,
+        "template": [chat.template_sha256, chat.template_kwargs],
+        "prompts": hashlib.sha256(asked.encode()).hexdigest(),
+        "answer_tokens": settings.answer_tokens,
+        "engine": [engine_name(choose_backend(settings.backend)[0]), settings.dtype],
+    }
+
+
+def _are_known(place: Path, made_of: dict[str, Any]) -> bool:
+    """Whether answers are there that were made of the same, by a run that was killed, or whose
+    targets are gone."""
+    try:
+        found = read_json(_facts_place(place))
+        return bool(found == {"made_of": made_of, "sha256": sha256_file(place)})
+    except (PactError, OSError):
+        return False
+
+
+def _facts_place(answers: Path) -> Path:
+    return answers.with_suffix(".json")
+
+
+def _write(
+    place: Path, rows: Sequence[Row], answers: Sequence[str], made_of: dict[str, Any]
+) -> None:
+    """Write the answers as rows, then what they were made of."""
+    said = [pair for pair in zip(rows, answers, strict=True) if pair[1]]
+    if not said:
+        raise InputError(f"{rows[0].origin}: expected an answer to a prompt, found none to any")
+    if len(said) < len(rows):
+        left_out = len(rows) - len(said)
+        log.warning("%d of %d prompts got no answer, and are left out", left_out, len(rows))
+    lines = [json.dumps(_as_row(row, answer), ensure_ascii=False) for row, answer in said]
+    with written_aside(place) as aside:
+        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_json(_facts_place(place), {"made_of": made_of, "sha256": sha256_file(place)})
 
 
 def _prompts(source: str, settings: RehearseSettings) -> list[Row]:
@@ -87,10 +129,11 @@ def _as_row(row: Row, answer: str) -> dict[str, Any]:
 
 
 def _answers(
-    model: ModelFiles, chat: Chat, prompts: Sequence[Sequence[int]], settings: RehearseSettings
+    model: ModelFiles, chat: Chat, rows: Sequence[Row], settings: RehearseSettings
 ) -> list[str]:
     """The text of each answer; empty where the model says nothing."""
     backend, _ = choose_backend(settings.backend)
+    prompts = [chat.prompt_ids(row) for row in rows]
     with bar("answering", len(prompts), "prompts") as progress:
         if backend == "vllm":
             try:
