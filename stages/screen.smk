@@ -11,7 +11,8 @@ rule screen:
         mem_mb=4000,
         runtime=30,
     params:
+        rows=rows_of,
         cache=f"--cache {shlex.quote(CACHE)}" if "://" in CACHE else "",
     shell:
-        "{PACT} screen {input.targets:q} --safety-tokens {input.tokens:q} {params.cache} "
+        "{PACT} screen {input.targets:q} --safety-tokens {input.tokens:q} {params.rows} {params.cache} "
         "--top 50 --json > {output:q} 2> {log:q}"

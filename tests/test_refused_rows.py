@@ -352,8 +352,38 @@ def test_screening_rows_of_several_sources(
     assert len(top) == 17
     for turn in top:
         assert turn.answer == rows[turn.row % 12]["response"][:120]
-    said = fails("screen", path, "--safety-tokens", tokens_file, "-o", tmp_path / "kept.jsonl")
-    assert "expected a dataset of one source" in said
+    command = ["screen", path, "--safety-tokens", tokens_file, "--above", top[8].share]
+    kept = [tmp_path / "kept.jsonl", tmp_path / "kept.json"]
+    assert f"expected a file for each source ({rows_file}, {other}), found 1" in fails(
+        *command, "-o", kept[0]
+    )
+    assert run(*command, "-o", kept[0], "-o", kept[1]).exit_code == 0
+    refused = {turn.row for turn in top if turn.share > top[8].share}
+    assert [json.loads(line) for line in kept[0].read_text().splitlines()] == [
+        row for number, row in enumerate(rows) if number not in refused
+    ]
+    assert json.loads(kept[1].read_text()) == [
+        row for number, row in enumerate(rows[:5], start=12) if number not in refused
+    ]
+
+
+def test_rows_that_have_moved_are_named_and_those_of_the_hub_too(
+    rows_file: Path, targets: Path, tokens_file: Path, run: Callable[..., Result],
+    fails: Callable[..., str], tmp_path: Path,
+) -> None:  # fmt: skip
+    command = ["screen", targets, "--safety-tokens", tokens_file, "--top", 1]
+    moved = rows_file.rename(tmp_path / "moved.jsonl")
+    assert "no such file: the beginnings of its rows are not shown" in run(*command).stderr
+    assert f"{moved}:" in run(*command, "--rows", moved).stdout
+    assert "?" not in run(*command, "--rows", moved, "--csv").stdout
+    said = fails(*command, "--rows", moved, "--rows", moved)
+    assert f"expected the 1 sources that were scored ({rows_file}), found 2" in said
+    value = json.loads(targets.read_text())
+    value["rows"][0] |= {"source": "hub:somebody/rows", "sha256": None}
+    targets.write_text(json.dumps(value))
+    result = run(*command)  # asks no hub
+    assert result.exit_code == 0
+    assert "hub:somebody/rows: is read only if it is named, with --rows" in result.stderr
 
 
 def test_another_targets_file_or_tokens_end_in_one_line(

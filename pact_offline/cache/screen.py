@@ -17,8 +17,8 @@ import numpy as np
 
 from pact_offline.cache.refused import Turns, turns_of
 from pact_offline.cache.targets import TargetCache
-from pact_offline.errors import InputError, TargetsMismatchError
-from pact_offline.rows.files import checksum_of, origin_of, values_of
+from pact_offline.errors import InputError, SettingError, TargetsMismatchError
+from pact_offline.rows.files import checksum_of, is_hub, origin_of, values_of
 from pact_offline.rows.read import row_of
 from pact_offline.rows.row import THOUGHTS, Message, Row
 from pact_offline.rows.spans import trained_turns
@@ -58,14 +58,35 @@ class ScreenedTurn:
 class Screening:
     """What the aligned model thinks of every answer of a dataset."""
 
-    def __init__(self, targets: TargetCache, weights: np.ndarray) -> None:
+    def __init__(
+        self, targets: TargetCache, weights: np.ndarray, sources: Sequence[str] = ()
+    ) -> None:
         """Read it.
 
         Args:
             targets: of the dataset.
             weights: float [ids], safety-token weights.
+            sources: where its rows are now, in their order; none: where they were when they were
+                scored. A dataset of the hub is read only if it is named here.
+
+        Raises:
+            SettingError: another number of sources.
         """
         self._targets = targets
+        facts, rows = targets.binding.rows, targets.binding.keys
+        if sources and len(sources) != len(facts):
+            scored = ", ".join(str(one["source"]) for one in facts)
+            raise SettingError(
+                f"--rows: expected the {len(facts)} sources that were scored ({scored}), found "
+                f"{len(sources)}"
+            )
+        self._sources = []
+        for number, one in enumerate(facts):
+            mine = np.flatnonzero(rows.sources == number)
+            name = sources[number] if sources else str(one["source"])
+            is_followed = bool(sources) or not is_hub(name)
+            found = _Source(name, one.get("sha256"), mine, rows.places[mine], is_followed)
+            self._sources.append(found)
         self.turns: Turns = turns_of(targets, weights)
 
     def __len__(self) -> int:
@@ -113,24 +134,15 @@ class Screening:
         )
 
     def _origin(self, row: int) -> str:
-        keys, sources = self._targets.binding.keys, self._targets.binding.rows
-        return origin_of(sources[int(keys.sources[row])]["source"], int(keys.places[row]))
-
-    @cached_property
-    def _sources(self) -> list[_Source]:
         keys = self._targets.binding.keys
-        found = []
-        for number, facts in enumerate(self._targets.binding.rows):
-            rows = np.flatnonzero(keys.sources == number)
-            found.append(_Source(facts, rows, keys.places[rows]))
-        return found
+        return origin_of(self._sources[int(keys.sources[row])].name, int(keys.places[row]))
 
     def _texts(self, wanted: set[int]) -> dict[int, Row]:
         """Some rows as they stand in their sources; without those of a source that has changed."""
         columns = self._targets.binding.row_settings.columns
         found: dict[int, Row] = {}
         for source in self._sources:
-            mine = wanted.intersection(source.rows.tolist())
+            mine = wanted & source.row_set
             if not mine:
                 continue
             if (problem := source.problem()) is not None:
@@ -144,33 +156,42 @@ class Screening:
                     found[ordinals[ordinal]] = row
         return found
 
-    def write_others(self, above: float, output: Path) -> int:
-        """Write the source without the rows of which the model would have refused an answer.
+    def write_others(self, above: float, outputs: Sequence[Path]) -> int:
+        """Write each source without the rows of which the model would have refused an answer.
 
         Returns:
             how many those are.
 
         Raises:
-            SettingError, InputError: several sources, or not as they were scored.
+            SettingError: another number of files than sources.
+            TargetsMismatchError, InputError: a source is not as it was scored.
         """
-        if len(self._sources) > 1:
+        if len(outputs) != len(self._sources):
             names = ", ".join(source.name for source in self._sources)
-            raise InputError(f"-o: expected a dataset of one source, found {names}")
-        (source,) = self._sources
-        if (problem := source.problem()) is not None:
-            raise TargetsMismatchError(f"{problem}; nothing is written")
-        place_of = source.ordinals()
+            raise SettingError(
+                f"-o: expected a file for each source ({names}), found {len(outputs)}"
+            )
         refused = self.refused_rows(above)
-        unknown = next((row for row in refused.tolist() if row not in place_of), None)
-        if unknown is not None:
+        for source in self._sources:
+            if (problem := source.problem()) is not None:
+                raise TargetsMismatchError(f"{problem}; nothing is written")
+        kept = [self._kept(source, refused) for source in self._sources]
+        for source, mask, output in zip(self._sources, kept, outputs, strict=True):
+            write_subset(source.name, mask, output)
+        return len(refused)
+
+    def _kept(self, source: _Source, refused: np.ndarray) -> np.ndarray:
+        """Which values of a source are not among some rows, bool [values]."""
+        place_of = source.ordinals()
+        mine = [row for row in refused.tolist() if row in source.row_set]
+        if (unknown := next((row for row in mine if row not in place_of), None)) is not None:
             raise InputError(
                 f"{self._origin(unknown)}: expected to know which value of its line that row is, "
                 "but others of the line were left out; put each value on a line of its own"
             )
         kept = np.ones(source.values, bool)
-        kept[[place_of[row] for row in refused.tolist()]] = False
-        write_subset(source.name, kept, output)
-        return len(refused)
+        kept[[place_of[row] for row in mine]] = False
+        return kept
 
     def to_dict(self, above: float, count: int | None = None) -> dict[str, Any]:
         """For machines, and for the report."""
@@ -196,13 +217,25 @@ class Screening:
 class _Source:
     """A source of a dataset, and which of its values became which rows."""
 
-    def __init__(self, facts: dict[str, Any], rows: np.ndarray, places: np.ndarray) -> None:
-        self.name = str(facts["source"])
-        self._sha256, self.rows, self._places = facts.get("sha256"), rows, places
-        self.values = 0
+    def __init__(
+        self,
+        name: str,
+        sha256: str | None,
+        rows: np.ndarray,
+        places: np.ndarray,
+        is_followed: bool,
+    ) -> None:
+        self.name, self._sha256, self.rows, self._places = name, sha256, rows, places
+        self._is_followed, self.values = is_followed, 0
+
+    @cached_property
+    def row_set(self) -> set[int]:
+        return set(self.rows.tolist())
 
     def problem(self) -> str | None:
         """Why its rows cannot be looked at: it is gone, or is another."""
+        if not self._is_followed:
+            return f"{self.name}: is read only if it is named, with --rows"
         try:
             found = checksum_of(self.name)
         except (OSError, InputError) as error:

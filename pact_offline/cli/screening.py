@@ -14,6 +14,8 @@ import click
 from pact_offline.cli.options import (
     FILE,
     OUTPUT_FILE,
+    ROW_SOURCES,
+    ROWS,
     cache_option,
     json_option,
     safety_tokens_option,
@@ -27,6 +29,13 @@ _SHOWN = 20
 @safety_tokens_option
 @cache_option
 @click.option(
+    "--rows",
+    type=ROWS,
+    multiple=True,
+    help="The rows, where they are not where they were when they were scored, or of the hub: "
+    f"{ROW_SOURCES}; may be repeated.",
+)
+@click.option(
     "--above",
     type=click.FloatRange(0, 1),
     default=0.5,
@@ -37,7 +46,9 @@ _SHOWN = 20
     "-o",
     "--output",
     type=OUTPUT_FILE,
-    help="Write the rows without those that it would have refused, in the format that they have.",
+    multiple=True,
+    help="Write the rows without those that it would have refused, in the format that they have; "
+    "one for each of their files.",
 )
 @click.option(
     "--top",
@@ -50,8 +61,9 @@ def screen(
     targets: Path,
     safety_tokens: Path,
     cache: str | None,
+    rows: tuple[str, ...],
     above: float,
-    output: Path | None,
+    output: tuple[Path, ...],
     top: int | None,
     as_csv: bool,
     as_json: bool,
@@ -73,8 +85,8 @@ def screen(
     tokens = SafetyTokens.load(safety_tokens)
     opened = TargetCache.open(targets, cache=cache)
     opened.check_safety_ids(tokens.ids, str(safety_tokens))
-    found = Screening(opened, tokens.weights)
-    left_out = None if output is None else found.write_others(above, output)
+    found = Screening(opened, tokens.weights, rows)
+    left_out = found.write_others(above, output) if output else 0
     if as_json:
         click.echo(json.dumps(found.to_dict(above, top), ensure_ascii=False))
     elif as_csv:
@@ -84,5 +96,5 @@ def screen(
     else:
         shown = _SHOWN if top is None else top
         click.echo(table(found, above, shown, shutil.get_terminal_size((120, 24)).columns))
-    if left_out is not None:
-        click.echo(f"{output}: without {left_out:,} rows", err=True)
+    if output:
+        click.echo(f"{', '.join(map(str, output))}: without {left_out:,} rows", err=True)
