@@ -246,3 +246,13 @@ def test_an_objective_is_picked_by_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     assert objective_named("mine") is OBJECTIVES["confidence"]
     assert objective_named("none") is None
     assert {"none", *OBJECTIVES} - {"mine"} == set(BUILT_IN_OBJECTIVES)
+
+
+def test_a_negative_weight_counts_as_none_in_pact() -> None:
+    torch.manual_seed(0)
+    policy, full, only = torch.randn(3, 5, 4).log_softmax(-1)
+    steps = torch.arange(5)
+    with_negative = pact(policy, full, only, torch.tensor([0.4, -0.3, 0.2, 0.1]), steps)
+    without = pact(policy, full, only, torch.tensor([0.4, 0.0, 0.2, 0.1]), steps)
+    torch.testing.assert_close(with_negative, without)
+    assert (with_negative >= 0).all()

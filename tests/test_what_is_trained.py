@@ -13,6 +13,7 @@ from click.testing import Result
 from conftest import write_rows
 from tiny import TEMPLATE, make_model
 
+from pact_offline.files import sha256_file
 from pact_offline.safety_tokens.file import SafetyTokens
 
 THINKING = TEMPLATE.replace(
@@ -216,7 +217,10 @@ def test_rows_that_are_left_out_are_counted_everywhere(
     assert done.exit_code == 0, done.output
     assert "keys that nothing reads: id (1 rows)" in done.stderr
     (rows,) = json.loads((tmp_path / "targets.json").read_text())["rows"]
-    assert rows == {"source": str(mixed), "rows": 3, "read": 5, "bad": 1, "long": 1}
+    digest = sha256_file(mixed)
+    assert rows == {
+        "source": str(mixed), "sha256": digest, "rows": 3, "read": 5, "bad": 1, "long": 1,
+    }  # fmt: skip
     tune = [mixed if Path(str(w)).name == "rows.jsonl" else w for w in stages["finetune"]]
     tune[tune.index("--batch-size") + 1] = 3
     trained = run(*tune, "--bad-rows", "drop", "--long-rows", "drop")

@@ -26,7 +26,7 @@ from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import WorkflowConfig, workflow_schema_text
 
-CONFIGS = ["config.yaml", "sweep.yaml", "llama-3.1-8b.yaml"]
+CONFIGS = ["config.yaml", "sweep.yaml", "study.yaml", "llama-3.1-8b.yaml"]
 RUNS = ("sft", "pact", "kept")
 # On tiny models a job's start is most of its time, so one core each lets two run at once.
 ONE_CORE_EACH = [
