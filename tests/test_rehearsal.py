@@ -1,6 +1,8 @@
 """Rehearsal: the reference's own answers, scored, and mixed into every batch."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -375,3 +377,31 @@ def test_vllm_gives_the_answers_that_transformers_gives(
     np.testing.assert_allclose(
         found.read(every, "full"), expected.read(every, "full"), atol=0.05
     )  # one byte a value
+
+
+@pytest.mark.parametrize("order", ["as_given", "random"])
+def test_two_processes_give_the_losses_of_one(
+    order: str, rehearsing: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """The same task rows and the same rehearsed ones a step, half of them each."""
+    common = [*rehearsing, "--row-order", order, "--rehearsal-share", 0.5, "--refused-rows", "hold"]
+    common += ["--refused-above", 0.012]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*common, "--batch-size", 4, "-o", one).exit_code == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [*common, "--batch-size", 2, "-o", two]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "--master-port", str(port), "-m", "pact_offline", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(steps_of(one), steps_of(two), strict=True):
+        for name in ("loss", "cross_entropy", "kl", "confidence_gap", "held_gap", "grad_norm"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name
+        assert ours["tokens"] == theirs["tokens"]
