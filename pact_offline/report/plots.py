@@ -74,6 +74,7 @@ class Panel:
     y_ticks: list[Tick]
     summary: str
     what: str = "Probability by response step"
+    is_token: bool = False
 
 
 def styles_of(models: Sequence[Metrics]) -> dict[str, Style]:
@@ -177,6 +178,7 @@ def token_panels(models: Sequence[Metrics], styles: dict[str, Style]) -> list[Pa
                 for style, values in curves[token.id]
                 if values
             ),
+            is_token=True,
         )
         for token in shown
     ]
@@ -205,8 +207,8 @@ def _lines(curves: Iterable[tuple[Style, Sequence[float]]], top: float) -> list[
     return [Line(style, trace(values, top)) for style, values in curves if values]
 
 
-def trace(values: Sequence[float], top: float) -> str:
-    """SVG points; a single value becomes a level line."""
+def trace(values: Sequence[float], top: float, width: float = 100) -> str:
+    """SVG points up to a width; a single value becomes a level line."""
     values = values if len(values) > 1 else [*values, *values]
     last = len(values) - 1
-    return " ".join(f"{100 * n / last:.2f},{_up(value, top)}" for n, value in enumerate(values))
+    return " ".join(f"{width * n / last:.2f},{_up(value, top)}" for n, value in enumerate(values))

@@ -86,7 +86,10 @@ def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]
             Panel(
                 title,
                 None,
-                [Line(styles[name], trace(log.curves[curve], top)) for name, log in runs.items()],
+                [
+                    Line(styles[name], trace(log.curves[curve], top, 100 * log.steps / last))
+                    for name, log in runs.items()
+                ],
                 "",
                 [Tick(0, "0"), Tick(50, str(last // 2)), Tick(100, str(last))],
                 [Tick(100 * (1 - at), f"{top * at:.3g}") for at in (0, 0.5, 1)],
