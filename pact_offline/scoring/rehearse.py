@@ -134,15 +134,18 @@ def _answers(
     """The text of each answer; empty where the model says nothing."""
     backend, _ = choose_backend(settings.backend)
     prompts = [chat.prompt_ids(row) for row in rows]
+    texts = None
     with bar("answering", len(prompts), "prompts") as progress:
         if backend == "vllm":
             try:
-                return _by_vllm(model, chat, prompts, settings, progress.update)
+                texts = _by_vllm(model, chat, prompts, settings, progress.update)
             except UnsupportedModelError as refusal:
                 if settings.backend == "vllm":
                     raise
                 log.warning("%s, as --backend auto does now", refusal)
-        return _by_transformers(model, chat, prompts, settings, progress.update)
+        if texts is None:
+            texts = _by_transformers(model, chat, prompts, settings, progress.update)
+    return [text.rstrip("\ufffd").strip() for text in texts]  # a letter may be cut in half
 
 
 def _by_vllm(
@@ -156,8 +159,7 @@ def _by_vllm(
 
     ends = end_ids(str(model.path), chat.tokenizer)
     answers = greedy_answers(model.path, prompts, ends, settings.answer_tokens, settings, progress)
-    texts = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-    return [text.rstrip("\ufffd").strip() for text in texts]
+    return [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 
 def _by_transformers(
@@ -170,7 +172,7 @@ def _by_transformers(
     from pact_offline.models.generate import generate
     from pact_offline.models.load import load_model
 
-    texts = generate(
+    return generate(
         load_model(str(model.path), settings.dtype),
         chat.tokenizer,
         prompts,
@@ -178,4 +180,3 @@ def _by_transformers(
         batch_size=_BATCH,
         progress=progress,
     )
-    return [text.rstrip("\ufffd").strip() for text in texts]
