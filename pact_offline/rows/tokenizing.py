@@ -24,7 +24,7 @@ from pact_offline.machine import usable_cores
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat
 from pact_offline.rows.contexts import KEY_BYTES, TokenizedExample, key_bytes_of
-from pact_offline.rows.files import Value, values_of
+from pact_offline.rows.files import Value, checksum_of, values_of
 from pact_offline.rows.read import NAMED, Findings, row_of
 from pact_offline.rows.row import Row
 from pact_offline.rows.spans import Turn
@@ -55,6 +55,7 @@ class Facts:
         tokenizer: fingerprint of the vocabulary.
         template: SHA-256 over the chat template.
         header_ids: assistant header of the response-only contexts.
+        sha256: of the source's file, 64 hex digits; None for the hub.
         read: rows in the source.
         bad: rows that cannot be used, and are left out.
         long: rows with no response within the most tokens of a row, left out.
@@ -66,6 +67,7 @@ class Facts:
     tokenizer: str
     template: str
     header_ids: list[int]
+    sha256: str | None = None
     read: int = 0
     bad: int = 0
     long: int = 0
@@ -130,7 +132,8 @@ def write_tokenized(path: Path, source: str, settings: RowSettings, chat: Chat) 
         MissingFileError: no such file.
         InputError: names file and line of rows that cannot be used, unless they are dropped.
     """
-    facts = Facts(source, chat.fingerprint, chat.template_sha256, chat.header_ids)
+    header, digest = chat.header_ids, checksum_of(source)
+    facts = Facts(source, chat.fingerprint, chat.template_sha256, header, digest)
     findings = Findings(source, settings.bad_rows)
     kept: list[pa.RecordBatch] = []
     long: list[str] = []

@@ -10,7 +10,6 @@ from pact_offline.cache.targets import Binding, row_settings
 from pact_offline.errors import MissingTargetError
 from pact_offline.models.locate import ModelFiles
 from pact_offline.provenance import provenance
-from pact_offline.rows.files import checksum_of
 from pact_offline.scoring.job import ScoringJob
 from pact_offline.settings.stages import ScoreSettings
 
@@ -53,7 +52,7 @@ def bind(
         rows=tuple(
             {
                 "source": one.source,
-                "sha256": checksum_of(one.source),
+                "sha256": one.sha256,
                 "rows": len(table),
                 "read": one.read,
                 "bad": one.bad,
