@@ -298,6 +298,9 @@ class Draw:
             case.changes.append(f"{case.arguments[at]!r:.60} is {text!r:.60}")
             case.arguments[at] = text
             return
+        if not params:
+            case.arguments.append(text)
+            return
         option = self._random.choice(params)
         name = self._random.choice([*option.opts, *option.secondary_opts])
         given = [name] if option.is_flag else [name, text]

@@ -215,6 +215,28 @@ def test_a_batch_is_cut_into_passes_of_rows_of_like_length() -> None:
     assert len(whole["input_ids"]) == 6
 
 
+def test_short_rows_beside_long_ones_are_a_pass_of_their_own() -> None:
+    """Where that spares more padding than a pass costs."""
+
+    def shapes(*lengths: tuple[int, int]) -> list[tuple[int, ...]]:
+        items = [
+            {
+                "input_ids": list(range(start + steps)),
+                "turns": [start, start, start, start + steps],
+                "index": index,
+            }
+            for index, (start, steps) in enumerate(lengths)
+        ]
+        passes = PassCollator(ResponseCollator(0), pass_tokens=1024)(items)["passes"]
+        return [tuple(one["input_ids"].shape) for one in passes]
+
+    task, rehearsed = [(63, 4), (60, 4), (66, 3), (64, 4)], [(25, 18), (22, 17)]
+    assert shapes(*task, *rehearsed) == [(4, 69), (2, 42)]
+    assert shapes(*task) == [(4, 69)]
+    assert shapes(*rehearsed) == [(2, 42)]
+    assert shapes((63, 4), (25, 18)) == [(2, 80)]  # 54 tokens spared
+
+
 @pytest.mark.parametrize(("schedule", "middle"), [("linear", 5 / 9), ("cosine", 0.5868)])
 def test_the_learning_rate_follows_its_schedule(
     schedule: str, middle: float, command: list[Any], tmp_path: Path, run: Callable[..., Result]

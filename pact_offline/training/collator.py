@@ -15,6 +15,8 @@ from pact_offline.rows.contexts import ContextKind
 from pact_offline.rows.spans import Turn
 from pact_offline.training.uses import DROPPED, LEARNT, Uses
 
+_PASS_COSTS = 64  # what reading all weights once more costs on a CPU, in tokens
+
 
 class TargetSource(Protocol):
     """Where a batch's targets come from: a `TargetCache`, or a `LiveReference`."""
@@ -145,4 +147,26 @@ class PassCollator:
         lengths = [len(item["input_ids"]) for item in items]
         sizes = [(start, length - start) for start, length in zip(starts, lengths, strict=True)]
         order = sorted(range(len(items)), key=lambda i: -lengths[i])
-        return [[items[i] for i in part] for part in batches(order, sizes, self.pass_tokens)]
+        parts = batches(order, sizes, self.pass_tokens)
+        return [[items[i] for i in half] for part in parts for half in _halved(part, sizes)]
+
+
+def _halved(rows: list[int], sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Rows in their order as one pass, or as two where that spares enough padding: short rows that
+    are rehearsed beside long ones would be most of a batch's tokens.
+
+    Args:
+        rows: indices into `sizes`.
+        sizes: tokens before and within each response.
+    """
+
+    def padded(some: list[int]) -> int:
+        return len(some) * (max(sizes[i][0] for i in some) + max(sizes[i][1] for i in some))
+
+    def both(at: int) -> int:
+        return padded(rows[:at]) + padded(rows[at:])
+
+    at = min(range(1, len(rows)), key=both, default=0)
+    if at and both(at) + _PASS_COSTS < padded(rows):
+        return [rows[:at], rows[at:]]
+    return [rows]
