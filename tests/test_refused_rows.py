@@ -357,6 +357,9 @@ def test_screening_rows_of_several_sources(
     assert f"expected a file for each source ({rows_file}, {other}), found 1" in fails(
         *command, "-o", kept[0]
     )
+    for twice in (kept[0], rows_file):  # nothing is written over
+        said = fails(*command, "-o", twice, "-o", kept[0] if twice == kept[0] else kept[1])
+        assert f"-o: expected a file of its own, found {twice} again" in said
     assert run(*command, "-o", kept[0], "-o", kept[1]).exit_code == 0
     refused = {turn.row for turn in top if turn.share > top[8].share}
     assert [json.loads(line) for line in kept[0].read_text().splitlines()] == [

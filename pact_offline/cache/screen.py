@@ -171,6 +171,11 @@ class Screening:
             raise SettingError(
                 f"-o: expected a file for each source ({names}), found {len(outputs)}"
             )
+        taken = {Path(source.name).resolve() for source in self._sources}
+        for output in outputs:
+            if output.resolve() in taken:
+                raise SettingError(f"-o: expected a file of its own, found {output} again")
+            taken.add(output.resolve())
         refused = self.refused_rows(above)
         for source in self._sources:
             if (problem := source.problem()) is not None:
