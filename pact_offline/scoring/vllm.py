@@ -107,10 +107,7 @@ class VllmScorer:
             self.close()
             if isinstance(error, PactError):
                 raise
-            raise UnsupportedModelError(
-                f"{model}: vLLM does not run this model here: {_reason(error)}; use --backend "
-                "transformers"
-            ) from error
+            raise _refusal(model, error) from error
 
     def score(self, contexts: Sequence[Context]) -> Iterator[Scored]:
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].ids), reverse=True)
@@ -345,10 +342,7 @@ def greedy_answers(
     except Exception as error:
         if isinstance(error, PactError):
             raise
-        raise UnsupportedModelError(
-            f"{model}: vLLM does not run this model here: {_reason(error)}; use --backend "
-            "transformers"
-        ) from error
+        raise _refusal(model, error) from error
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
@@ -375,6 +369,12 @@ def _memory(config: Any, longest: int, settings: ScoreSettings) -> dict[str, Any
     tokens = 2 * settings.batch_tokens + longest + blocks
     # vLLM wants the share to be free even where it does not use it.
     return {"kv_cache_memory_bytes": per_token * tokens, "gpu_memory_utilization": 0.01}
+
+
+def _refusal(model: Path, error: BaseException) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{model}: vLLM does not run this model here: {_reason(error)}; use --backend transformers"
+    )
 
 
 def _reason(error: BaseException) -> str:
