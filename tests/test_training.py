@@ -1010,7 +1010,7 @@ def test_an_impossible_output_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pact_offline.training.finetune.chat_of", None)
+    monkeypatch.setattr("pact_offline.training.inputs.chat_of", None)
     (tmp_path / "file").write_text("years of work")
     before = sorted(tmp_path.iterdir())
     assert "expected a directory" in fails(*command, "-o", place)

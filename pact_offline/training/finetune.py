@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,22 +17,17 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
-from pact_offline.cache.refused import turns_of
-from pact_offline.cache.targets import TargetCache
-from pact_offline.errors import InputError, SettingError
+from pact_offline.errors import SettingError
 from pact_offline.files import write_json
 from pact_offline.folders import RUN_FILE, output_aside, require_place, scratch_folder
 from pact_offline.models.cpu_dropout import use_fast_dropout
 from pact_offline.models.load import default_device, load_model, require_compiler
 from pact_offline.models.locate import ModelFiles
-from pact_offline.objectives.registry import objective_named, weights_in_use
+from pact_offline.objectives.registry import objective_named
 from pact_offline.own_code import content_of
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.contexts import TokenizedExample
-from pact_offline.rows.positions import require_positions
-from pact_offline.rows.tokenized import TokenizedRows, tokenized_rows
-from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.checkpoints import (
     Checkpoints,
@@ -46,6 +41,13 @@ from pact_offline.training.checkpoints import (
 from pact_offline.training.collator import TargetSource
 from pact_offline.training.dataset import as_dataset, memory_mapped
 from pact_offline.training.gauge import Gauge
+from pact_offline.training.inputs import (
+    Inputs,
+    Paths,
+    read_inputs,
+    require_what_settings_need,
+    rows_per_batch,
+)
 from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.model_card import model_card
 from pact_offline.training.policy import check_lora_modules, compile_layers, prepare_policy
@@ -59,7 +61,7 @@ from pact_offline.training.summary import (
     why_nothing_is_held,
 )
 from pact_offline.training.trainer import PactTrainer, peak_memory_mib
-from pact_offline.training.uses import Uses, all_held, all_learnt, uses_of
+from pact_offline.training.uses import Uses, all_held, all_learnt
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +108,11 @@ def finetune(
     check_lora_modules(str(model.path), settings)
     if settings.compile:
         require_compiler()
-    paths = _Paths(targets_path, tokens_path, rehearsal_path, cache_place)
-    _require_what_settings_need(settings, paths)
-    inputs = _read_inputs(model, sources, settings, paths)
+    paths = Paths(targets_path, tokens_path, rehearsal_path, cache_place)
+    require_what_settings_need(settings, paths)
+    inputs = read_inputs(model, sources, settings, paths)
     chat, rows, tokens, cache, uses, rehearsal = inputs
-    counts = count_rows(rows, _rows_per_batch(settings), uses)
+    counts = count_rows(rows, rows_per_batch(settings), uses)
     unheld = why_nothing_is_held(settings, rows.longest_turn)
     checkpoints = _checkpoints(model, output, settings, inputs)
     is_main = is_first_process()
@@ -172,95 +174,8 @@ def finetune(
     return facts
 
 
-class _Paths(NamedTuple):
-    targets: Path | None
-    tokens: Path | None
-    rehearsal: Path | None
-    cache: str | None
-
-
-class _Inputs(NamedTuple):
-    chat: Chat
-    rows: TokenizedRows
-    tokens: SafetyTokens | None
-    cache: TargetCache | None
-    uses: Uses | None
-    rehearsal: Rehearsal | None
-
-
-def _require_what_settings_need(settings: FinetuneSettings, paths: _Paths) -> None:
-    """Refuse options that lack another, or do nothing beside it."""
-    is_plain, is_live = settings.objective == "none", settings.reference == "live"
-    if is_plain and settings.refused_rows == "hold":
-        raise SettingError(
-            "--refused-rows hold: expected an objective that holds them, found --objective none"
-        )
-    if is_plain and paths.rehearsal is not None:
-        raise SettingError(
-            f"--objective none: expected no --rehearsal, found {paths.rehearsal}; only an "
-            "objective learns from it"
-        )
-    if is_live and paths.targets is not None:
-        raise SettingError(f"--reference live: expected no --targets, found {paths.targets}")
-    if is_live and (settings.refused_rows != "learn" or paths.rehearsal is not None):
-        raise SettingError(
-            "--reference live: expected --refused-rows learn and no --rehearsal, which are read "
-            "from the cache"
-        )
-    needs_tokens = not is_plain or settings.refused_rows != "learn"
-    name = f"--objective {settings.objective}"
-    name = name if not is_plain else f"--refused-rows {settings.refused_rows}"
-    if needs_tokens and paths.tokens is None:
-        raise SettingError(
-            f"{name}: expected --safety-tokens, found none; only --objective none trains without "
-            "them"
-        )
-    if needs_tokens and not is_live and paths.targets is None:
-        raise SettingError(
-            f"{name}: expected --targets, found none; only --objective none and --reference live "
-            "train without them"
-        )
-
-
-def _read_inputs(
-    model: ModelFiles, sources: Sequence[str | Path], settings: FinetuneSettings, paths: _Paths
-) -> _Inputs:
-    """Read what a run needs beside the model, and refuse what does not belong together."""
-    chat = chat_of(str(model.path), settings)
-    tokens = _load_safety_tokens(paths.tokens, chat, settings)
-    cache = _open_cache(paths, settings)
-    if cache is not None:
-        cache.check_chat(chat.template_sha256, settings.chat_template_kwargs)
-    rows = tokenized_rows(model, sources, settings, lambda: chat)
-    require_positions(model, rows)
-    uses = rehearsal = None
-    if cache is not None and tokens is not None:
-        cache.check_model(model)
-        cache.check_safety_ids(tokens.ids, str(paths.tokens))
-        cache.check_rows(rows, settings)
-        if settings.refused_rows != "learn":
-            uses = uses_of(turns_of(cache, tokens.weights), settings)
-        if paths.rehearsal is not None and settings.rehearsal_share:
-            rehearsal = Rehearsal.open(
-                paths.rehearsal, model, chat, tokens, cache_place=paths.cache
-            )
-    per_batch = _rows_per_batch(settings)
-    left = len(rows) if uses is None else len(uses.kept_rows)
-    if left < per_batch:
-        raise InputError(
-            f"{', '.join(map(str, sources))}: expected at least {per_batch} rows (--batch-size, of "
-            f"every process), found {left}"
-            + (f" without {len(rows) - left} refused ones" if left < len(rows) else "")
-        )
-    return _Inputs(chat, rows, tokens, cache, uses, rehearsal)
-
-
-def _rows_per_batch(settings: FinetuneSettings) -> int:
-    return settings.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _checkpoints(
-    model: ModelFiles, output: Path, settings: FinetuneSettings, inputs: _Inputs
+    model: ModelFiles, output: Path, settings: FinetuneSettings, inputs: Inputs
 ) -> Checkpoints | None:
     if not settings.save_steps:
         return None
@@ -284,24 +199,6 @@ def _check_report_to(settings: FinetuneSettings) -> None:
                 f"--report-to: expected what the Trainer knows and is installed "
                 f"({', '.join(installed) or 'nothing'}), found {name!r}"
             )
-
-
-def _load_safety_tokens(
-    path: Path | None, chat: Chat, settings: FinetuneSettings
-) -> SafetyTokens | None:
-    if path is None or (settings.objective == "none" and settings.refused_rows == "learn"):
-        return None
-    tokens = SafetyTokens.load(path, chat.tokenizer)
-    tokens.check_template(chat.template_sha256, settings.chat_template_kwargs, path)
-    weights_in_use(torch.from_numpy(tokens.weights), settings)
-    return tokens
-
-
-def _open_cache(paths: _Paths, settings: FinetuneSettings) -> TargetCache | None:
-    is_needed = settings.objective != "none" or settings.refused_rows != "learn"
-    if paths.targets is None or not is_needed:
-        return None
-    return TargetCache.open(paths.targets, verify_all=True, cache=paths.cache)
 
 
 def train(
