@@ -85,9 +85,14 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         if found := _API.fullmatch(path):
-            kind, name, what, _, below = found.groups()
+            kind, name, what, revision, below = found.groups()
         elif found := _FILE.fullmatch(path):
-            kind, name, what, below = (found[1] or "/models")[1:], found[2], "resolve", found[4]
+            kind, what, (_, name, revision, below) = (
+                found[1] or "/models",
+                "resolve",
+                found.groups(),
+            )
+            kind = kind[1:]
         else:
             self._error(404, "EntryNotFound")
             return
@@ -96,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(403, "GatedRepo")
         elif name not in self.hub.repositories:
             self._error(404, "RepoNotFound")
+        elif revision not in (None, "main", COMMIT):
+            self._error(404, "RevisionNotFound")
         elif what == "resolve":
             self._file(self.hub.repositories[name], below)
         else:

@@ -22,6 +22,7 @@ OTHER_WEIGHTS = (
     "pytorch_model.bin", "custom.py", "original/consolidated.00.pth", "original/params.json",
     "onnx/model.safetensors", "consolidated.safetensors",
 )  # fmt: skip
+UNNEEDED = "notes.json"  # fetched, and no loader asks for it
 # A process of its own, as the hub's address is read when its library is loaded.
 PROGRAM = """
 import json, sys
@@ -49,7 +50,10 @@ json.dump({
     "files": sorted(str(file.relative_to(files.path)) for file in files.path.rglob("*")),
     "tokens": len(load_tokenizer(str(files.path))),
     "embeddings": len(load_model(str(files.path), "float32").get_input_embeddings().weight),
-    "score": {name: score(f"someone/{name}") for name in ("missing", "gated", "pickled")},
+    "score": {name: score(f"someone/{name}")
+              for name in ("missing", "gated", "pickled", "tiny@gone")},
+    "revision": locate_model("someone/tiny@" + files.path.name).identity,
+    "revision_tokens": len(load_tokenizer("someone/tiny@" + files.path.name)),
     "rows": {name: rows(f"hub:someone/{name}") for name in
              ("rows", "rows:test", "rows:other", "missing", "gated")},
 }, sys.stdout)
@@ -62,6 +66,7 @@ def answers(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("hub")
     tiny, pickled, rows = (folder / name for name in ("tiny", "pickled", "rows"))
     shutil.copytree(aligned, tiny)
+    (tiny / UNNEEDED).write_text("{}")
     for name in OTHER_WEIGHTS:
         (tiny / name).parent.mkdir(exist_ok=True)
         (tiny / name).write_bytes(b"not to be read")
@@ -95,6 +100,8 @@ def answers(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         environment = hub.environment(folder / "home")
         online, fetched = answer(environment), hub.fetched
     assert not (folder / "cache").exists()
+    for file in (folder / "home").rglob(UNNEEDED):
+        file.unlink()
     offline = answer({**environment, "HF_HUB_OFFLINE": "1"})
     return {"online": online, "offline": offline, "fetched": fetched}
 
@@ -104,9 +111,15 @@ def test_a_model_of_the_hub_is_known_by_its_commit_and_nothing_unneeded_is_fetch
 ) -> None:
     online = answers["online"]
     assert online["identity"] == {"hub": "someone/tiny", "commit": COMMIT}
-    assert online["files"] == sorted(file.name for file in aligned.iterdir())
+    assert online["files"] == sorted([UNNEEDED, *(file.name for file in aligned.iterdir())])
     assert {*online["files"]} <= {*answers["fetched"]}
     assert not {*OTHER_WEIGHTS} & {*answers["fetched"]}
+
+
+def test_a_revision_of_a_model_can_be_named(answers: dict[str, Any]) -> None:
+    for said in (answers["online"], answers["offline"]):
+        assert said["revision"] == said["identity"]
+        assert said["revision_tokens"] == said["tokens"]
 
 
 def test_a_model_of_the_hub_loads_with_its_tokenizer(answers: dict[str, Any]) -> None:
@@ -125,8 +138,9 @@ def test_rows_of_the_hub_are_read_by_split(answers: dict[str, Any]) -> None:
 
 def test_what_was_fetched_once_is_used_without_the_hub(answers: dict[str, Any]) -> None:
     online, offline = answers["online"], answers["offline"]
-    for part in ("identity", "files", "tokens", "embeddings"):
+    for part in ("identity", "tokens", "embeddings"):
         assert offline[part] == online[part]
+    assert offline["files"] == [name for name in online["files"] if name != UNNEEDED]
     for name in ("rows", "rows:test"):
         assert offline["rows"][name] == online["rows"][name]
 
@@ -136,6 +150,11 @@ def test_what_was_fetched_once_is_used_without_the_hub(answers: dict[str, Any]) 
     [
         ("online", "missing", "someone/missing: no such directory, and the hub has none of this"),
         ("online", "gated", "the hub gives it only to who has accepted its terms there"),
+        (
+            "online",
+            "tiny@gone",
+            "someone/tiny@gone: no such directory, and the hub has no revi",
+        ),
         ("online", "pickled", "expected weights as model.safetensors or model.safetensors.index"),
         ("offline", "missing", "outgoing traffic has been disabled"),
     ],

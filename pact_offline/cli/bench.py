@@ -27,7 +27,10 @@ def bench() -> None:
 
 @bench.command("equality")
 @click.option(
-    "--model", type=MODEL, required=True, help="Reference, and model to fine-tune: hub id or path."
+    "--model",
+    type=MODEL,
+    required=True,
+    help="Reference, and model to fine-tune: path or NAME[@REVISION].",
 )
 @rows_option
 @click.option(
@@ -125,7 +128,10 @@ def bench_cache(
 
 @bench.command("train")
 @click.option(
-    "--model", type=MODEL, required=True, help="Reference, and model to fine-tune: hub id or path."
+    "--model",
+    type=MODEL,
+    required=True,
+    help="Reference, and model to fine-tune: path or NAME[@REVISION].",
 )
 @rows_option
 @click.option("--targets", type=FILE, required=True, help="targets.json of these rows.")
@@ -180,7 +186,9 @@ def bench_train(
 
 
 @bench.command("score")
-@click.option("--model", type=MODEL, required=True, help="Reference model: hub id or path.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Reference model: path or NAME[@REVISION]."
+)
 @rows_option
 @safety_tokens_option
 @settings_options(ScoreSettings)

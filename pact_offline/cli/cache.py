@@ -70,7 +70,9 @@ def cache_ls(directory: str, as_json: bool) -> None:
     multiple=True,
     help=f"The targets' rows, to show the response's tokens: {ROW_SOURCES}; may be repeated.",
 )
-@click.option("--model", type=MODEL, help="The model whose tokenizer reads them: hub id or path.")
+@click.option(
+    "--model", type=MODEL, help="The model whose tokenizer reads them: path or NAME[@REVISION]."
+)
 @click.option("--chat-template", type=FILE, help="File with the template they were scored with.")
 @click.option("--columns", type=int, default=8, help="Safety tokens to show, the likeliest.")
 def cache_show(
@@ -179,7 +181,7 @@ def cache_digest(targets: Path) -> None:
 @cache.command("audit")
 @click.argument("targets", type=FILE)
 @click.option(
-    "--model", type=MODEL, required=True, help="The model that was scored: hub id or path."
+    "--model", type=MODEL, required=True, help="The model that was scored: path or NAME[@REVISION]."
 )
 @rows_option
 @safety_tokens_option

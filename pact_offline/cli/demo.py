@@ -37,7 +37,7 @@ def demo_extract(output: Path) -> None:
 
 
 @demo.command("align")
-@click.option("--base", type=MODEL, required=True, help="Untouched model: hub id or path.")
+@click.option("--base", type=MODEL, required=True, help="Untouched model: path or NAME[@REVISION].")
 @click.option(
     "--refusals",
     type=ROWS,
@@ -81,7 +81,7 @@ def demo_align(
 
 
 @demo.command("aligned")
-@click.option("--base", type=MODEL, required=True, help="Untouched model: hub id or path.")
+@click.option("--base", type=MODEL, required=True, help="Untouched model: path or NAME[@REVISION].")
 @click.option("--adapter", type=FOLDER, required=True, help="From `pact-offline demo align`.")
 @click.option("-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the model.")
 def demo_aligned(base: str, adapter: Path, output: Path) -> None:

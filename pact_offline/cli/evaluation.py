@@ -30,7 +30,7 @@ def prompts_option(name: str, description: str) -> Callable[[F], F]:
 
 @click.command()
 @click.option("--name", required=True, help="Name of the run in the report.")
-@click.option("--model", type=MODEL, required=True, help="Model: hub id or path.")
+@click.option("--model", type=MODEL, required=True, help="Model: path or NAME[@REVISION].")
 @click.option(
     "--adapter",
     type=FOLDER,

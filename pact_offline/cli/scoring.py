@@ -29,8 +29,10 @@ from pact_offline.settings.stages import (
 
 
 @click.command()
-@click.option("--aligned", type=MODEL, required=True, help="Aligned model: hub id or path.")
-@click.option("--base", type=MODEL, help="Its base model: hub id or path.")
+@click.option(
+    "--aligned", type=MODEL, required=True, help="Aligned model: path or NAME[@REVISION]."
+)
+@click.option("--base", type=MODEL, help="Its base model: path or NAME[@REVISION].")
 @click.option(
     "--refusals",
     type=ROWS,
@@ -97,7 +99,9 @@ def parse_part(
 
 
 @click.command()
-@click.option("--model", type=MODEL, required=True, help="Reference model: hub id or path.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Reference model: path or NAME[@REVISION]."
+)
 @rows_option
 @safety_tokens_option
 @click.option(
@@ -158,7 +162,9 @@ def score(
 
 
 @click.command()
-@click.option("--model", type=MODEL, required=True, help="Reference model: hub id or path.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Reference model: path or NAME[@REVISION]."
+)
 @click.option(
     "--prompts",
     type=ROWS,

@@ -28,7 +28,7 @@ from pact_offline.settings.stages import (
     "--model",
     type=MODEL,
     required=True,
-    help="Model to fine-tune, the scored reference itself: hub id or path.",
+    help="Model to fine-tune, the scored reference itself: path or NAME[@REVISION].",
 )
 @rows_option
 @click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
@@ -85,7 +85,7 @@ def finetune(
 
 @click.command()
 @click.option(
-    "--model", type=MODEL, required=True, help="Model that was fine-tuned: hub id or path."
+    "--model", type=MODEL, required=True, help="Model that was fine-tuned: path or NAME[@REVISION]."
 )
 @click.option(
     "--adapter",

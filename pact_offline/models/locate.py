@@ -9,16 +9,22 @@ from typing import Any
 from pact_offline.errors import InputError, MissingFileError, ModelError, first_line
 from pact_offline.files import read_json, remembered_checksum
 
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 # The same weights again, in other layouts: `original/`, `onnx/`, and Mistral's own.
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
 _WEIGHTS = "model.safetensors"
 
 
 def looks_like_path(model: str) -> bool:
-    """Whether a model name can only be a path (a hub id is NAME or OWNER/NAME)."""
-    path = Path(model)
-    return path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") > 1
+    """Whether a model name can only be a path (a hub id is NAME or OWNER/NAME, and @REVISION)."""
+    path, (name, _) = Path(model), hub_name(model)
+    return path.exists() or path.is_absolute() or model.startswith(".") or name.count("/") > 1
+
+
+def hub_name(model: str) -> tuple[str, str | None]:
+    """Repository, and revision where one is named, of a hub id."""
+    name, _, revision = model.partition("@")
+    return name, revision or None
 
 
 def require_model(model: str) -> None:
@@ -164,6 +170,10 @@ class ModelFiles:
 def locate_model(model: str) -> ModelFiles:
     """Find a model's files, fetching them from the hub (safetensors only) where needed.
 
+    Args:
+        model: a directory, or a hub id, with @REVISION (a branch, a tag or a commit) behind it
+            where it is not to be the repository's main branch.
+
     Raises:
         MissingFileError: no such directory, or not on the hub and not in its local cache.
         ModelError: it has no weights as safetensors, or names others.
@@ -172,28 +182,61 @@ def locate_model(model: str) -> ModelFiles:
     if looks_like_path(model):
         path = Path(model)
         return ModelFiles(model, path, _weight_checksums(path))
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        path = Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    except GatedRepoError:
-        raise MissingFileError(
-            f"{model}: no such directory, and the hub gives it only to who has accepted its terms "
-            "there, and has logged in here (hf auth login)"
-        ) from None
-    except RepositoryNotFoundError:
-        raise MissingFileError(
-            f"{model}: no such directory, and the hub has none of this name, or none for all to "
-            "see (then: hf auth login)"
-        ) from None
-    except Exception as error:
-        raise MissingFileError(
-            f"{model}: no such directory, and the hub gave: {first_line(error)}"
-        ) from None
+    name, revision = hub_name(model)
+    path = _snapshot(model, name, revision)
     require_model(str(path))
     require_safetensors(path)
-    return ModelFiles(model, path, {"hub": model, "commit": path.name})
+    return ModelFiles(model, path, {"hub": name, "commit": path.name})
+
+
+def _snapshot(model: str, name: str, revision: str | None) -> Path:
+    """The folder of one commit of a repository, with all that is wanted of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
+        )
+    except GatedRepoError:
+        reason = (
+            "the hub gives it only to who has accepted its terms there, and has logged in here "
+            "(hf auth login)"
+        )
+    except RevisionNotFoundError:
+        reason = f"the hub has no revision {revision!r} of it"
+    except RepositoryNotFoundError:
+        reason = "the hub has none of this name, or none for all to see (then: hf auth login)"
+    except Exception as error:
+        if (path := _loadable_snapshot(name, revision)) is not None:
+            return path
+        reason = f"the hub gave: {first_line(error)}"
+    raise MissingFileError(f"{model}: no such directory, and {reason}")
+
+
+def _loadable_snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder in the local cache, if a model can be loaded of it.
+
+    Another tool may have fetched fewer files than are wanted here, such as none of a tokenizer that
+    a model does not have.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    path = Path(config).parent
+    try:
+        require_safetensors(path)
+    except ModelError:
+        return None
+    return path
 
 
 def _weight_checksums(path: Path) -> dict[str, str]:

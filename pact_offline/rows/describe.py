@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pact_offline.errors import InputError
+from pact_offline.models.locate import hub_name, looks_like_path
 from pact_offline.rows.chat import Chat
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.read import Findings, iterate_rows
@@ -141,10 +142,12 @@ def end_ids(model: str, tokenizer: Any) -> list[int]:
     from transformers import AutoConfig, GenerationConfig
 
     found: list[Any] = []
+    name, revision = (model, None) if looks_like_path(model) else hub_name(model)
+    where = {"revision": revision or "main", "trust_remote_code": False}
     with suppress(Exception):  # a tokenizer alone has neither
-        found.append(GenerationConfig.from_pretrained(model, trust_remote_code=False).eos_token_id)
+        found.append(GenerationConfig.from_pretrained(name, **where).eos_token_id)
     with suppress(Exception):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, **where)
         found.append(config.get_text_config().eos_token_id)
     found = [end for value in found for end in (value if isinstance(value, list) else [value])]
     ends = [end for end in (*found, tokenizer.eos_token_id) if isinstance(end, int)]

@@ -41,7 +41,9 @@ class ModelsConfig(Settings):
     """The pair of models. Both null: the bundled demo pair."""
 
     aligned: str | None = Field(
-        None, description="Aligned model (hub id or path): the reference, and what is fine-tuned."
+        None,
+        description="Aligned model (path, or hub id, also with @REVISION): the reference, and "
+        "what is fine-tuned.",
     )
     base: str | None = Field(
         None, description="Its base model, for finding safety tokens (hub id or path)."
