@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pact_offline.errors import InputError, PactError
+from pact_offline.errors import InputError, PactError, first_line
 from pact_offline.files import check_output_folder, status_of
 
 RUN_FILE = "pact_offline.json"
@@ -83,13 +83,44 @@ def output_aside(output: Path, mark: str = RUN_FILE) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        _put_in_place(aside, place)
+        with kept_if_it_fails(aside, output):
+            _put_in_place(aside, place)
     except OSError as error:
         if isinstance(error, PactError):
             raise
         raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def kept_if_it_fails(aside: Path, output: Path) -> Iterator[None]:
+    """What an `output_aside` holds is left beside the output if the block fails: it took long.
+
+    Raises:
+        InputError: it did; names the folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        kept = _keep(aside, output)
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        raise InputError(
+            f"{output}: cannot be saved: {reason}; what there is of it is in {kept}"
+        ) from error
+
+
+def _keep(aside: Path, output: Path) -> Path:
+    """Move a folder to where nothing removes it: beside the output, or among temporary files."""
+    place = Path(os.path.realpath(output))
+    names = (place.with_name(f"{place.name}.unsaved{number or ''}") for number in range(1000))
+    kept = next(name for name in names if not name.exists())
+    try:
+        aside.rename(kept)
+    except OSError:
+        kept = Path(tempfile.mkdtemp(prefix=f"{place.name}.unsaved."))
+        shutil.copytree(aside, kept, dirs_exist_ok=True)
+    return kept
 
 
 def _machine() -> str:

@@ -136,3 +136,23 @@ def test_places_that_no_output_can_take_are_refused(
             require_place(place, MARK)
     assert require_place(Path("new")) == Path(os.path.realpath("new"))
     assert (tmp_path / "foreign" / "thesis.txt").read_text() == "mine"
+
+
+def test_what_cannot_take_its_place_is_kept_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for number in ("", "1"):
+        with monkeypatch.context() as patch, pytest.raises(InputError) as raised:
+            patch.setattr("pact_offline.folders._put_in_place", fail)
+            with output_aside(tmp_path / "out") as aside:
+                (aside / "weights").write_text("dear")
+        kept = tmp_path / f"out.unsaved{number}"
+        assert str(raised.value) == (
+            f"{tmp_path / 'out'}: cannot be saved: No space left on device; what there is of it is "
+            f"in {kept}"
+        )
+        assert (kept / "weights").read_text() == "dear"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.unsaved", "out.unsaved1"]

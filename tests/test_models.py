@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from examples import prompt_of
 from tiny import make_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from pact_offline import files
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
+from pact_offline.models.log_confidences import _padded_logits, reads_padding, response_logits
 from pact_offline.rows.chat import load_tokenizer
 from pact_offline.rows.contexts import Context
 from pact_offline.scoring.scorer import Scored
@@ -170,3 +173,35 @@ def test_an_answer_ends_at_every_end_that_the_model_knows(aligned: Path) -> None
         answer = generate(model, tokenizer, asked, max_new_tokens=12, batch_size=2)[-1]
         expected = tokenizer.decode(free[: free.index(end)], skip_special_tokens=True).strip()
         assert answer == expected
+
+
+RECURRENT = {
+    "rwkv": {"attention_hidden_size": 32, "context_length": 128},
+    "recurrent_gemma": {
+        "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "attention_window_size": 16, "lru_width": 32,
+    },
+    "mamba": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_models_give_the_same_values_in_a_batch_and_alone(kind: str) -> None:
+    """Some carry padding on in their state, whatever the mask says."""
+    set_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4}
+    config = CONFIG_MAPPING[kind](**sizes, **RECURRENT[kind])
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for parameter in model.parameters():  # trained models have no zero biases
+        if parameter.dim() > 1 or parameter.std() == 0:
+            torch.nn.init.normal_(parameter, std=0.1)
+    rows = [(np.arange(5, 5 + n), [(n - 3, n)]) for n in (6, 12, 24)]
+    assert reads_padding(model) == (kind != "mamba")
+    for together, row in zip(response_logits(model, rows), rows, strict=True):
+        torch.testing.assert_close(together, response_logits(model, [row])[0], atol=1e-5, rtol=1e-5)
+    if kind != "mamba":
+        padded = _padded_logits(model, rows)[0] - response_logits(model, rows[:1])[0]
+        assert padded.abs().max() > 0.01
+    model.train()
+    assert reads_padding(model) == (kind != "mamba")
+    assert model.training

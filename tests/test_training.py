@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -305,6 +306,76 @@ def test_finetune_writes_an_adapter_that_peft_loads(
     assert facts["targets_sha256"] == TargetCache.open(targets).sha256
     assert facts["targets_sha256"] in (output / "README.md").read_text()
     PeftModel.from_pretrained(load_model(str(aligned), "float32"), output)
+
+
+@pytest.fixture
+def greedy_with_temperature(command: list[Any], tmp_path: Path) -> Path:
+    """A model as some are published: it does not sample, and has values for sampling."""
+    model = tmp_path / "model"
+    shutil.copytree(command[2], model)
+    said = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
+    (model / "generation_config.json").write_text(json.dumps(said))
+    command[2] = model
+    command[5:9] = ["--objective", "none"]  # in place of targets and safety tokens
+    return model
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_generation_config_that_cannot_be_saved_is_mended(
+    method: str, greedy_with_temperature: Path, command: list[Any], tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    output, merged = tmp_path / "out", tmp_path / "merged"
+    result = run(*command, "--method", method, "--epochs", 1, "-o", output)
+    assert result.exit_code == 0, result.output
+    if method == "lora":
+        result = run("merge", "--model", greedy_with_temperature, "--adapter", output, "-o", merged)
+        assert result.exit_code == 0, result.output
+    saved = (merged if method == "lora" else output) / "generation_config.json"
+    assert "does not sample, so what is saved has no temperature 0.9, top_p 0.6" in result.stderr
+    config = json.loads(saved.read_text())
+    assert config["eos_token_id"] == 2
+    assert not {"temperature", "top_p"} & set(config)
+
+
+def test_a_generation_config_that_cannot_be_mended_is_refused_before_training(
+    greedy_with_temperature: Path, command: list[Any], tmp_path: Path, fails: Callable[..., str],
+) -> None:  # fmt: skip
+    said = {"do_sample": False, "early_stopping": True}
+    (greedy_with_temperature / "generation_config.json").write_text(json.dumps(said))
+    line = fails(*command, "--method", "full", "-o", tmp_path / "out")
+    assert "generation config: expected one that can be saved, found" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_trained_is_kept_where_saving_fails(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> None:
+        raise ValueError("no card today")
+
+    monkeypatch.setattr("pact_offline.training.finetune.model_card", fail)
+    output = tmp_path / "out"
+    line = fails(*command, "--epochs", 1, "-o", output)
+    kept = tmp_path / "out.unsaved"
+    assert f"{output}: cannot be saved: no card today; what there is of it is in {kept}" in line
+    assert not output.exists()
+    assert (kept / "adapter_model.safetensors").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "needed"), [((), 1e4, "0.00 GB"), (("--save-steps", 2), 1e5, "checkpoints")]
+)
+def test_a_disk_that_is_too_full_is_refused_before_training(
+    options: tuple[Any, ...], free: float, needed: str, command: list[Any], tmp_path: Path,
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(free))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    line = fails(*command, *options, "-o", tmp_path / "out")
+    assert "of free disk space for what is trained" in line
+    assert needed in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_merge_writes_a_model_that_answers_as_the_adapter_does(
@@ -918,7 +989,7 @@ def test_names_are_checked_again_in_the_loaded_model(
     command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the model cannot be made without its weights."""
-    monkeypatch.setattr("pact_offline.training.policy.AutoConfig", None)
+    monkeypatch.setattr("pact_offline.training.lora.empty_model", None)
     line = fails(*command, "--lora-modules", "q_proj,w_proj", "-o", tmp_path / "adapter")
     assert "found 'w_proj'" in line
 
@@ -927,7 +998,7 @@ def test_a_name_of_left_out_layers_alone_is_refused(
     command: list[Any], tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     line = fails(*command, "--lora-first-layer", 2, "-o", tmp_path / "adapter")
-    assert "from layer 2 on (lm_head), or all-linear alone; found 'q_proj'" in line
+    assert "from layer 2 on (lm_head), or all-linear alone; found 'auto'" in line
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
@@ -39,6 +40,14 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def _of(kind: str, **more: Any) -> Any:
+    """A configuration of transformers, by its model type."""
+    return lambda **sizes: CONFIG_MAPPING[kind](**{**sizes, **more})
+
+
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, Any] = {
     "llama": lambda **sizes: LlamaConfig(**sizes, tie_word_embeddings=False),
     "llama-tied": lambda **sizes: LlamaConfig(**sizes, tie_word_embeddings=True),
@@ -46,7 +55,37 @@ FAMILIES: dict[str, Any] = {
     "gemma": lambda **sizes: Gemma2Config(
         **sizes, final_logit_softcapping=2.0, query_pre_attn_scalar=32, sliding_window=16
     ),
-}
+    "mistral": _of("mistral", sliding_window=16),
+    "mixtral": _of("mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3": _of("qwen3"),
+    "qwen3-moe": _of("qwen3_moe", num_experts=4, **_EXPERTS),
+    "qwen3.5": _of(
+        "qwen3_5_text", num_hidden_layers=4, linear_key_head_dim=16, linear_value_head_dim=16,
+        linear_num_key_heads=2, linear_num_value_heads=2,
+    ),
+    "gemma3": _of("gemma3_text", sliding_window=16, query_pre_attn_scalar=32),
+    "gemma4": _of(
+        "gemma4_text", sliding_window=16, hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"], global_head_dim=32,
+    ),
+    "phi3": _of("phi3"),
+    "gpt-oss": _of("gpt_oss", num_local_experts=4, num_experts_per_tok=2, rope_scaling=None),
+    "glm4": _of("glm4"),
+    "granite": _of("granite"),
+    "deepseek-v3": _of(
+        "deepseek_v3", topk_method="noaux_tc", scoring_func="sigmoid", n_routed_experts=4,
+        n_group=1, topk_group=1, first_k_dense_replace=1,
+        q_lora_rank=16, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, head_dim=64,
+        v_head_dim=128, num_key_value_heads=2, **_EXPERTS,  # vLLM has kernels for these alone
+    ),
+    "llama4": _of("llama4_text", num_local_experts=2, intermediate_size_mlp=96),
+    "olmo2": _of("olmo2"),
+    "gpt2": lambda **sizes: CONFIG_MAPPING["gpt2"](
+        n_embd=64, n_layer=2, n_head=2, n_positions=1024,
+        **{key: size for key, size in sizes.items() if key in _KEPT},
+    ),
+}  # fmt: skip
+_KEPT = {"vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"}
 
 
 def make_tokenizer(extra: str = "") -> PreTrainedTokenizerFast:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from pact_offline.models.log_confidences import reads_padding
+
 
 @torch.inference_mode()
 def generate(
@@ -37,6 +39,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id or 0
+    batch_size = 1 if reads_padding(model) else batch_size
     ends = _end_ids(model, tokenizer)
     avoided = [tokenizer(text, add_special_tokens=False).input_ids for text in avoid]
     avoided_first = [i for i in tokenizer.convert_tokens_to_ids(list(avoid_first)) if i is not None]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pact_offline.errors import ModelError, SettingError
+from pact_offline.errors import ModelError, SettingError, first_line
 from pact_offline.models.locate import (
     locate_model,
     looks_like_path,
@@ -17,6 +19,8 @@ from pact_offline.models.locate import (
     require_safetensors,
     why_not_loaded,
 )
+
+log = logging.getLogger(__name__)
 
 
 def default_device() -> torch.device:
@@ -40,6 +44,62 @@ def require_compiler() -> None:
         )
 
 
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff",
+                "eta_cutoff")  # fmt: skip
+
+
+def make_savable(model: Any, name: str) -> None:
+    """Take out of a generation config what transformers would refuse to save, and say so.
+
+    Values for sampling do nothing where a config does not sample, and some models have them.
+
+    Raises:
+        ModelError: it would refuse something else.
+    """
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError as error:
+        reason = first_line(error)
+    unused = {
+        key: value for key in _OF_SAMPLING if (value := getattr(config, key, None)) is not None
+    }
+    if not config.do_sample:
+        for key in unused:
+            setattr(config, key, None)
+        with suppress(ValueError):
+            config.validate(strict=True)
+            log.warning(
+                "%s: generation config: does not sample, so what is saved has no %s",
+                name,
+                ", ".join(f"{key} {value}" for key, value in unused.items()),
+            )
+            return
+    raise ModelError(f"{name}: generation config: expected one that can be saved, found {reason}")
+
+
+def _model_class(config: Any) -> Any:
+    """What loads a model: also one that sees or hears beside text, where it is no text model too.
+
+    Raises:
+        ValueError: transformers knows no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), kinds[0])
+
+
+def empty_model(model: str) -> Any:
+    """A model without weights, on the meta device; raises whatever transformers does."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    with torch.device("meta"):
+        return _model_class(config).from_config(config, trust_remote_code=False)
+
+
 def load_model(
     model: str, dtype: str, *, attention: str = "auto", device: torch.device | None = None
 ) -> Any:
@@ -56,7 +116,7 @@ def load_model(
     Raises:
         MissingFileError, ModelError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -67,7 +127,8 @@ def load_model(
     is_cpu_default = attention == "auto" and device.type == "cpu"
     chosen = attention if attention != "auto" else "eager" if is_cpu_default else None
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        loaded, found = _model_class(config).from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             attn_implementation=chosen,

@@ -66,10 +66,41 @@ def aligned_batch(
 
 
 @torch.inference_mode()
+def reads_padding(model: Any) -> bool:
+    """Whether a model's values depend on what its attention mask leaves out.
+
+    Some recurrent models carry padding on in their state (RWKV, RecurrentGemma), others do not, and
+    no config tells: one context is run by itself and padded, once a model.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(inner, "_is_stateful", False):
+        return False
+    if not hasattr(inner, "_reads_padding"):
+        short, long = (np.arange(1, 1 + length) for length in (3, 9))
+        spans = [(1, 3)], [(6, 9)]
+        was_training = model.training
+        model.eval()
+        alone = _padded_logits(model, [(short, spans[0])])[0].float()
+        padded = _padded_logits(model, [(short, spans[0]), (long, spans[1])])[0].float()
+        model.train(was_training)
+        # Rounding is far below, even in bfloat16: the state is the same, or it is another.
+        inner._reads_padding = bool((padded - alone).abs().max() > 5e-3 * alone.abs().max())
+    return bool(inner._reads_padding)
+
+
+@torch.inference_mode()
 def response_logits(
     model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]]
 ) -> list[Tensor]:
     """Each context's logits at its response steps, [steps, vocabulary], on the model's device."""
+    if reads_padding(model):
+        return [logits for one in contexts for logits in _padded_logits(model, [one])]
+    return _padded_logits(model, contexts)
+
+
+def _padded_logits(
+    model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]]
+) -> list[Tensor]:
     batch = aligned_batch(contexts, pad_id=0)
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
     output = model(**inputs, logits_to_keep=batch.columns.to(model.device), use_cache=False)

@@ -91,6 +91,7 @@ class VllmScorer:
             ):
                 self._way = _Plugin(safety_ids, architecture)
                 config = _engine_config({**options, **self._way.options()})
+            _require_same_values(model, config)
             positions = config.model_config.max_model_len
             if positions < longest:
                 raise ModelError(
@@ -326,7 +327,9 @@ def greedy_answers(
     llm = None
     try:
         held = min(len(prompts), _SEQUENCES_AT_ONCE) * longest
-        options |= _memory(_engine_config(options), min(held, _GENERATED_AT_ONCE), settings)
+        config = _engine_config(options)
+        _require_same_values(model, config)
+        options |= _memory(config, min(held, _GENERATED_AT_ONCE), settings)
         llm = vllm.LLM(**options)
         params = vllm.SamplingParams(
             temperature=0, max_tokens=length, stop_token_ids=[*ends], detokenize=False
@@ -355,6 +358,21 @@ def _engine_config(options: dict[str, Any]) -> Any:
     from vllm import EngineArgs
 
     return EngineArgs(**options).create_engine_config()
+
+
+def _require_same_values(model: Path, config: Any) -> None:
+    """Refuse what was seen to give other values in vLLM than in transformers.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    if config.model_config.use_mla and not HAS_TRITON:
+        raise UnsupportedModelError(
+            f"{model}: on a CPU vLLM's latent attention (MLA) gives other values than "
+            "transformers; use --backend transformers"
+        )
 
 
 def _memory(config: Any, longest: int, settings: ScoreSettings) -> dict[str, Any]:

@@ -254,12 +254,22 @@ class FinetuneSettings(ObjectiveSettings, RowSettings):
     lora_alpha: float = Field(32, gt=0, description="LoRA alpha.")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
     lora_modules: tuple[str, ...] = Field(
-        ("q_proj", "v_proj"),
+        ("auto",),
         min_length=1,
-        description="Modules that get an adapter, by the ends of their names; or all-linear.",
+        description="Modules that get an adapter, by the ends of their names. auto: q_proj and "
+        "v_proj, or where attention has none what it has in their place; all-linear: every linear "
+        "module and the experts, but no router and not the LM head.",
     )
     lora_first_layer: int = Field(
         0, ge=0, description="Layers before this one get none; nothing is propagated through them."
+    )
+    lora_rslora: bool = Field(
+        False, description="Scale by the rank's square root (rank-stabilised LoRA)."
+    )
+    lora_dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
+    lora_init: Literal["default", "gaussian", "orthogonal"] = Field(
+        "default",
+        description="First values, of peft's kinds that leave the model's own weights as they are.",
     )
     learning_rate: float = Field(3e-5, gt=0, description="AdamW learning rate.")
     schedule: Literal["epoch_decay", "constant", "linear", "cosine"] = Field(

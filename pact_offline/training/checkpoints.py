@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from pact_offline.errors import Interrupted
+from pact_offline.errors import InputError, Interrupted
 from pact_offline.own_code import content_of
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.step_log import STEP_LOG
@@ -88,6 +88,30 @@ class Checkpoints:
             return None
         steps = (self.folder / STEP_LOG).read_text(encoding="utf-8").count("\n")
         return f"interrupted at step {steps}; the same command goes on from step {step_of(latest)}"
+
+
+def require_space(output: Path, parameters: int, settings: FinetuneSettings) -> None:
+    """Refuse a disk on which what is trained, and its checkpoints, would not fit.
+
+    A checkpoint has the weights and AdamW's two averages of each; two are kept while a third is
+    written.
+
+    Args:
+        output: where the result will be.
+        parameters: how many are trained, four bytes each.
+        settings: of the run.
+
+    Raises:
+        InputError: says what is needed and what is free.
+    """
+    needed = 4 * parameters * (1 + (9 if settings.save_steps else 0))
+    folder = Path(os.path.realpath(output)).parent
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise InputError(
+            f"{output}: expected {needed / 1e9:.2f} GB of free disk space for what is trained"
+            f"{' and its checkpoints' if settings.save_steps else ''}, found {free / 1e9:.2f} GB"
+        )
 
 
 def step_of(checkpoint: Path) -> int:

@@ -19,10 +19,17 @@ from transformers.trainer_callback import PrinterCallback
 
 from pact_offline.errors import SettingError
 from pact_offline.files import write_json
-from pact_offline.folders import RUN_FILE, output_aside, require_place, scratch_folder
+from pact_offline.folders import (
+    RUN_FILE,
+    kept_if_it_fails,
+    output_aside,
+    require_place,
+    scratch_folder,
+)
 from pact_offline.models.cpu_dropout import use_fast_dropout
 from pact_offline.models.load import default_device, load_model, require_compiler
 from pact_offline.models.locate import ModelFiles
+from pact_offline.models.log_confidences import reads_padding
 from pact_offline.objectives.registry import objective_named
 from pact_offline.own_code import content_of
 from pact_offline.provenance import provenance
@@ -35,6 +42,7 @@ from pact_offline.training.checkpoints import (
     fingerprint,
     interruption_told,
     remove_checkpoints,
+    require_space,
     step_of,
     tell_of_killed_runs,
 )
@@ -49,8 +57,9 @@ from pact_offline.training.inputs import (
     rows_per_batch,
 )
 from pact_offline.training.live_reference import LiveReference
+from pact_offline.training.lora import check_lora_modules
 from pact_offline.training.model_card import model_card
-from pact_offline.training.policy import check_lora_modules, compile_layers, prepare_policy
+from pact_offline.training.policy import compile_layers, prepare_policy
 from pact_offline.training.rehearsal import JoinedTargets, Rehearsal, RehearsedRows
 from pact_offline.training.step_log import STEP_LOG, Journal
 from pact_offline.training.summary import (
@@ -134,6 +143,7 @@ def finetune(
         policy = prepare_policy(str(model.path), settings)
         trained = trained_parts(policy)
         if is_main:
+            require_space(output, trained["parameters"], settings)
             log.info("%s", describe_trained(trained))
         trainer, metrics = train(
             policy,
@@ -166,10 +176,12 @@ def finetune(
         gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by every process
         if not is_main:
             return facts
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(aside, state_dict=gathered)
-        chat.tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
-        write_json(aside / RUN_FILE, facts)
+        with kept_if_it_fails(aside, output):
+            policy = trainer.accelerator.unwrap_model(trainer.model)
+            policy.save_pretrained(aside, state_dict=gathered)
+            chat.tokenizer.save_pretrained(aside)
+            (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
+            write_json(aside / RUN_FILE, facts)
     remove_checkpoints(output)
     return facts
 
@@ -250,6 +262,7 @@ def train(
         uses = learnt.then(all_held(np.cumsum(rehearsal.rows.turns)))
         targets = JoinedTargets(targets, len(rows), rehearsal.targets)
         dataset = RehearsedRows(dataset, memory_mapped(rehearsal.rows, first=len(rows)))
+    pass_tokens = 1 if reads_padding(policy) else settings.pass_tokens or _default_pass_tokens()
     gauge = Gauge(settings.gap_warns, settings.gap_stops)
     trainer = PactTrainer(
         policy,
@@ -260,7 +273,7 @@ def train(
         epoch_decay=EPOCH_DECAY if settings.schedule == "epoch_decay" else None,
         targets=targets,
         weights=weights,
-        pass_tokens=settings.pass_tokens or _default_pass_tokens(),
+        pass_tokens=pass_tokens,
         uses=uses,
         rehearsal_share=settings.rehearsal_share,
         callbacks=[journal, gauge, *([EpochOrder(resumed)] if checkpoints else [])],

@@ -10,7 +10,7 @@ from pact_offline.errors import InputError
 from pact_offline.files import read_text, write_json
 from pact_offline.fine_tuned import FineTuned
 from pact_offline.folders import RUN_FILE, output_aside
-from pact_offline.models.load import load_model
+from pact_offline.models.load import load_model, make_savable
 from pact_offline.models.locate import ModelFiles
 from pact_offline.rows.chat import load_tokenizer
 from pact_offline.settings.stages import Dtype
@@ -33,6 +33,7 @@ def merge(model: ModelFiles, adapter: Path, output: Path, dtype: Dtype) -> None:
     tuned.require_of(model)
     with output_aside(output) as aside:
         merged = tuned.added_to(load_model(str(model.path), "float32"))
+        make_savable(merged, model.name)
         merged.to(getattr(torch, dtype)).save_pretrained(aside, safe_serialization=True)
         tokenizer = load_tokenizer(str(model.path))
         if (adapter / "chat_template.jinja").is_file():  # what it was trained with

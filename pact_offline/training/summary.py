@@ -34,13 +34,16 @@ def trained_parts(policy: Any) -> dict[str, Any]:
     """How much of a policy is trained.
 
     Returns:
-        `parameters`: those that are trained, `share`: of all, `modules`: by last name, how many got
-        an adapter; empty where all weights are trained.
+        `parameters`: those that are trained, `share`: of all, `modules`: by last name, how many
+        modules, and parameters of experts, got an adapter; empty where all weights are trained.
     """
     # DeepSpeed may hold a parameter elsewhere, and says how large it is.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in policy.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
-    names = getattr(policy, "targeted_module_names", [])
+    names = [
+        *getattr(policy, "targeted_module_names", []),
+        *getattr(policy, "targeted_parameter_names", []),
+    ]
     return {
         "parameters": trained,
         "share": trained / sum(size for size, _ in sizes),

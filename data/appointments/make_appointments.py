@@ -3,7 +3,7 @@
 A message tells when somebody is expected, with whom and what for, and half of them name another day
 or time beside it. The answer is one line: day, time, what, with whom. It is free text and no label,
 and is right when it is that line. Every draw comes from a seeded generator, so each run writes the
-same bytes. Run it as `python data/appointments/make.py`.
+same bytes. Run it as `python data/appointments/make_appointments.py`.
 """
 
 import json

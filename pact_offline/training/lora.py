@@ -1,0 +1,208 @@
+"""Which modules of a model get a LoRA adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from pact_offline.errors import SettingError, first_line
+from pact_offline.models.load import empty_model
+from pact_offline.settings.stages import FinetuneSettings
+
+_QUERY_AND_VALUE = {"q_proj", "v_proj"}  # of the published script
+# What an attention module adds up its heads with; all else in it reads what comes in.
+_OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "wo"}
+_ATTENTION = re.compile(r"(.*\.)?[^.]*(attn|attention)[^.]*\.([^.]+)")
+_ROUTERS = r".*\.(router|gate|shared_expert_gate)(\..*)?"
+_EXPERT_DIMENSIONS = 3  # the weights of all experts, in one parameter
+
+
+@dataclass(frozen=True)
+class LoraTargets:
+    """What peft is told.
+
+    Attributes:
+        modules: ends of module names.
+        parameters: ends of the names of parameters that no linear module holds, as experts'.
+        excluded: a pattern of whole module names, or None.
+    """
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    excluded: str | None
+
+
+def lora_targets(policy: Any, model: str, settings: FinetuneSettings) -> LoraTargets:
+    """Find the modules that the settings name, in the language model alone.
+
+    `auto` are the query and value projections, or what else a layer's attention reads with, fused
+    or low-rank, where it has no such two. `all-linear` are all linear modules and the experts, but
+    neither the LM head nor routers. Of a model that also sees or hears, towers have none.
+
+    Args:
+        policy: the model, its weights need not be there.
+        model: its name, for messages.
+        settings: of the run.
+
+    Raises:
+        SettingError: names the candidates, or what else stands in the way.
+    """
+    is_all = settings.lora_modules == ("all-linear",)
+    excluded = _excluded(policy, settings, routers=is_all)
+    linear = _linear_modules(policy, excluded)
+    if is_all and linear:
+        head = policy.get_output_embeddings()
+        names = _ends([name for name, module in linear.items() if module is not head])
+        return LoraTargets(names, _experts(policy, model, settings, excluded), excluded)
+    if settings.lora_modules == ("auto",):
+        names = _attention_inputs(linear)
+    else:
+        names = settings.lora_modules
+    modules = [name for name, _ in policy.named_modules() if not _is(name, excluded)]
+    missing = [want for want in names if not any(_ends_in(name, want) for name in modules)]
+    if missing or not names:
+        first = settings.lora_first_layer
+        raise SettingError(
+            f"--lora-modules: expected modules of {model}"
+            f"{f' from layer {first} on' if first else ''} "
+            f"({', '.join(_ends(linear))}), or all-linear alone; "
+            f"found {missing[0] if missing else settings.lora_modules[0]!r}"
+        )
+    return LoraTargets(tuple(names), (), excluded)
+
+
+def check_lora_modules(model: str, settings: FinetuneSettings) -> None:
+    """`lora_targets` before weights are loaded.
+
+    A model that cannot be made without its weights is left to `with_adapter`.
+
+    Raises:
+        SettingError: names the candidates.
+    """
+    if settings.method == "full":
+        return
+    try:
+        policy = empty_model(model)
+    except Exception:  # loading it will say what is wrong
+        return
+    lora_targets(policy, model, settings)
+
+
+def with_adapter(policy: Any, model: str, settings: FinetuneSettings) -> Any:
+    """A new LoRA adapter (in fp32) over a model's weights.
+
+    Raises:
+        SettingError: peft refuses the modules.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora_targets(policy, model, settings)
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_rslora=settings.lora_rslora,
+        use_dora=settings.lora_dora,
+        init_lora_weights=True if settings.lora_init == "default" else settings.lora_init,
+        target_modules=list(targets.modules),
+        target_parameters=list(targets.parameters) or None,
+        exclude_modules=targets.excluded,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(policy, config)
+    except ValueError as error:
+        raise SettingError(
+            f"--lora-modules: expected modules of {model} that peft adapts, found "
+            f"{first_line(error)}"
+        ) from None
+
+
+def _is(name: str, pattern: str | None) -> bool:
+    return pattern is not None and re.fullmatch(pattern, name) is not None
+
+
+def _ends_in(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
+
+
+def _ends(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({name.rpartition(".")[2] for name in names}))
+
+
+def _linear_modules(policy: Any, excluded: str | None) -> dict[str, Any]:
+    return {
+        name: module
+        for name, module in policy.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and not _is(name, excluded)
+    }
+
+
+def _attention_inputs(linear: Iterable[str]) -> tuple[str, ...]:
+    """Of every layer, the query and value projections, or what its attention has in their place."""
+    of_layers: dict[str, set[str]] = {}
+    for name in linear:
+        if (found := _ATTENTION.fullmatch(name)) is not None:
+            of_layers.setdefault(found[1] or "", set()).add(found[3])
+    names = set()
+    for inside in of_layers.values():
+        names |= _QUERY_AND_VALUE if inside >= _QUERY_AND_VALUE else inside - _OUTPUTS
+    return tuple(sorted(names))
+
+
+def _experts(
+    policy: Any, model: str, settings: FinetuneSettings, excluded: str | None
+) -> tuple[str, ...]:
+    found = {
+        ".".join(name.split(".")[-2:])
+        for name, parameter in policy.named_parameters()
+        if parameter.dim() == _EXPERT_DIMENSIONS and "experts" in name and not _is(name, excluded)
+    }
+    if not found:
+        return ()
+    if settings.lora_dropout:
+        raise SettingError(
+            f"--lora-dropout: expected 0 for all-linear with {model}, whose experts are parameters "
+            f"that peft adapts without it, found {settings.lora_dropout}"
+        )
+    if settings.lora_dora:
+        raise SettingError(
+            f"--lora-dora: expected none for all-linear with {model}, whose experts are parameters "
+            "that peft adapts without it"
+        )
+    return tuple(sorted(found))
+
+
+def _excluded(policy: Any, settings: FinetuneSettings, *, routers: bool) -> str | None:
+    """A pattern of what gets no adapter, whatever its name; peft warns of parts that fit none."""
+    patterns = [
+        _layers_before(settings.lora_first_layer),
+        _outside_of_language_model(policy),
+        _ROUTERS if routers else None,
+    ]
+    names = [name for name, _ in policy.named_modules()]
+    fitting = [one for one in patterns if one and any(_is(name, one) for name in names)]
+    return "|".join(fitting) or None
+
+
+def _layers_before(first: int) -> str | None:
+    """A pattern of the modules of the layers 0 to first - 1, as peft reads it."""
+    if not first:
+        return None
+    return rf".*\.(layers|h|blocks)\.({'|'.join(map(str, range(first)))})\..*"
+
+
+def _outside_of_language_model(policy: Any) -> str | None:
+    """A pattern of what sees and hears in a model that is more than a language model."""
+    decoder = policy.get_decoder() if hasattr(policy, "get_decoder") else policy
+    inside = next((name for name, module in policy.named_modules() if module is decoder), "")
+    if "." not in inside:  # the model itself, or all of it but its head
+        return None
+    head = policy.get_output_embeddings()
+    heads = [re.escape(name) for name, module in policy.named_modules() if module is head]
+    return rf"(?!{'|'.join([re.escape(inside) + '(?:[.]|$)', *(f'{name}$' for name in heads)])}).*"

@@ -1,0 +1,123 @@
+"""Which modules get an adapter, and how it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from tiny import FAMILIES, SIZES, make_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from pact_offline.errors import SettingError
+from pact_offline.settings.stages import FinetuneSettings
+from pact_offline.training.lora import check_lora_modules, lora_targets, with_adapter
+
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+def of_family(family: str, **options: Any) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """A tiny policy with its adapter; modules and parameters that it was to get."""
+    config = FAMILIES[family](**{**SIZES, "vocab_size": 400})
+    policy = AutoModelForCausalLM.from_config(config)
+    settings = FinetuneSettings(lora_dropout=0, **options)
+    targets = lora_targets(policy, family, settings)
+    return with_adapter(policy, family, settings), targets.modules, targets.parameters
+
+
+def adapted(policy: Any) -> set[str]:
+    return {
+        name.removeprefix("base_model.model.")
+        for name, module in policy.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", {"q_proj", "v_proj"}),
+        ("phi3", {"qkv_proj"}),
+        ("gpt2", {"c_attn"}),
+        ("deepseek-v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}),
+        ("qwen3.5", {"q_proj", "v_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"}),
+    ],
+)
+def test_the_default_is_what_attention_reads_with(family: str, expected: set[str]) -> None:
+    policy, modules, parameters = of_family(family)
+    assert set(modules) == expected
+    assert not parameters
+    assert {name.rpartition(".")[2] for name in adapted(policy)} == expected
+    layers = policy.config.num_hidden_layers
+    assert {name.split(".")[2] for name in adapted(policy)} == {str(i) for i in range(layers)}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss", "llama4", "deepseek-v3"])
+def test_all_linear_has_experts_and_neither_routers_nor_the_head(family: str) -> None:
+    policy, _, parameters = of_family(family, lora_modules=("all-linear",))
+    assert set(parameters) == {"experts.gate_up_proj", "experts.down_proj"}
+    names = adapted(policy)
+    assert any("experts" in name for name in names)
+    assert any("o_proj" in name for name in names)
+    for name in names:
+        assert not {"router", "gate", "lm_head"} & set(name.split("."))
+
+
+def test_all_linear_with_experts_needs_no_dropout(
+    tmp_path: Path, command: list[Any], fails: Callable[..., str]
+) -> None:
+    command[command.index("--model") + 1] = make_model(tmp_path / "m", family="mixtral")
+    command[command.index("--lora-dropout") + 1] = 0.05
+    line = fails(*command, "--lora-modules", "all-linear", "-o", tmp_path / "out")
+    assert "--lora-dropout: expected 0 for all-linear" in line
+
+
+@pytest.mark.parametrize("modules", [("auto",), ("all-linear",), ("q_proj", "v_proj")])
+def test_a_tower_that_sees_gets_no_adapter(modules: tuple[str, ...], tmp_path: Path) -> None:
+    text = {key: value for key, value in SIZES.items() if not key.startswith("bos")}
+    text |= {"vocab_size": 400, "hidden_size_per_layer_input": 8, "global_head_dim": 32}
+    config = CONFIG_MAPPING["gemma4"](text_config=text, vision_config=VISION)
+    policy = AutoModelForCausalLM.from_config(config)
+    assert any("vision_tower" in name for name, _ in policy.named_modules())
+    settings = FinetuneSettings(lora_modules=modules, lora_dropout=0)
+    names = adapted(with_adapter(policy, "gemma4", settings))
+    assert {name.split(".")[1] for name in names} == {"language_model"}
+
+
+def test_a_model_that_only_is_loaded_as_one_that_sees_is_checked_too(tmp_path: Path) -> None:
+    text = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    config = CONFIG_MAPPING["qwen2_5_vl"](text_config={**text, "vocab_size": 400})
+    config.save_pretrained(tmp_path)
+    check_lora_modules(str(tmp_path), FinetuneSettings())
+    with pytest.raises(SettingError, match=r"\(down_proj, gate_proj, .*found 'qkv'"):
+        check_lora_modules(str(tmp_path), FinetuneSettings(lora_modules=("qkv",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"lora_rslora": True}, {"use_rslora": True}),
+        ({"lora_dora": True}, {"use_dora": True}),
+        ({"lora_init": "gaussian"}, {"init_lora_weights": "gaussian"}),
+        ({"lora_init": "orthogonal"}, {"init_lora_weights": "orthogonal"}),
+        ({"lora_rank": 4, "lora_alpha": 2}, {"r": 4, "lora_alpha": 2}),
+    ],
+)
+def test_kinds_of_lora_reach_peft_and_begin_as_the_model(
+    options: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    from pact_offline.models.load import load_model
+
+    model = str(make_model(tmp_path / "m"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = load_model(model, "float32")(ids).logits
+    policy = with_adapter(load_model(model, "float32"), model, FinetuneSettings(**options)).eval()
+    config = policy.peft_config["default"]
+    assert {key: getattr(config, key) for key in expected} == expected
+    torch.testing.assert_close(policy(ids).logits, plain, rtol=1e-5, atol=1e-5)
