@@ -21,6 +21,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pact_offline.errors import InputError, MissingFileError, ModelError
 from pact_offline.rows.chat import MARKER, Chat, chat_of, load_tokenizer
+from pact_offline.rows.chat import chat_with as prepared
 from pact_offline.rows.contexts import Context, contexts_of
 from pact_offline.rows.forms import parse_row
 from pact_offline.rows.read import read_rows
@@ -466,8 +467,44 @@ def test_the_header_is_what_stands_between_prompt_and_answer() -> None:
     ):
         chat = chat_with(template)
         assert decoded(chat, chat.header_ids) == header
-    with pytest.raises(ModelError, match="expected a chat template with an assistant header"):
-        print(chat_with("{% for m in messages %}{{ m['content'] }}{% endfor %}").header_ids)
+
+
+BARE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_where_a_template_has_no_header_it_is_what_follows_a_user_or_begins_a_text() -> None:
+    after = BARE.replace("{{ m['content'] }}", "{% if m.role != 'user' %} =>{% endif %}"
+                         "{{ m['content'] }}")  # fmt: skip
+    for template, header in ((after, " =>"), (BARE, "<|im_start|>")):
+        chat = chat_with(template)
+        assert decoded(chat, chat.header_ids) == header
+        assert answers_of(chat, said("One?", "Shipping"))[0].strip() == "Shipping"
+    bare = newlines_tokenizer()
+    bare.chat_template, bare.bos_token = BARE, None
+    with pytest.raises(ModelError, match="--assistant-header says what it is"):
+        print(Chat(bare).header_ids)
+    set_by_hand = Chat(bare, None, "A: ")
+    assert decoded(set_by_hand, set_by_hand.header_ids) == "A: "
+    assert set_by_hand.template_sha256 != chat.template_sha256
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_system_message_is_rendered_or_the_setting_that_mends_it_is_named(name: str) -> None:
+    chat = chat_with(TEMPLATES[name])
+    messages = said("One?", "Shipping", "Two?", "Returns", system="Be kind.")
+    found = find_spans(chat, [row_of(messages)])[0]
+    if isinstance(found, InputError):
+        assert name.startswith("gemma")
+        assert "--system-role merge puts the system message before what the user says" in str(found)
+    merged = prepared(copy.copy(chat.tokenizer), ChatSettings(system_role="merge"))
+    assert answers_of(merged, messages)[-1].strip().startswith("Returns")
+    text = merged.render(messages, generation_prompt=False)
+    assert text == chat_with(TEMPLATES[name]).render(
+        said("Be kind.\n\nOne?", "Shipping", "Two?", "Returns"), generation_prompt=False
+    )
+    assert merged.template_sha256 != chat.template_sha256
+    twice = prepared(merged.tokenizer, ChatSettings(system_role="merge"))
+    assert twice.render(messages, generation_prompt=False) == text
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(
@@ -514,7 +551,8 @@ def test_a_date_in_the_template_is_no_days() -> None:
 
 def test_a_prompt_that_the_template_refuses_is_named_by_its_line() -> None:
     row = row_of(said("Hi", "Yes", system="Be kind."))
-    with pytest.raises(InputError, match=r"^rows\.jsonl:1: .*: System role not supported$"):
+    said_of_it = r"^rows\.jsonl:1: .*: System role not supported \(--system-role merge"
+    with pytest.raises(InputError, match=said_of_it):
         chat_with(TEMPLATES["gemma"]).prompt_ids(row)
 
 

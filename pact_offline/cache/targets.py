@@ -30,7 +30,7 @@ from pact_offline.models.locate import ModelFiles
 from pact_offline.rows.contexts import CONTEXT_KINDS, ContextKind
 from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.parse import parse_settings
-from pact_offline.settings.stages import RowSettings
+from pact_offline.settings.stages import CHAT_ALIKE, RowSettings
 
 FORMAT_VERSION = 4
 _STORE_NAME = re.compile(r"(?!\.+$)[\w. -]+")
@@ -261,8 +261,8 @@ class TargetCache:
         if theirs != (template, kwargs):
             raise TargetsMismatchError(
                 f"{self.path}: expected targets of the chat template sha256 {template:.12} and "
-                f"variables {kwargs}, found those of {theirs[0]:.12} and {theirs[1]}; give "
-                "--chat-template and --chat-template-kwargs to every command alike"
+                f"variables {kwargs}, found those of {theirs[0]:.12} and {theirs[1]}; "
+                f"{CHAT_ALIKE}"
             )
 
     def check_rows(self, rows: TokenizedRows, settings: RowSettings) -> None:

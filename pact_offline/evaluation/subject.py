@@ -11,6 +11,7 @@ from pact_offline.fine_tuned import FineTuned, read_facts
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.rows.chat import Chat, load_tokenizer, tokenizer_fingerprint
+from pact_offline.settings.stages import CHAT_ALIKE
 
 # Of what a run says of itself, beside its settings.
 _KEPT = (
@@ -58,8 +59,7 @@ class Subject:
             raise TargetsMismatchError(
                 f"{self.tuned and self.tuned.folder}: expected a run with the chat template sha256 "
                 f"{chat.template_sha256:.12} and variables {chat.template_kwargs}, found one with "
-                f"{theirs[0]:.12} and {theirs[1]}; give --chat-template and --chat-template-kwargs "
-                "to every command alike"
+                f"{theirs[0]:.12} and {theirs[1]}; {CHAT_ALIKE}"
             )
 
     def load(self, dtype: str) -> Any:

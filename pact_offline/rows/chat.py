@@ -55,12 +55,18 @@ def load_tokenizer(model: str) -> Any:
 class Chat:
     """A tokenizer, its chat template, and what the template is told beside a conversation."""
 
-    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_kwargs: Mapping[str, Any] | None = None,
+        assistant_header: str | None = None,
+    ) -> None:
         """Take a tokenizer as it is.
 
         Args:
             tokenizer: of transformers, with a chat template.
             template_kwargs: variables of the template, such as enable_thinking.
+            assistant_header: in place of what `header_ids` finds.
 
         Raises:
             ModelError: there is no chat template.
@@ -71,11 +77,14 @@ class Chat:
                 "use the chat model's own tokenizer, or --chat-template FILE"
             )
         self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
+        self.assistant_header = assistant_header
 
     @cached_property
     def template_sha256(self) -> str:
-        """SHA-256 over the chat template, 64 hex digits."""
+        """SHA-256 over the chat template, and the assistant header if it was set; 64 hex digits."""
         text = json.dumps(self.tokenizer.chat_template, sort_keys=True)
+        if self.assistant_header is not None:
+            text += json.dumps(self.assistant_header)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
@@ -158,8 +167,8 @@ class Chat:
                 return self._apply([form], given, generation_prompt=generation_prompt)[0]
             except Exception as error:  # a template may raise anything
                 refusal = refusal or InputError(
-                    f"expected a conversation that the chat template takes, found: "
-                    f"{first_line(error)}"
+                    "expected a conversation that the chat template takes, found: "
+                    f"{first_line(error)}{_mended(messages)}"
                 )
         assert refusal is not None
         return refusal
@@ -215,28 +224,53 @@ class Chat:
     def header_ids(self) -> list[int]:
         """The assistant header: what stands between a user's turn and an answer.
 
-        It is what the template's generation prompt adds; where that adds nothing, what follows the
-        user's text.
+        It is what was set; else what the template's generation prompt adds; where that adds
+        nothing, what follows the user's text, or stands between it and an answer; where nothing
+        does, the beginning of text.
 
         Raises:
-            ModelError: nothing does, so a response cannot be told from its prompt.
+            ModelError: there is none of these, so a response cannot be told from its prompt.
         """
-        tails = []
-        for generation_prompt in (False, True):
-            messages = [{"role": "user", "content": MARKER}]
-            try:
-                text = self.render(messages, generation_prompt=generation_prompt)
-            except InputError as error:
-                raise ModelError(f"{self.tokenizer.name_or_path}: {error}") from None
-            tails.append(self.ids_of(text.rpartition(MARKER)[2]))
-        without, with_header = tails
-        header = with_header[common_start(without, with_header) :] or with_header
+        if self.assistant_header is not None:
+            header = self.ids_of(self.assistant_header)
+        else:
+            without, with_header = (self._tail(generation_prompt=adds) for adds in (False, True))
+            header = with_header[common_start(without, with_header) :] or with_header
+            header = header or self.ids_of(self._between()) or self._beginning()
         if not header:
             raise ModelError(
                 f"{self.tokenizer.name_or_path}: expected a chat template with an assistant header "
-                "after a user's turn, found none"
+                "after a user's turn, found none; --assistant-header says what it is"
             )
         return header
+
+    def _tail(self, *, generation_prompt: bool) -> list[int]:
+        """What follows a user's text, as token ids."""
+        text = self._sample([MARKER], generation_prompt=generation_prompt)
+        return self.ids_of(text.rpartition(MARKER)[2])
+
+    def _between(self) -> str:
+        """What stands between a user's text and an answer."""
+        other = MARKER[::-1]
+        return (
+            self._sample([MARKER, other], generation_prompt=False)
+            .partition(MARKER)[2]
+            .partition(other)[0]
+        )
+
+    def _beginning(self) -> list[int]:
+        first = self.tokenizer.bos_token_id
+        return [] if first is None else [int(first)]
+
+    def _sample(self, said: Sequence[str], *, generation_prompt: bool) -> str:
+        roles = ("user", "assistant")
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, said, strict=False)
+        ]
+        try:
+            return self.render(messages, generation_prompt=generation_prompt)
+        except InputError as error:
+            raise ModelError(f"{self.tokenizer.name_or_path}: {error}") from None
 
 
 def chat_of(model: str, settings: ChatSettings) -> Chat:
@@ -249,7 +283,29 @@ def chat_of(model: str, settings: ChatSettings) -> Chat:
     tokenizer = load_tokenizer(model)
     if settings.chat_template is not None:
         tokenizer.chat_template = read_text(Path(settings.chat_template))
-    return Chat(tokenizer, settings.chat_template_kwargs)
+    return chat_with(tokenizer, settings)
+
+
+def chat_with(tokenizer: Any, settings: ChatSettings) -> Chat:
+    """A tokenizer as the settings say, its chat template changed in place where they say so.
+
+    Raises:
+        ModelError: there is no chat template.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if settings.system_role == "merge" and isinstance(template, str):
+        tokenizer.chat_template = _MERGED + template.removeprefix(_MERGED)
+    return Chat(tokenizer, settings.chat_template_kwargs, settings.assistant_header)
+
+
+# In the template itself, so that whoever loads the model later renders as it was trained.
+_MERGED = r"""
+{%- if messages | length > 1 and messages[0].role == 'system' and messages[1].role == 'user' -%}
+{%- set gap = '\n\n' if messages[1].content is string else [dict(type='text', text='\n\n')] -%}
+{%- set said = messages[0].content + gap + messages[1].content -%}
+{%- set messages = [dict(messages[1], content=said)] + messages[2:] -%}
+{%- endif -%}
+"""[1:-1]
 
 
 def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -262,6 +318,13 @@ def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
         else:
             most = middle - 1
     return least
+
+
+def _mended(messages: Sequence[Message]) -> str:
+    """What may help where a template refuses a conversation."""
+    if messages and messages[0]["role"] == "system":
+        return " (--system-role merge puts the system message before what the user says first)"
+    return ""
 
 
 def _with_arguments_as_text(messages: list[Message]) -> list[Message]:

@@ -102,7 +102,7 @@ def describe(
         )
     roles, keys = _read_again(sources, settings)
     ends = end_ids(model, chat.tokenizer)
-    closed = [_ends_with(example, ends) for example in rows if not example.is_cut]
+    closed = [ends_with(example, ends) for example in rows if not example.is_cut]
     scaffolds = Counter(
         chat.tokenizer.decode(example.ids[turn.header : turn.first])
         for example in rows
@@ -167,7 +167,7 @@ def _read_again(sources: Sequence[str], settings: RowSettings) -> tuple[Counter[
     return roles, keys
 
 
-def _ends_with(example: TokenizedExample, ends: Sequence[int]) -> bool:
+def ends_with(example: TokenizedExample, ends: Sequence[int]) -> bool:
     """Whether the last answer ends with an end of turn; a newline may follow it."""
     turn = example.turns[-1]
     closing = example.ids[max(turn.start, turn.end - _CLOSING) : turn.end].tolist()

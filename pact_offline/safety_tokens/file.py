@@ -14,6 +14,7 @@ from pact_offline.errors import InputError, TargetsMismatchError
 from pact_offline.files import is_text, read_json, write_json
 from pact_offline.made_from import MadeFrom
 from pact_offline.rows.chat import tokenizer_fingerprint
+from pact_offline.settings.stages import CHAT_ALIKE
 from pact_offline.texts import visible
 
 FORMAT_VERSION = 1
@@ -91,8 +92,7 @@ class SafetyTokens:
             raise TargetsMismatchError(
                 f"{source}: expected safety tokens found with the chat template sha256 "
                 f"{template:.12} and variables {kwargs}, found those of "
-                f"{self.made_from.template:.12} and {theirs}; give --chat-template and "
-                "--chat-template-kwargs to every command alike"
+                f"{self.made_from.template:.12} and {theirs}; {CHAT_ALIKE}"
             )
 
     def table(self) -> str:

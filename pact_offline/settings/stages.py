@@ -31,6 +31,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
+CHAT_ALIKE = (
+    "give --chat-template, --chat-template-kwargs, --system-role and --assistant-header to every "
+    "command alike"
+)
+
+
 class ChatSettings(Settings):
     """How every stage renders a conversation."""
 
@@ -44,6 +50,18 @@ class ChatSettings(Settings):
     )
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description='Variables of the chat template, as {"enable_thinking": false}.'
+    )
+
+    system_role: Literal["as_is", "merge"] = Field(
+        "as_is",
+        description="merge: the system message stands before what the user says first, for chat "
+        "templates that refuse it.",
+    )
+    assistant_header: str | None = Field(
+        None,
+        min_length=1,
+        description="What stands before every answer, where the chat template does not tell; only "
+        "the objective `pact` reads answers behind it alone.",
     )
 
     @field_validator("chat_template_kwargs")

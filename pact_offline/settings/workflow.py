@@ -67,7 +67,7 @@ class EvaluationData(Settings):
     task: str = Field(description="Test rows of the task, judged by exact match.")
 
 
-_CHAT = ("chat_template", "chat_template_kwargs")
+_CHAT = ("chat_template", "chat_template_kwargs", "system_role", "assistant_header")
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from pact_offline.cache.targets import TargetCache
-from pact_offline.rows.chat import Chat
+from pact_offline.rows.chat import chat_with
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.tokenized import TokenizedRows, tokenized_by
 
@@ -24,7 +24,7 @@ def training_rows(
         TargetsMismatchError: other rows, another order, tokenizer or chat template.
     """
     settings = targets.binding.row_settings
-    chat = Chat(tokenizer, settings.chat_template_kwargs)
+    chat = chat_with(tokenizer, settings)
     targets.check_chat(chat.template_sha256, chat.template_kwargs)
     rows = tokenized_by(chat, sources, settings)
     targets.check_rows(rows, settings)

@@ -67,6 +67,7 @@ from pact_offline.training.summary import (
     describe_trained,
     remarks,
     trained_parts,
+    why_answers_may_not_stop,
     why_nothing_is_held,
 )
 from pact_offline.training.trainer import PactTrainer, peak_memory_mib
@@ -126,7 +127,10 @@ def finetune(
     checkpoints = _checkpoints(model, output, settings, inputs)
     is_main = is_first_process()
     if is_main:
-        for line in remarks(settings, counts, unheld, is_rehearsed=rehearsal is not None):
+        unended = why_answers_may_not_stop(str(model.path), chat.tokenizer, rows)
+        for line in remarks(
+            settings, counts, unheld, unended=unended, is_rehearsed=rehearsal is not None
+        ):
             log.warning("%s", line)
         checkpoints.tell() if checkpoints else tell_of_killed_runs(output)
     with (

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from pact_offline.rows.describe import end_ids, ends_with
 from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.stages import FinetuneSettings, ObjectiveSettings
 from pact_offline.training.uses import LEARNT, Uses
+
+_LOOKED_AT = 1000  # rows whose ends are looked at
 
 
 def why_nothing_is_held(settings: ObjectiveSettings, longest: int) -> str | None:
@@ -87,11 +90,32 @@ def count_rows(rows: TokenizedRows, per_batch: int, uses: Uses | None = None) ->
     }
 
 
+def why_answers_may_not_stop(model: str, tokenizer: Any, rows: TokenizedRows) -> str | None:
+    """A line where none of the first answers ends with an end of turn that the model knows.
+
+    Args:
+        model: its directory.
+        tokenizer: its.
+        rows: tokenized; answers that are cut say nothing.
+    """
+    ends = end_ids(model, tokenizer)
+    whole = [row for i in range(min(len(rows), _LOOKED_AT)) if not (row := rows[i]).is_cut]
+    if not whole or any(ends_with(row, ends) for row in whole):
+        return None
+    last = whole[0].ids[whole[0].turns[-1].end - 1]
+    known = ", ".join(repr(tokenizer.decode([end])) for end in ends) or "none"
+    return (
+        f"no answer ends with a token that ends one for the model (known: {known}; the first ends "
+        f"with {tokenizer.decode([last])!r}): what is trained here may not learn to stop"
+    )
+
+
 def remarks(
     settings: FinetuneSettings,
     counts: dict[str, int],
     unheld: str | None,
     *,
+    unended: str | None = None,
     is_rehearsed: bool = False,
 ) -> list[str]:
     """What a person should know before a run: a line for each thing that may not be meant.
@@ -100,10 +124,11 @@ def remarks(
         settings: of the run.
         counts: from `count_rows`.
         unheld: from `why_nothing_is_held`.
+        unended: from `why_answers_may_not_stop`.
         is_rehearsed: whether rows of the reference's own answers are mixed in.
     """
     rows, left_out = counts["rows"], counts["rows_left_out_per_epoch"]
-    lines = []
+    lines = [unended] if unended else []
     if unheld and settings.objective != "none":
         lines.append(
             f"--objective {settings.objective} does nothing, and this is plain fine-tuning: "
