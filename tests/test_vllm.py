@@ -11,7 +11,7 @@ from test_scoring import IDS, LONGEST, contexts, scored, values
 from tiny import make_model
 
 from pact_offline.errors import ModelError, ScoringError
-from pact_offline.scoring.vllm import VllmScorer
+from pact_offline.scoring.vllm import VllmScorer, takes_rows_of_ids
 from pact_offline.settings.stages import ScoreSettings
 
 pytestmark = pytest.mark.vllm
@@ -68,3 +68,72 @@ def test_a_context_beyond_the_models_positions_is_refused_in_those_words(
 ) -> None:
     with pytest.raises(ModelError, match=r"at most 700 tokens.*one of 701; lower --max-tokens"):
         VllmScorer(path, IDS, LONGEST + 1, SETTINGS)
+
+
+class Rows:
+    """As vLLM 0.32 has it (#56984)."""
+
+    def __init__(
+        self,
+        prompt_logprob_token_ids: "np.ndarray | None" = None,
+        prompt_logprob_start: int | None = None,
+    ) -> None: ...
+
+
+class Lists:
+    """The same, written as lists."""
+
+    def __init__(
+        self,
+        prompt_logprob_token_ids: list[list[int]] | None = None,
+        prompt_logprob_start: int | None = None,
+    ) -> None: ...
+
+
+class Flat:
+    """One list of ids for every row (#54335)."""
+
+    def __init__(
+        self,
+        prompt_logprob_token_ids: list[int] | None = None,
+        prompt_logprob_start: int | None = None,
+    ) -> None: ...
+
+
+class FlatAlone:
+    def __init__(self, prompt_logprob_token_ids: list[int] | None = None) -> None: ...
+
+
+class Without:
+    def __init__(self, logprob_token_ids: list[int] | None = None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("params", "is_taken"),
+    [(Rows, True), (Lists, True), (Flat, False), (FlatAlone, False), (Without, False)],
+)
+def test_vllms_own_way_is_taken_only_in_the_form_that_is_passed(
+    params: type, is_taken: bool
+) -> None:
+    assert takes_rows_of_ids(params) == is_taken
+
+
+def test_the_installed_vllm_is_known() -> None:
+    from vllm import SamplingParams
+
+    assert takes_rows_of_ids(SamplingParams)
+
+
+@pytest.mark.parametrize("params", [Flat, Without])
+def test_without_it_our_pooling_class_scores(
+    params: type, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where vLLM's own way could run otherwise."""
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    monkeypatch.setattr("vllm.SamplingParams", params)
+    with closing(VllmScorer(path, IDS, LONGEST, SETTINGS)) as scorer:
+        assert scorer.how == "a pooling class of pact-offline"
+        found = scored(scorer, contexts())
+    expected = values("transformers", path, "float32")
+    for position, wanted in enumerate(expected):
+        np.testing.assert_allclose(found[position], wanted, atol=1e-4)

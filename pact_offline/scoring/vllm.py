@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -83,7 +84,8 @@ class VllmScorer:
         options = _options(model, settings)
         try:
             self._way: _Official | _Plugin = _Official(safety_ids)
-            config = _engine_config(options) if HAS_TRITON else None
+            is_there = HAS_TRITON and takes_rows_of_ids(vllm.SamplingParams)
+            config = _engine_config(options) if is_there else None
             if (
                 config is None
                 or not config.use_v2_model_runner
@@ -137,6 +139,19 @@ class VllmScorer:
         if engine is not None:
             engine.llm_engine.engine_core.shutdown()
         torch.set_num_threads = self._set_num_threads  # vLLM's CPU worker switches it off
+
+
+def takes_rows_of_ids(sampling_params: type) -> bool:
+    """Whether a vLLM scores given ids in the form that we ask for: an array of ids a row, and where
+    the rows begin.
+
+    Others were proposed: no such field, and a flat list of ids for every row (vLLM #54335).
+    """
+    fields = inspect.signature(sampling_params).parameters
+    if not {"prompt_logprob_token_ids", "prompt_logprob_start"} <= set(fields):
+        return False
+    kind = str(fields["prompt_logprob_token_ids"].annotation)
+    return "ndarray" in kind or "list[list" in kind.lower()
 
 
 class _Official:
