@@ -66,7 +66,8 @@ class FineTuned:
             )
 
     def added_to(self, model: Any) -> Any:
-        """The model with the adapter merged in, in eval mode.
+        """The model with the adapter, in eval mode: merged in, but over weights in few bits, which
+        would be rounded again.
 
         Raises:
             InputError: peft cannot load it, or it lacks weights for the modules that it names.
@@ -78,7 +79,8 @@ class FineTuned:
             try:
                 policy = PeftModel.from_pretrained(model, str(self.folder))
                 is_partial = any("missing adapter keys" in str(one.message) for one in said)
-                merged = policy.merge_and_unload().eval()
+                is_rounded = getattr(model, "is_quantized", False)
+                merged = policy.eval() if is_rounded else policy.merge_and_unload().eval()
             except Exception as error:  # peft raises of all kinds
                 raise InputError(
                     f"{self.folder}: expected a peft adapter, found: {first_line(error)}"

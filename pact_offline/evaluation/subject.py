@@ -63,7 +63,7 @@ class Subject:
             )
 
     def load(self, dtype: str) -> Any:
-        """The model with its adapter merged in.
+        """The model with its adapter; over weights in few bits where it was trained so.
 
         Raises:
             ModelError, InputError: model or adapter cannot be loaded.
@@ -72,7 +72,8 @@ class Subject:
             return load_model(str(self.folder), dtype)
         if self.tuned.is_whole:
             return load_model(str(self.tuned.folder), dtype)
-        return self.tuned.added_to(load_model(str(self.folder), dtype))
+        load_in = self.run.get("load_in")
+        return self.tuned.added_to(load_model(str(self.folder), dtype, load_in=load_in))
 
 
 def find_subject(model: str, adapter: Path | None) -> Subject:

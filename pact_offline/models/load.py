@@ -91,6 +91,25 @@ def _model_class(config: Any) -> Any:
     return next((kind for kind in kinds if type(config) in kind._model_mapping), kinds[0])
 
 
+def _quantised(config: Any, load_in: str | None, dtype: str) -> dict[str, Any]:
+    """What transformers is told for weights in few bits."""
+    from transformers import BitsAndBytesConfig
+
+    if load_in is None:
+        return {}
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"it is quantised already, so --load-in {load_in} cannot be")
+    is_four = load_in == "4bit"
+    chosen = BitsAndBytesConfig(
+        load_in_4bit=is_four,
+        load_in_8bit=not is_four,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": chosen}
+
+
 def empty_model(model: str) -> Any:
     """A model without weights, on the meta device; raises whatever transformers does."""
     from transformers import AutoConfig
@@ -101,7 +120,12 @@ def empty_model(model: str) -> Any:
 
 
 def load_model(
-    model: str, dtype: str, *, attention: str = "auto", device: torch.device | None = None
+    model: str,
+    dtype: str,
+    *,
+    attention: str = "auto",
+    device: torch.device | None = None,
+    load_in: str | None = None,
 ) -> Any:
     """A causal language model in eval mode, from safetensors only.
 
@@ -112,9 +136,11 @@ def load_model(
             but on a CPU, whose sdpa is slow in bfloat16 at chat lengths, `grouped_attention` for
             models that sdpa is right for, and eager for the others.
         device: default: `default_device`.
+        load_in: "8bit" or "4bit" (nf4, quantised twice): linear modules are held so.
 
     Raises:
         MissingFileError, ModelError: it cannot be loaded.
+        SettingError: `load_in` needs bitsandbytes, or the model is quantised already.
     """
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
@@ -135,6 +161,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_quantised(config, load_in, dtype),
         )
         if is_cpu_default and loaded._supports_sdpa:
             from pact_offline.models.cpu_attention import NAME
@@ -147,4 +174,6 @@ def load_model(
             f"{model}: expected weights of all that config.json describes, found none of "
             f"{missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}"
         )
+    if getattr(loaded, "is_quantized", False):  # is where its loader has put it
+        return loaded.eval()
     return loaded.to(device).eval()

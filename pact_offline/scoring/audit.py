@@ -21,9 +21,9 @@ from pact_offline.rows.chat import chat_of
 from pact_offline.rows.contexts import Context, contexts_of
 from pact_offline.rows.tokenized import tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
-from pact_offline.scoring.backends import make_scorer
+from pact_offline.scoring.backends import choose_backend, make_scorer
 from pact_offline.scoring.scorer import Scored
-from pact_offline.settings.stages import AuditSettings, ScoreSettings
+from pact_offline.settings.stages import AuditSettings, ScoreSettings, compute_name, compute_parts
 
 _SPREADS = ("difference", "noise", "label_difference", "label_noise")
 _SMALLEST = 2e-5  # what another batch changes in fp32
@@ -120,21 +120,22 @@ def audit(
         contexts += [full, *only]
         stored += [*targets[index]]
         labels.append(targets.read_labels([index]))
-    dtypes = dict.fromkeys((settings.dtype, identity.compute_dtype))
+    dtype_then, load_in = compute_parts(identity.compute_dtype)
+    dtypes = dict.fromkeys((settings.dtype, dtype_then))
     scored = {
-        dtype: _score(model.path, contexts, identity.safety_ids, settings, dtype)
+        dtype: _score(model.path, contexts, identity.safety_ids, settings, dtype, load_in)
         for dtype in dtypes
     }
     truth = scored[settings.dtype].values
     difference = _spread(stored, truth)
     rounded = [decode(encode(values, identity.stored_dtype)) for values in truth]
-    pairs_of = (_spread(scored[identity.compute_dtype].values, truth), _spread(rounded, truth))
+    pairs_of = (_spread(scored[dtype_then].values, truth), _spread(rounded, truth))
     noise = _larger(*pairs_of)
     labels_of = scored[settings.dtype].labels
     stored_labels = [encode_labels(some, identity.stored_dtype) for some in labels_of]
     label_difference = _spread(labels, labels_of)
     label_noise = _larger(
-        _spread(scored[identity.compute_dtype].labels, labels_of), _spread(stored_labels, labels_of)
+        _spread(scored[dtype_then].labels, labels_of), _spread(stored_labels, labels_of)
     )
     ratios = [
         ours / theirs
@@ -146,7 +147,7 @@ def audit(
     return Audit(
         contexts=len(contexts),
         steps=sum(context.steps for context in contexts),
-        scored_by=f"{settings.backend} {settings.dtype}",
+        scored_by=f"{settings.backend} {compute_name(settings.dtype, load_in)}",
         difference=difference,
         noise=noise,
         label_difference=label_difference,
@@ -164,9 +165,13 @@ def _score(
     ids: Sequence[int],
     settings: AuditSettings,
     dtype: str,
+    load_in: str | None,
 ) -> _Rescored:
     """Values in the order of `stored`: of each row the full context's, then all of its turns'."""
-    options = ScoreSettings.model_validate({"dtype": dtype, "backend": settings.backend})
+    options = ScoreSettings.model_validate(
+        {"dtype": dtype, "backend": settings.backend, "load_in": load_in}
+    )
+    choose_backend(settings.backend, load_in)
     scorer = make_scorer(settings.backend, model, ids, max(len(c.ids) for c in contexts), options)
     found: dict[int, Scored] = {}
     total = sum(len(c.fed) for c in contexts)

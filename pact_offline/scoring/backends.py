@@ -8,20 +8,32 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pact_offline.errors import SettingError
+from pact_offline.machine import require_quantisation
 from pact_offline.provenance import installed
 from pact_offline.scoring.scorer import Scorer
 from pact_offline.settings.stages import ScoreSettings
 
 
-def choose_backend(backend: str) -> tuple[str, str]:
+def choose_backend(backend: str, load_in: str | None = None) -> tuple[str, str]:
     """The backend that `auto` stands for here, and why; loads no engine.
+
+    Args:
+        backend: as set.
+        load_in: bits of the weights, where transformers is to hold them in few.
 
     Returns:
         ("vllm" or "transformers", reason in words).
 
     Raises:
-        SettingError: vllm was asked for and is not installed.
+        SettingError: vllm was asked for and is not installed, or `load_in` is not for it.
     """
+    if load_in is not None:
+        if backend == "vllm":
+            raise SettingError(
+                f"--load-in {load_in}: expected --backend transformers or auto, found vllm"
+            )
+        require_quantisation(load_in)
+        return "transformers", f"it loads in {load_in}"
     has_vllm = find_spec("vllm") is not None
     if backend == "vllm" and not has_vllm:
         raise SettingError(

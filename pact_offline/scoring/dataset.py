@@ -22,7 +22,7 @@ from pact_offline.rows.positions import require_positions
 from pact_offline.rows.tokenized import TokenizedRows, tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.scoring.backends import choose_backend, engine_name
-from pact_offline.settings.stages import ScoreSettings
+from pact_offline.settings.stages import ScoreSettings, compute_name
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ def prepare(
         SafetyTokens.load(tokens_path, chat_of(str(model.path), settings).tokenizer)
     safety_tokens.check_template(rows.facts[0].template, settings.chat_template_kwargs, tokens_path)
     require_positions(model, rows)
-    backend, reason = choose_backend(settings.backend)
+    backend, reason = choose_backend(settings.backend, settings.load_in)
     identity = Identity(
         reference=model.identity,
         safety_ids=tuple(safety_tokens.ids),
         header_ids=tuple(rows.facts[0].header_ids),
         engine=engine_name(backend),
-        compute_dtype=settings.dtype,
+        compute_dtype=compute_name(settings.dtype, settings.load_in),
         stored_dtype=settings.stored_dtype,
     )
     return Dataset(

@@ -22,7 +22,12 @@ from pact_offline.rows.row import Row
 from pact_offline.scoring.backends import choose_backend, engine_name
 from pact_offline.scoring.fill import ScoreSummary
 from pact_offline.scoring.score import score
-from pact_offline.settings.stages import AnswerSettings, RehearseSettings, ScoreSettings
+from pact_offline.settings.stages import (
+    AnswerSettings,
+    RehearseSettings,
+    ScoreSettings,
+    compute_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +85,10 @@ def _made_of(
         "template": [chat.template_sha256, chat.template_kwargs],
         "prompts": hashlib.sha256(asked.encode()).hexdigest(),
         "answer_tokens": settings.answer_tokens,
-        "engine": [engine_name(choose_backend(settings.backend)[0]), settings.dtype],
+        "engine": [
+            engine_name(choose_backend(settings.backend, settings.load_in)[0]),
+            compute_name(settings.dtype, settings.load_in),
+        ],
     }
 
 
@@ -132,7 +140,7 @@ def _answers(
     model: ModelFiles, chat: Chat, rows: Sequence[Row], settings: RehearseSettings
 ) -> list[str]:
     """The text of each answer; empty where the model says nothing."""
-    backend, _ = choose_backend(settings.backend)
+    backend, _ = choose_backend(settings.backend, settings.load_in)
     prompts = [chat.prompt_ids(row) for row in rows]
     texts = None
     with bar("answering", len(prompts), "prompts") as progress:
@@ -173,7 +181,7 @@ def _by_transformers(
     from pact_offline.models.load import load_model
 
     return generate(
-        load_model(str(model.path), settings.dtype),
+        load_model(str(model.path), settings.dtype, load_in=settings.load_in),
         chat.tokenizer,
         prompts,
         max_new_tokens=settings.answer_tokens,

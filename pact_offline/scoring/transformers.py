@@ -19,7 +19,7 @@ class TransformersScorer:
     how = "forward passes of transformers"
 
     def __init__(self, model: Path, safety_ids: Sequence[int], settings: ScoreSettings) -> None:
-        self._model = load_model(str(model), settings.dtype)
+        self._model = load_model(str(model), settings.dtype, load_in=settings.load_in)
         self._ids = list(safety_ids)
         self._batch_tokens = settings.batch_tokens
 

@@ -20,6 +20,18 @@ from pact_offline.settings.parse import Settings
 _DEFAULT = "; default: bfloat16 where the device computes in it, else float32."
 Dtype = Literal["float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "bfloat16"]
+Quantised = Literal["8bit", "4bit"]
+
+
+def compute_name(dtype: str, load_in: str | None) -> str:
+    """How values were computed, as a store's identity has it: bfloat16, or bfloat16 of 4bit."""
+    return dtype if load_in is None else f"{dtype} of {load_in}"
+
+
+def compute_parts(name: str) -> tuple[str, str | None]:
+    """`compute_name` taken apart."""
+    dtype, _, load_in = name.partition(" of ")
+    return dtype, load_in or None
 
 
 BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
@@ -133,6 +145,11 @@ class ScoreSettings(RowSettings):
     )
     dtype: Dtype = Field(
         default_factory=default_dtype, description=f"Compute dtype of the reference model{_DEFAULT}"
+    )
+    load_in: Quantised | None = Field(
+        None,
+        description="Run the reference with its weights in so many bits, by transformers and "
+        "bitsandbytes, as a QLoRA policy begins.",
     )
     stored_dtype: Literal["uint8", "float16", "float32"] = Field(
         "uint8",
@@ -300,6 +317,11 @@ class FinetuneSettings(ObjectiveSettings, RowSettings):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     dtype: ComputeDtype = Field(
         default_factory=default_dtype, description=f"Compute dtype{_DEFAULT}"
+    )
+    load_in: Quantised | None = Field(
+        None,
+        description="Hold the policy's weights in so many bits, under its adapter (QLoRA), with "
+        "bitsandbytes.",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto: sdpa, but on a CPU one for short rows."

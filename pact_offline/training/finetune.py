@@ -26,6 +26,7 @@ from pact_offline.folders import (
     require_place,
     scratch_folder,
 )
+from pact_offline.machine import require_quantisation
 from pact_offline.models.cpu_dropout import use_fast_dropout
 from pact_offline.models.load import default_device, load_model, require_compiler
 from pact_offline.models.locate import ModelFiles
@@ -118,6 +119,7 @@ def finetune(
     check_lora_modules(str(model.path), settings)
     if settings.compile:
         require_compiler()
+    require_quantisation(settings.load_in)
     paths = Paths(targets_path, tokens_path, rehearsal_path, cache_place)
     require_what_settings_need(settings, paths)
     inputs = read_inputs(model, sources, settings, paths)

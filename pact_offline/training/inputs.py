@@ -65,6 +65,11 @@ def require_what_settings_need(settings: FinetuneSettings, paths: Paths) -> None
     Raises:
         SettingError: names both.
     """
+    if settings.load_in is not None and settings.method == "full":
+        raise SettingError(
+            f"--load-in {settings.load_in}: expected --method lora, found full; weights in few "
+            "bits are not trained"
+        )
     is_plain, is_live = settings.objective == "none", settings.reference == "live"
     if is_plain and settings.refused_rows == "hold":
         raise SettingError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
-from pact_offline.errors import InputError
+from pact_offline.errors import InputError, ModelError
 from pact_offline.files import read_text, write_json
 from pact_offline.fine_tuned import FineTuned
 from pact_offline.folders import RUN_FILE, output_aside
@@ -15,6 +16,8 @@ from pact_offline.models.locate import ModelFiles
 from pact_offline.rows.chat import load_tokenizer
 from pact_offline.settings.stages import Dtype
 from pact_offline.training.model_card import model_card
+
+log = logging.getLogger(__name__)
 
 
 def merge(model: ModelFiles, adapter: Path, output: Path, dtype: Dtype) -> None:
@@ -31,8 +34,21 @@ def merge(model: ModelFiles, adapter: Path, output: Path, dtype: Dtype) -> None:
             f"{adapter}: expected an adapter from `pact-offline finetune`, found {found}"
         )
     tuned.require_of(model)
+    if (load_in := tuned.facts["settings"].get("load_in")) is not None:
+        log.warning(
+            "%s was trained over weights in %s; merged into the full ones it is nearly what was "
+            "trained, and not the same",
+            adapter,
+            load_in,
+        )
     with output_aside(output) as aside:
-        merged = tuned.added_to(load_model(str(model.path), "float32"))
+        loaded = load_model(str(model.path), "float32")
+        if getattr(loaded, "is_quantized", False):
+            raise ModelError(
+                f"{model.name}: expected a model whose weights are not quantised to merge into; "
+                "use the adapter as it is"
+            )
+        merged = tuned.added_to(loaded)
         make_savable(merged, model.name)
         merged.to(getattr(torch, dtype)).save_pretrained(aside, safe_serialization=True)
         tokenizer = load_tokenizer(str(model.path))

@@ -33,7 +33,13 @@ def prepare_policy(model: str, settings: FinetuneSettings) -> Any:
     set_seed(settings.seed)
     if settings.method == "full":
         whole = load_model(model, "float32", attention=settings.attention)
+        if getattr(whole, "is_quantized", False):
+            raise SettingError(
+                f"--method full: expected --method lora for {model}, whose weights are quantised"
+            )
         make_savable(whole, model)
         return whole.train()
-    policy = load_model(model, settings.dtype, attention=settings.attention)
+    policy = load_model(
+        model, settings.dtype, attention=settings.attention, load_in=settings.load_in
+    )
     return with_adapter(policy, model, settings)

@@ -1,0 +1,130 @@
+"""Weights in few bits: of a policy (QLoRA), of the reference, and of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from pact_offline.fine_tuned import FineTuned
+from pact_offline.models.load import load_model
+
+IDS = torch.arange(7, 27)[None]
+BITS = ["8bit", "4bit"]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_policy_in_few_bits_trains_is_loaded_again_and_evaluated(
+    bits: str, command: list[Any], aligned: Path, rows_file: Path, tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    result = run(*command, "--objective", "confidence", "--load-in", bits, "--epochs", 2, "-o", out)
+    assert result.exit_code == 0, result.output
+    base = load_model(str(aligned), "float32", load_in=bits)
+    kinds = {type(module).__name__ for module in base.modules()}
+    assert ("Linear4bit" if bits == "4bit" else "Linear8bitLt") in kinds
+    before = logits(base)
+    assert (before - logits(load_model(str(aligned), "float32"))).abs().max() > 0.01
+    after = logits(FineTuned.read(out).added_to(base))
+    assert (after - before).abs().max() > 0.01
+
+    words = ["evaluate", "--model", aligned, "--adapter", out, "--task", rows_file, "--dtype"]
+    result = run(*words, "float32", "--name", bits, "-o", tmp_path / "answers")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "answers" / "metrics.json").read_text())["run"]["load_in"] == bits
+
+    merged = run("merge", "--model", aligned, "--adapter", out, "-o", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+    assert f"was trained over weights in {bits}" in merged.stderr
+
+
+def test_a_reference_in_few_bits_is_another_reference(
+    aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result],
+    fails: Callable[..., str],
+) -> None:  # fmt: skip
+    words = ["score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file]
+    words += ["--cache", tmp_path / "cache", "--dtype", "float32"]
+    for bits in BITS:
+        result = run(*words, "--load-in", bits, "-o", tmp_path / f"{bits}.json")
+        assert result.exit_code == 0, result.output
+    assert run(*words, "--backend", "transformers", "-o", tmp_path / "full.json").exit_code == 0
+    assert len([*(tmp_path / "cache").iterdir()]) == 3
+    info = run("cache", "ls", tmp_path / "cache")
+    assert "float32 of 4bit" in info.output
+    checked = run(
+        "cache", "audit", tmp_path / "4bit.json", "--model", aligned, "--rows", rows_file,
+        "--safety-tokens", tokens_file,
+    )  # fmt: skip
+    assert checked.exit_code == 0, checked.output
+    line = fails(*words, "--load-in", "4bit", "--backend", "vllm", "-o", tmp_path / "no.json")
+    assert "--load-in 4bit: expected --backend transformers or auto, found vllm" in line
+
+
+def test_cached_and_live_agree_for_a_policy_and_reference_in_few_bits(
+    aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """The policy begins as the reference, so nothing pulls at the first step."""
+    words = ["score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file]
+    words += ["--cache", tmp_path / "cache", "--dtype", "float32", "--stored-dtype", "float32"]
+    result = run(*words, "--load-in", "4bit", "-o", tmp_path / "targets.json")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    result = run(
+        "finetune", *words[1:7], "--targets", tmp_path / "targets.json", "--objective",
+        "confidence", "--load-in", "4bit", "--dtype", "float32", "--batch-size", 4, "--epochs", 1,
+        "--lora-dropout", 0, "-o", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    first = json.loads((out / "training.jsonl").read_text().splitlines()[0])
+    assert first["kl"] < 1e-6
+
+
+def test_a_quantised_checkpoint_is_a_reference_and_a_policy(
+    aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result],
+    fails: Callable[..., str],
+) -> None:  # fmt: skip
+    model = tmp_path / "four"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = AutoModelForCausalLM.from_pretrained(aligned, quantization_config=config)
+    loaded.save_pretrained(model)
+    for file in {*aligned.glob("token*"), *aligned.glob("*.jinja")}:
+        (model / file.name).write_bytes(file.read_bytes())
+    rows = ["--model", model, "--rows", rows_file, "--safety-tokens", tokens_file]
+    result = run("score", *rows, "--cache", tmp_path / "cache", "--backend", "transformers",
+                 "--dtype", "float32", "-o", tmp_path / "targets.json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    options = ["--objective", "confidence", "--dtype", "float32", "--batch-size", 4, "--epochs", 1]
+    result = run("finetune", *rows, "--targets", tmp_path / "targets.json", *options, "-o", out)
+    assert result.exit_code == 0, result.output
+    result = run("evaluate", "--model", model, "--adapter", out, "--task", rows_file, "--dtype",
+                 "float32", "--name", "four", "-o", tmp_path / "answers")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    line = fails("merge", "--model", model, "--adapter", out, "-o", tmp_path / "merged")
+    assert "expected a model whose weights are not quantised" in line
+    line = fails("finetune", *rows, "--objective", "none", "--load-in", "8bit", "-o", out)
+    assert "it is quantised already" in line
+    line = fails("finetune", *rows, "--objective", "none", "--method", "full", "-o", out)
+    assert "expected --method lora" in line
+
+
+def test_what_does_not_go_with_few_bits_is_refused(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = fails(*command, "--load-in", "4bit", "--method", "full", "-o", tmp_path / "out")
+    assert "--load-in 4bit: expected --method lora, found full" in line
+    monkeypatch.setattr("pact_offline.machine.find_spec", lambda _: None)
+    line = fails(*command, "--load-in", "4bit", "-o", tmp_path / "out")
+    assert "expected an installed bitsandbytes, found none" in line
