@@ -239,6 +239,7 @@ def _answers(
             [chat.prompt_ids(row) for row in rows],
             max_new_tokens=length,
             batch_size=32,
+            end_of_turn=chat.end_of_turn,
             progress=progress.update,
             **held,
         )

@@ -73,11 +73,14 @@ class FineTuned:
             InputError: peft cannot load it, or it lacks weights for the modules that it names.
         """
         from peft import PeftModel
+        from peft.tuners.lora import LoraLayer
 
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
                 policy = PeftModel.from_pretrained(model, str(self.folder))
+                if not any(isinstance(module, LoraLayer) for module in policy.modules()):
+                    raise ValueError(f"{_CONFIG} names no module of the model")
                 is_partial = any("missing adapter keys" in str(one.message) for one in said)
                 is_rounded = getattr(model, "is_quantized", False)
                 merged = policy.eval() if is_rounded else policy.merge_and_unload().eval()

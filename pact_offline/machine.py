@@ -8,11 +8,8 @@ import platform
 import sys
 from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Literal
-
-from pact_offline.errors import SettingError
 
 _ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 # oneDNN's bfloat16 kernels need one of these; without them products are far slower than in float32.
@@ -95,12 +92,3 @@ def peak_resident_mib() -> float:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def require_quantisation(load_in: str | None) -> None:
-    """Refuse to hold weights in few bits without bitsandbytes."""
-    if load_in is not None and find_spec("bitsandbytes") is None:
-        raise SettingError(
-            f"--load-in {load_in}: expected an installed bitsandbytes, found none; install "
-            "pact-offline[quantised]"
-        )

@@ -23,8 +23,9 @@ from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.models.log_confidences import _padded_logits, reads_padding, response_logits
-from pact_offline.rows.chat import load_tokenizer
+from pact_offline.rows.chat import Chat, load_tokenizer
 from pact_offline.rows.contexts import Context
+from pact_offline.rows.describe import end_ids
 from pact_offline.scoring.scorer import Scored
 from pact_offline.scoring.transformers import TransformersScorer
 
@@ -173,6 +174,25 @@ def test_an_answer_ends_at_every_end_that_the_model_knows(aligned: Path) -> None
         answer = generate(model, tokenizer, asked, max_new_tokens=12, batch_size=2)[-1]
         expected = tokenizer.decode(free[: free.index(end)], skip_special_tokens=True).strip()
         assert answer == expected
+
+
+def test_an_answer_ends_at_the_templates_own_end_of_turn(aligned: Path) -> None:
+    """No config names it: some fine-tuned models come so."""
+    model, tokenizer = load_model(str(aligned), "float32"), load_tokenizer(str(aligned))
+    model.generation_config.eos_token_id = model.config.eos_token_id = 5
+    chat = Chat(tokenizer)
+    assert chat.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "!"
+    prompt = prompt_of(tokenizer, [{"role": "user", "content": "Hello there"}])
+    free = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+    end = free[0, len(prompt) + 3].item()
+    before = tokenizer.decode(free[0, len(prompt) : len(prompt) + 3]).strip()
+    steps = {"max_new_tokens": 6, "batch_size": 1}
+    assert generate(model, tokenizer, [prompt], **steps) != [before]
+    assert generate(model, tokenizer, [prompt], **steps, end_of_turn=end) == [before]
+    assert chat.end_of_turn in end_ids(str(aligned), chat)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "")
+    assert Chat(tokenizer).end_of_turn is None
 
 
 RECURRENT = {

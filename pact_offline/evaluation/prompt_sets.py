@@ -85,6 +85,7 @@ def answer_all(
                 [chat.prompt_ids(row) for row in rows],
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
+                end_of_turn=chat.end_of_turn,
                 progress=progress.update,
             )
             answers += [

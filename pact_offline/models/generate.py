@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pact_offline.models.locate import one_list
 from pact_offline.models.log_confidences import reads_padding
 
 
@@ -18,6 +19,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    end_of_turn: int | None = None,
     avoid: Sequence[str] = (),
     avoid_first: Sequence[str] = (),
     progress: Callable[[int], object] | None = None,
@@ -29,6 +31,8 @@ def generate(
         prompts: token ids of each, from `Chat.prompt_ids`.
         max_new_tokens: longest answer.
         batch_size: prompts at once; those of like length go together.
+        end_of_turn: one more id that ends an answer, beside those of the model's generation config
+            and the tokenizer's.
         avoid: texts that no answer may contain.
         avoid_first: tokens that no answer may begin with.
         progress: called with the number of prompts done.
@@ -40,7 +44,8 @@ def generate(
     answers = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id or 0
     batch_size = 1 if reads_padding(model) else batch_size
-    ends = _end_ids(model, tokenizer)
+    own = model.generation_config.eos_token_id
+    ends = one_list(own, tokenizer.eos_token_id, end_of_turn)
     avoided = [tokenizer(text, add_special_tokens=False).input_ids for text in avoid]
     avoided_first = [i for i in tokenizer.convert_tokens_to_ids(list(avoid_first)) if i is not None]
     for first in range(0, len(order), batch_size):
@@ -71,10 +76,3 @@ def generate(
         if progress is not None:
             progress(len(batch))
     return answers
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: those of the model's generation config, and the tokenizer's."""
-    own = model.generation_config.eos_token_id
-    ends = [*own] if isinstance(own, list) else [own]
-    return [*dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if end is not None)]

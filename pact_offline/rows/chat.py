@@ -244,6 +244,21 @@ class Chat:
             )
         return header
 
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The token that the template writes behind a last answer; None where it is no added one.
+
+        A model learns to stop there, also where its generation config does not name it.
+        """
+        other = MARKER[::-1]
+        try:
+            text = self._sample([MARKER, other], generation_prompt=False)
+        except ModelError:
+            return None
+        behind = self.ids_of(text.rpartition(other)[2].lstrip())[:1]
+        added = set(self.tokenizer.get_added_vocab().values())
+        return behind[0] if other in text and behind and behind[0] in added else None
+
     def _tail(self, *, generation_prompt: bool) -> list[int]:
         """What follows a user's text, as token ids."""
         text = self._sample([MARKER], generation_prompt=generation_prompt)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pact_offline.errors import InputError
-from pact_offline.models.locate import hub_name, looks_like_path
+from pact_offline.models.locate import hub_name, looks_like_path, one_list
 from pact_offline.rows.chat import Chat
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.read import Findings, iterate_rows
@@ -101,7 +101,7 @@ def describe(
             f"{', '.join(sources)}: expected rows that can be used, found none: {problem}"
         )
     roles, keys = _read_again(sources, settings)
-    ends = end_ids(model, chat.tokenizer)
+    ends = end_ids(model, chat)
     closed = [ends_with(example, ends) for example in rows if not example.is_cut]
     scaffolds = Counter(
         chat.tokenizer.decode(example.ids[turn.header : turn.first])
@@ -137,8 +137,8 @@ def describe(
     )
 
 
-def end_ids(model: str, tokenizer: Any) -> list[int]:
-    """Ids that end an answer of a model: those of its generation config, and its tokenizer's."""
+def end_ids(model: str, chat: Chat) -> list[int]:
+    """Ids that end an answer: those of a model's configs, its tokenizer's, its template's own."""
     from transformers import AutoConfig, GenerationConfig
 
     found: list[Any] = []
@@ -149,9 +149,7 @@ def end_ids(model: str, tokenizer: Any) -> list[int]:
     with suppress(Exception):
         config = AutoConfig.from_pretrained(name, **where)
         found.append(config.get_text_config().eos_token_id)
-    found = [end for value in found for end in (value if isinstance(value, list) else [value])]
-    ends = [end for end in (*found, tokenizer.eos_token_id) if isinstance(end, int)]
-    return [*dict.fromkeys(ends)]
+    return one_list(*found, chat.tokenizer.eos_token_id, chat.end_of_turn)
 
 
 def _read_again(sources: Sequence[str], settings: RowSettings) -> tuple[Counter[str], Counter[str]]:

@@ -165,7 +165,7 @@ def _by_vllm(
 ) -> list[str]:
     from pact_offline.scoring.vllm import greedy_answers
 
-    ends = end_ids(str(model.path), chat.tokenizer)
+    ends = end_ids(str(model.path), chat)
     answers = greedy_answers(model.path, prompts, ends, settings.answer_tokens, settings, progress)
     return [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
@@ -186,5 +186,6 @@ def _by_transformers(
         prompts,
         max_new_tokens=settings.answer_tokens,
         batch_size=_BATCH,
+        end_of_turn=chat.end_of_turn,
         progress=progress,
     )

@@ -26,10 +26,9 @@ from pact_offline.folders import (
     require_place,
     scratch_folder,
 )
-from pact_offline.machine import require_quantisation
 from pact_offline.models.cpu_dropout import use_fast_dropout
 from pact_offline.models.load import default_device, load_model, require_compiler
-from pact_offline.models.locate import ModelFiles
+from pact_offline.models.locate import ModelFiles, require_quantisation
 from pact_offline.models.log_confidences import reads_padding
 from pact_offline.objectives.registry import objective_named
 from pact_offline.own_code import content_of
@@ -129,7 +128,7 @@ def finetune(
     checkpoints = _checkpoints(model, output, settings, inputs)
     is_main = is_first_process()
     if is_main:
-        unended = why_answers_may_not_stop(str(model.path), chat.tokenizer, rows)
+        unended = why_answers_may_not_stop(str(model.path), chat, rows)
         for line in remarks(
             settings, counts, unheld, unended=unended, is_rehearsed=rehearsal is not None
         ):

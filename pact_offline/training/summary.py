@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from pact_offline.rows.chat import Chat
 from pact_offline.rows.describe import end_ids, ends_with
 from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.stages import FinetuneSettings, ObjectiveSettings
@@ -90,23 +91,23 @@ def count_rows(rows: TokenizedRows, per_batch: int, uses: Uses | None = None) ->
     }
 
 
-def why_answers_may_not_stop(model: str, tokenizer: Any, rows: TokenizedRows) -> str | None:
+def why_answers_may_not_stop(model: str, chat: Chat, rows: TokenizedRows) -> str | None:
     """A line where none of the first answers ends with an end of turn that the model knows.
 
     Args:
         model: its directory.
-        tokenizer: its.
+        chat: its tokenizer and template.
         rows: tokenized; answers that are cut say nothing.
     """
-    ends = end_ids(model, tokenizer)
+    ends = end_ids(model, chat)
     whole = [row for i in range(min(len(rows), _LOOKED_AT)) if not (row := rows[i]).is_cut]
     if not whole or any(ends_with(row, ends) for row in whole):
         return None
     last = whole[0].ids[whole[0].turns[-1].end - 1]
-    known = ", ".join(repr(tokenizer.decode([end])) for end in ends) or "none"
+    known = ", ".join(repr(chat.tokenizer.decode([end])) for end in ends) or "none"
     return (
         f"no answer ends with a token that ends one for the model (known: {known}; the first ends "
-        f"with {tokenizer.decode([last])!r}): what is trained here may not learn to stop"
+        f"with {chat.tokenizer.decode([last])!r}): what is trained here may not learn to stop"
     )
 
 
