@@ -129,6 +129,27 @@ def test_every_stage(made: Made, request: pytest.FixtureRequest) -> None:
     LINES[family] = f"| {NAMES[family]} | {' | '.join(cells)} |"
 
 
+@pytest.mark.parametrize("made", ["llama", "gemma", "phi3", "mixtral"], indirect=True)
+@pytest.mark.parametrize("objective", ["pact", "confidence"])
+def test_cached_equals_live(made: Made, tokens_file: Path, objective: str) -> None:
+    """A soft cap, fused projections and experts, to the digits of Llama: every step's loss."""
+    rows = ["--model", made / "model", "--rows", made / "rows.jsonl", "--safety-tokens"]
+    targets = made / "targets.json"
+    made("score", *rows, tokens_file, "--cache", made / "cache", "--stored-dtype", "float32",
+         "--backend", "transformers", "-o", targets)  # fmt: skip
+    result = made.run(
+        "bench", "equality", *rows, tokens_file, "--targets", targets, "--objective", objective,
+        "--batch-size", 4, "--epochs", 3, "--learning-rate", "1e-3", "--kl-weight", 2,
+        "--lora-dropout", 0, "--dtype", "float32", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)
+    assert found["steps"] == 6
+    assert found["loss_difference"] < 1e-5
+    assert found["weight_difference"] < 1e-4
+    assert found["weights_moved"] > 1e-3
+
+
 def test_the_table_in_the_docs_is_what_was_found() -> None:
     """`PACT_WRITE_DOCS=1 pytest tests/test_families.py` writes it."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- families -->\n")

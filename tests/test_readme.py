@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_rows
+from test_spans import TEMPLATES
+from transformers import AutoTokenizer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -25,6 +27,14 @@ def test_the_shown_config_is_the_file() -> None:
     assert block("yaml") == (ROOT / "stages" / "llama-3.1-8b.yaml").read_text(encoding="utf-8")
 
 
+def score(run: Callable[..., Any]) -> None:
+    scored = run(
+        "score", "--model", "A", "--rows", "train.jsonl", "--safety-tokens", "tokens.json",
+        "--cache", "cache", "-o", "targets.json", "--backend", "transformers",
+    )  # fmt: skip
+    assert scored.exit_code == 0, scored.output
+
+
 @pytest.fixture
 def readers_folder(
     aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Any],
@@ -35,15 +45,27 @@ def readers_folder(
     rows_file.rename(tmp_path / "train.jsonl")
     tokens_file.rename(tmp_path / "tokens.json")
     monkeypatch.chdir(tmp_path)
-    scored = run(
-        "score", "--model", "A", "--rows", "train.jsonl", "--safety-tokens", "tokens.json",
-        "--cache", "cache", "-o", "targets.json", "--backend", "transformers",
-    )  # fmt: skip
-    assert scored.exit_code == 0, scored.output
+    score(run)
     return tmp_path
 
 
-def test_the_loops_of_pytorch_and_trl_train(readers_folder: Path) -> None:
+TOKENIZERS: dict[str, Callable[[Any], None]] = {
+    "as it is": lambda tokenizer: None,
+    "no pad token": lambda tokenizer: setattr(tokenizer, "pad_token", None),
+    "qwen3": lambda tokenizer: setattr(tokenizer, "chat_template", TEMPLATES["qwen3"]),
+    "gemma": lambda tokenizer: setattr(tokenizer, "chat_template", TEMPLATES["gemma"]),
+}
+
+
+@pytest.mark.parametrize("change", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_the_loops_of_pytorch_and_trl_train(
+    readers_folder: Path, tokens_file: Path, run: Callable[..., Any], change: Callable[[Any], None]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("A")
+    change(tokenizer)
+    (readers_folder / "A" / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained("A")
+    score(run)
     names: dict[str, Any] = {}
     exec(block("python", "DataLoader"), names)
     before = {n: p.detach().clone() for n, p in names["model"].named_parameters()}

@@ -49,7 +49,7 @@ class ResponseCollator:
 
     def __init__(
         self,
-        pad_id: int,
+        pad_id: int | None,
         targets: TargetSource | None = None,
         *,
         response_only: bool = True,
@@ -58,12 +58,12 @@ class ResponseCollator:
         """Collate for a model.
 
         Args:
-            pad_id: fills the padding.
+            pad_id: fills the padding, which is masked out; None, of a tokenizer without: 0.
             targets: by the items' `index`.
             response_only: whether the targets without the prompt are wanted.
             uses: by the items' `index`; None: every answer is learnt.
         """
-        self.pad_id, self.targets, self.response_only = pad_id, targets, response_only
+        self.pad_id, self.targets, self.response_only = pad_id or 0, targets, response_only
         self.uses = uses
 
     def turns_of(self, item: dict[str, Any]) -> list[Turn]:
