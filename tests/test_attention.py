@@ -11,7 +11,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from pact_offline.models import cpu_attention as attention
 from pact_offline.models.load import load_model
-from pact_offline.models.log_confidences import aligned_batch
+from pact_offline.models.log_confidences import aligned_batch, keeps_packed_rows_apart, packed_batch
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = [
@@ -115,3 +115,51 @@ def test_the_implementation_is_not_saved_with_the_model(tmp_path: Path) -> None:
     assert model.config._attn_implementation == attention.NAME
     model.save_pretrained(tmp_path / "saved")
     assert attention.NAME not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma", "gemma3", "mistral", "mixtral", "phi3", "qwen3", "gpt2"]
+)
+@pytest.mark.parametrize("kind", ["auto", "eager", "sdpa"])
+def test_packed_rows_see_themselves_alone(family: str, kind: str, tmp_path: Path) -> None:
+    """Windows, soft caps, sinks and learnt positions: the logits of padded rows, to rounding."""
+    rows = [
+        ([5, 6, 7, 8, 0], [(2, 3), (4, 5)]),
+        ([9, 10, 0], [(1, 3)]),
+        ([*range(3, 40)], [(9, 37)]),
+    ]
+    model = load_model(str(make_model(tmp_path / "m", family=family)), "float32", attention=kind)
+    assert keeps_packed_rows_apart(model)
+    packed = packed_batch(rows)
+    assert "attention_mask" not in packed.inputs
+    together = model(**packed.inputs, logits_to_keep=packed.columns, use_cache=False).logits[0]
+    apart = []
+    for row in rows:
+        alone = aligned_batch([row], 0)
+        logits = model(**alone.inputs, logits_to_keep=alone.columns, use_cache=False).logits
+        apart.append(logits[alone.is_step])
+        labels = alone.labels[alone.is_step]
+        assert labels.tolist() == [row[0][at] for span in row[1] for at in range(*span)]
+    assert packed.is_step.all()
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "qwen3.5"])
+def test_a_model_that_sees_one_packed_row_in_the_next_is_known(family: str, tmp_path: Path) -> None:
+    model = load_model(str(make_model(tmp_path / "m", family=family)), "float32")
+    assert not keeps_packed_rows_apart(model)
+
+
+def test_flex_attention_is_eager_attention(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m")
+    for found, wanted in zip(
+        logits_of(path, "flex_attention"), logits_of(path, "eager"), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def logits_of(path: Path, kind: str) -> Tensor:
+    batch = aligned_batch(ROWS, 0)
+    with torch.inference_mode():
+        model = load_model(str(path), "float32", attention=kind)
+        return model(**batch.inputs).logits[:, batch.columns][batch.is_step]

@@ -20,6 +20,7 @@ from click.testing import Result
 from conftest import write_rows
 from examples import examples_of
 from safetensors.numpy import load_file
+from tiny import make_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from pact_offline.cache.targets import TargetCache
@@ -154,6 +155,38 @@ def test_cached_equals_live(
     assert found["loss_difference"] < 1e-5
     assert found["weight_difference"] < 1e-4
     assert found["weights_moved"] > 1e-3  # they did learn something
+
+
+def test_packed_rows_train_as_padded_ones_do(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Also cut into passes, with both kinds of context; each step's loss, and the last weights."""
+    found = []
+    for name, options in {
+        "padded": [],
+        "packed": ["--packing"],
+        "in passes": ["--packing", "--pass-tokens", 40],
+    }.items():
+        out = tmp_path / name
+        words = [*command, "--objective", "pact", "--row-order", "random", *options, "-o", out]
+        assert run(*words).exit_code == 0
+        steps = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+        found.append((steps, load_file(out / "adapter_model.safetensors")))
+    for steps, weights in found[1:]:
+        for ours, theirs in zip(steps, found[0][0], strict=True):
+            for key in ("loss", "cross_entropy", "kl", "confidence_gap"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6)
+        for key, value in weights.items():
+            np.testing.assert_allclose(value, found[0][1][key], atol=1e-4)
+
+
+def test_packing_is_refused_where_rows_would_see_each_other(
+    tmp_path: Path, command: list[Any], fails: Callable[..., str]
+) -> None:
+    command[command.index("--model") + 1] = make_model(tmp_path / "m", family="qwen3.5")
+    command[5:9] = ["--objective", "none"]
+    line = fails(*command, "--packing", "-o", tmp_path / "out")
+    assert "--packing: expected a model that keeps packed rows apart" in line
 
 
 @pytest.mark.parametrize("objective", ["pact", "confidence"])

@@ -54,7 +54,9 @@ def step_log_probabilities(
         outside: int64 [some], ids that `rest` leaves out; None: no rest is wanted.
     """
     inputs: dict[str, Any] = {
-        name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")
+        name: batch[name]
+        for name in ("input_ids", "attention_mask", "position_ids")
+        if name in batch
     }
     inputs |= {"logits_to_keep": batch["logits_to_keep"], "use_cache": False}
     ids = labels.new_empty(0) if safety_ids is None else safety_ids

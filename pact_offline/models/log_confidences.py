@@ -65,7 +65,35 @@ def aligned_batch(
     return Aligned(inputs, torch.arange(left - 1, shape[1]), labels)
 
 
-@torch.inference_mode()
+def packed_batch(contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]]) -> Aligned:
+    """Contexts one after the other as a batch of one row, with no padding.
+
+    Positions begin anew with each, and by them transformers (without an attention mask) keeps each
+    context to itself, in every kind of attention.
+
+    Args:
+        contexts: as of `aligned_batch`.
+    """
+    ids, positions, columns, labels = [], [], [], []
+    begins = 0
+    for given, spans in contexts:
+        tokens = torch.from_numpy(np.array(given, dtype=np.int64))
+        steps = torch.cat([torch.arange(start, end) for start, end in spans])
+        ids.append(tokens[:-1])
+        positions.append(torch.arange(len(tokens) - 1))
+        columns.append(begins + steps - 1)
+        labels.append(tokens[steps])
+        begins += len(tokens) - 1
+    inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions)[None]}
+    return Aligned(inputs, torch.cat(columns), torch.cat(labels)[None])
+
+
+_SHORT = (np.arange(1, 4), [(1, 3)])
+_LONG = (np.arange(1, 10), [(6, 9)])
+# Rounding is far below, even in bfloat16: a row is seen as it is, or with another.
+_SAME = 5e-3
+
+
 def reads_padding(model: Any) -> bool:
     """Whether a model's values depend on what its attention mask leaves out.
 
@@ -76,16 +104,34 @@ def reads_padding(model: Any) -> bool:
     if not getattr(inner, "_is_stateful", False):
         return False
     if not hasattr(inner, "_reads_padding"):
-        short, long = (np.arange(1, 1 + length) for length in (3, 9))
-        spans = [(1, 3)], [(6, 9)]
-        was_training = model.training
-        model.eval()
-        alone = _padded_logits(model, [(short, spans[0])])[0].float()
-        padded = _padded_logits(model, [(short, spans[0]), (long, spans[1])])[0].float()
-        model.train(was_training)
-        # Rounding is far below, even in bfloat16: the state is the same, or it is another.
-        inner._reads_padding = bool((padded - alone).abs().max() > 5e-3 * alone.abs().max())
+        inner._reads_padding = not _is_same(model, aligned_batch([_SHORT, _LONG], 0))
     return bool(inner._reads_padding)
+
+
+def keeps_packed_rows_apart(model: Any) -> bool:
+    """Whether a model that is given a `packed_batch` sees each context alone; a run of it tells."""
+    return _is_same(model, packed_batch([_LONG, _SHORT]), last=True)
+
+
+@torch.inference_mode()
+def _is_same(model: Any, batch: Aligned, *, last: bool = False) -> bool:
+    """Whether the short context has in a batch, as its first or last, the logits it has alone."""
+    was_training = model.training
+    model.eval()
+    steps = len(_SHORT[0]) - 1
+    alone, among = (_logits_of(model, one) for one in (aligned_batch([_SHORT], 0), batch))
+    among = among[-steps:] if last else among[:steps]
+    model.train(was_training)
+    difference = (among.float() - alone.float()).abs().max()
+    return bool(difference <= _SAME * alone.float().abs().max())
+
+
+def _logits_of(model: Any, batch: Aligned) -> Tensor:
+    """Logits at a batch's response steps, [steps, vocabulary]."""
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    output = model(**inputs, logits_to_keep=batch.columns.to(model.device), use_cache=False)
+    found: Tensor = output.logits[batch.is_step.to(model.device)]
+    return found
 
 
 @torch.inference_mode()
@@ -102,10 +148,7 @@ def _padded_logits(
     model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]]
 ) -> list[Tensor]:
     batch = aligned_batch(contexts, pad_id=0)
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
-    output = model(**inputs, logits_to_keep=batch.columns.to(model.device), use_cache=False)
-    is_step = batch.is_step.to(model.device)
-    return [output.logits[row, is_step[row]] for row in range(len(contexts))]
+    return [*torch.split(_logits_of(model, batch), batch.is_step.sum(dim=1).tolist())]
 
 
 def log_probabilities_at(logits: Tensor, ids: Tensor | Sequence[int]) -> Tensor:

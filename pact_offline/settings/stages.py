@@ -323,9 +323,9 @@ class FinetuneSettings(ObjectiveSettings, RowSettings):
         description="Hold the policy's weights in so many bits, under its adapter (QLoRA), with "
         "bitsandbytes.",
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="Attention kernel; auto: sdpa, but on a CPU one for short rows."
-    )
+    attention: Literal[
+        "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = Field("auto", description="Attention kernel; auto: sdpa, but on a CPU one for short rows.")
     row_order: Literal["by_length", "random", "as_given"] = Field(
         "by_length", description="by_length: shuffled, with rows of like length in a batch."
     )
@@ -344,6 +344,11 @@ class FinetuneSettings(ObjectiveSettings, RowSettings):
         ge=1,
         description="A batch of more tokens, with padding, takes several forward and backward "
         "passes, to the same gradient. Default: 1024 on a CPU, to suit its caches; else no limit.",
+    )
+    packing: bool = Field(
+        False,
+        description="Put the rows of a pass one after the other, with no padding; each still sees "
+        "itself alone. Goes with --row-order random.",
     )
     compile: bool = Field(
         False,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pact_offline.models.batches import batches
-from pact_offline.models.log_confidences import IGNORED, aligned_batch
+from pact_offline.models.log_confidences import IGNORED, aligned_batch, packed_batch
 from pact_offline.rows.contexts import ContextKind
 from pact_offline.rows.spans import Turn
 from pact_offline.training.uses import DROPPED, LEARNT, Uses
@@ -54,6 +54,7 @@ class ResponseCollator:
         *,
         response_only: bool = True,
         uses: Uses | None = None,
+        packed: bool = False,
     ) -> None:
         """Collate for a model.
 
@@ -62,9 +63,11 @@ class ResponseCollator:
             targets: by the items' `index`.
             response_only: whether the targets without the prompt are wanted.
             uses: by the items' `index`; None: every answer is learnt.
+            packed: put the rows one after the other into one, with no padding; then `rows` is 1,
+                `columns` the number of steps, and there is no ``attention_mask``.
         """
         self.pad_id, self.targets, self.response_only = pad_id or 0, targets, response_only
-        self.uses = uses
+        self.uses, self.packed = uses, packed
 
     def turns_of(self, item: dict[str, Any]) -> list[Turn]:
         """The answers of a row, without those that are left out."""
@@ -81,14 +84,16 @@ class ResponseCollator:
             (item["input_ids"][: some[-1].end], [(turn.start, turn.end) for turn in some])
             for item, some in zip(items, turns, strict=True)
         ]
-        aligned = aligned_batch(contexts, self.pad_id)
+        aligned = packed_batch(contexts) if self.packed else aligned_batch(contexts, self.pad_id)
         numbers = torch.zeros_like(aligned.labels)
-        for row, some in enumerate(turns):
-            left = some[0].start
-            for turn in some:
-                steps = torch.arange(turn.start - turn.first, turn.end - turn.first)
-                numbers[row, turn.start - left : turn.end - left] = steps
-        ahead = aligned.labels.new_full((len(items), 1), IGNORED)
+        numbers[aligned.is_step] = torch.cat(
+            [
+                torch.arange(turn.start - turn.first, turn.end - turn.first)
+                for some in turns
+                for turn in some
+            ]
+        )
+        ahead = aligned.labels.new_full((len(aligned.labels), 1), IGNORED)
         batch = {
             **aligned.inputs,
             "logits_to_keep": aligned.columns,
@@ -147,7 +152,9 @@ class PassCollator:
         lengths = [len(item["input_ids"]) for item in items]
         sizes = [(start, length - start) for start, length in zip(starts, lengths, strict=True)]
         order = sorted(range(len(items)), key=lambda i: -lengths[i])
-        parts = batches(order, sizes, self.pass_tokens)
+        parts = batches(order, sizes, self.pass_tokens, padded=not self.collate.packed)
+        if self.collate.packed:
+            return [[items[i] for i in part] for part in parts]
         return [[items[i] for i in half] for part in parts for half in _halved(part, sizes)]
 
 

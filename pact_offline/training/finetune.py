@@ -59,7 +59,7 @@ from pact_offline.training.inputs import (
 from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.lora import check_lora_modules
 from pact_offline.training.model_card import model_card
-from pact_offline.training.policy import compile_layers, prepare_policy
+from pact_offline.training.policy import compile_layers, prepare_policy, require_rows_apart
 from pact_offline.training.rehearsal import JoinedTargets, Rehearsal, RehearsedRows
 from pact_offline.training.step_log import STEP_LOG, Journal
 from pact_offline.training.summary import (
@@ -146,6 +146,8 @@ def finetune(
             targets = None
         weights = torch.from_numpy(tokens.weights) if tokens is not None else None
         policy = prepare_policy(str(model.path), settings)
+        if settings.packing:
+            require_rows_apart(policy, model.name)
         trained = trained_parts(policy)
         if is_main:
             require_space(output, trained["parameters"], settings)
@@ -279,6 +281,7 @@ def train(
         targets=targets,
         weights=weights,
         pass_tokens=pass_tokens,
+        packing=settings.packing,
         uses=uses,
         rehearsal_share=settings.rehearsal_share,
         callbacks=[journal, gauge, *([EpochOrder(resumed)] if checkpoints else [])],

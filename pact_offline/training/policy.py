@@ -8,6 +8,7 @@ from transformers import set_seed
 
 from pact_offline.errors import SettingError
 from pact_offline.models.load import load_model, make_savable
+from pact_offline.models.log_confidences import keeps_packed_rows_apart
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.lora import with_adapter
 
@@ -26,6 +27,19 @@ def compile_layers(policy: Any) -> None:
         )
     for layer in layers:
         layer.compile(dynamic=True)
+
+
+def require_rows_apart(policy: Any, model: str) -> None:
+    """Refuse to pack rows for a model that would see one of them in the next.
+
+    Raises:
+        SettingError: it does.
+    """
+    if not keeps_packed_rows_apart(policy):
+        raise SettingError(
+            f"--packing: expected a model that keeps packed rows apart, found {model}, which sees "
+            "one in the next; train it without"
+        )
 
 
 def prepare_policy(model: str, settings: FinetuneSettings) -> Any:

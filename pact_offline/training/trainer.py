@@ -50,6 +50,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         targets: TargetSource | None = None,
         weights: Tensor | None = None,
         pass_tokens: int | None = None,
+        packing: bool = False,
         uses: Uses | None = None,
         rehearsal_share: float = 0,
         **extra: Any,
@@ -69,6 +70,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             pass_tokens: tokens, with padding, of a forward and backward pass; a batch of more takes
                 several. None: no limit; nor is there one where weights are sharded, since every
                 process has to run the same number of passes.
+            packing: the rows of a pass are one after the other, with no padding.
             uses: what each answer is for, by the items' `index`; None: every one is learnt.
             rehearsal_share: of a batch's rows that are rehearsed, with `RehearsedRows`.
             extra: for transformers' Trainer.
@@ -90,6 +92,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
                 self._objective and self._objective.needs_response_only and objective.gate
             ),
             uses=uses,
+            packed=packing,
         )
         passes = PassCollator(collator, pass_tokens)
         super().__init__(
@@ -183,7 +186,10 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             self._count("held_gap", parts.held_gap)
             self._count("steps", parts.steps)
             self._count("learnt", parts.learnt)
-            self._count("tokens", int(batch["attention_mask"].sum()) + len(batch["labels"]))
+            is_packed = "attention_mask" not in batch
+            rows = (batch["position_ids"] == 0).sum() if is_packed else len(batch["labels"])
+            fed = batch["input_ids"].numel() if is_packed else batch["attention_mask"].sum()
+            self._count("tokens", int(fed + rows))
         return parts
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
