@@ -15,7 +15,8 @@ def needs_targets(run):
 def rehearses(run):
     """Whether a run mixes the reference's own answers in."""
     is_held = run.objective != "none" and run.reference != "live"
-    return CONFIG.rehearsal is not None and is_held and run.rehearsal_share > 0
+    is_meant = run.objective != "pact" or "rehearsal_share" in run.model_fields_set
+    return CONFIG.rehearsal is not None and is_held and is_meant and run.rehearsal_share > 0
 
 
 def targets_of(run):

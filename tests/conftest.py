@@ -102,7 +102,7 @@ def command(aligned: Path, rows_file: Path, tokens_file: Path, targets: Path) ->
     return [
         "finetune", "--model", aligned, "--rows", rows_file, "--targets", targets,
         "--safety-tokens", tokens_file, "--dtype", "float32", "--batch-size", 4,
-        "--learning-rate", "1e-3", "--lora-dropout", 0,
+        "--learning-rate", "1e-3", "--lora-dropout", 0, "--objective", "pact",
     ]  # fmt: skip
 
 

@@ -209,14 +209,21 @@ class AuditSettings(Settings):
     )
 
 
+def _refused_rows(data: dict[str, Any]) -> Literal["learn", "hold", "drop"]:
+    """Held rows need an objective that pulls at nothing where the policy is the reference."""
+    is_held = data.get("objective") == "confidence" and data.get("reference") == "cache"
+    return "hold" if is_held else "learn"
+
+
 class ObjectiveSettings(Settings):
     """The regulariser and its shape."""
 
     objective: str = Field(
-        "pact",
+        "confidence",
         examples=[*BUILT_IN_OBJECTIVES],
-        description="Regulariser: pact, confidence, none for plain supervised fine-tuning, or "
-        "your own: path/to/file.py:function, or an entry point of pact_offline.objectives.",
+        description="Regulariser: confidence, pact as published, none for plain supervised "
+        "fine-tuning, or your own: path/to/file.py:function, or an entry point of "
+        "pact_offline.objectives.",
     )
     kl_weight: float = Field(1.0, ge=0, description="Weight of the regulariser in the loss.")
     kl_schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -253,12 +260,22 @@ class ObjectiveSettings(Settings):
 
 
 class FinetuneSettings(ObjectiveSettings, RowSettings):
-    """How the policy is trained (defaults: the published settings)."""
+    """How the policy is trained.
 
+    Defaults are the published settings, but for the objective and what is held and rehearsed, which
+    docs/study.md measures; `--objective pact` gives the published ones.
+    """
+
+    reference: Literal["cache", "live"] = Field(
+        "cache",
+        description="Where targets come from: the cache, or the reference model kept in memory and "
+        "run twice for every batch, as the published script does (slow; for proof).",
+    )
     refused_rows: Literal["learn", "hold", "drop"] = Field(
-        "learn",
+        default_factory=_refused_rows,
         description="Answers that the reference would have refused, by its cached confidence: "
-        "learn them, hold the policy to the reference there and learn nothing, or leave them out.",
+        "learn them, hold the policy to the reference there and learn nothing, or leave them out. "
+        "Default: hold with confidence and a cache, else learn.",
     )
     refused_above: float = Field(
         0.5,
@@ -359,11 +376,6 @@ class FinetuneSettings(ObjectiveSettings, RowSettings):
         (),
         description="Also log every step with these: tensorboard (into tensorboard/NAME beside the "
         "output), wandb, or any other that transformers' Trainer knows and that is installed.",
-    )
-    reference: Literal["cache", "live"] = Field(
-        "cache",
-        description="Where targets come from: the cache, or the reference model kept in memory and "
-        "run twice for every batch, as the published script does (slow; for proof).",
     )
 
     @field_validator("lora_modules", "report_to")

@@ -129,9 +129,10 @@ class WorkflowConfig(Settings):
         1, ge=1, description="Scoring jobs that share a dataset; changing it rescores nothing."
     )
     rehearsal: RehearsalData | None = Field(
-        None,
+        RehearsalData(prompts=("data/rehearsal.jsonl",)),
         description="Made once, scored as `score` says, and mixed into every run with an "
-        "objective and a rehearsal_share above 0.",
+        "objective and a rehearsal_share above 0; into one of `pact` only if the run says so. "
+        "Null: nothing is rehearsed.",
     )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Training settings that all runs share."

@@ -53,13 +53,13 @@ def batch_loss(
         batch: from `ResponseCollator`, on the model's device.
         safety_ids: int64 [ids]; None: plain fine-tuning.
         weights: float [ids], safety-token weights.
-        settings: the objective and its shape; None: `pact`'s, or plain without `safety_ids`.
+        settings: the objective and its shape; None: the defaults, or plain without `safety_ids`.
         kl_weight: in place of the settings'; a `kl_schedule` is the caller's, by `kl_weight_at`.
     """
     labels = batch["labels"][:, 1:]
     is_step = labels != IGNORED
     if settings is None:
-        settings = ObjectiveSettings(objective="none" if safety_ids is None else "pact")
+        settings = ObjectiveSettings(**({"objective": "none"} if safety_ids is None else {}))
     objective = objective_named(settings.objective)
     if objective is not None and (safety_ids is None or weights is None):
         raise SettingError(f"objective {settings.objective}: expected safety ids and weights")
