@@ -7,7 +7,7 @@ from pathlib import Path
 from snakemake.utils import validate
 
 from pact_offline.errors import PactError
-from pact_offline.models.locate import files_of, require_model
+from pact_offline.models.locate import files_of, require_model, split_adapter
 from pact_offline.own_code import file_of
 from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
@@ -17,7 +17,7 @@ from pact_offline.machine import usable_cores
 try:
     GIVEN = parse_settings(WorkflowConfig, config, "config")
     CONFIG = located(GIVEN, Path(workflow.basedir))
-    for model in (CONFIG.models.aligned, CONFIG.models.base, CONFIG.evaluate.guard):
+    for model in (CONFIG.models.reference, CONFIG.models.base, CONFIG.evaluate.guard):
         if model:
             require_model(model)
 except (PactError, OSError) as error:
@@ -27,7 +27,7 @@ validate(config, "config.schema.yaml", set_default=False)  # CONFIG has the defa
 OUTPUT = Path(CONFIG.output)
 CACHE = CONFIG.cache or str(OUTPUT / "cache")  # a directory or a URL
 IS_DEMO = CONFIG.models.aligned is None
-ALIGNED = str(OUTPUT / "models" / "aligned") if IS_DEMO else CONFIG.models.aligned
+ALIGNED = str(OUTPUT / "models" / "aligned") if IS_DEMO else CONFIG.models.reference
 BASE = str(OUTPUT / "models" / "base") if IS_DEMO else CONFIG.models.base
 # A global in the text of a command, not a parameter: Python's path decides no result, and a
 # checkout that was moved has another.
@@ -82,7 +82,8 @@ def model_input(name):
         return []
     if IS_DEMO and name in (ALIGNED, BASE):
         return [name]
-    return [str(file) for file in files_of(Path(name))]
+    parts = [part for part in split_adapter(name) if part]
+    return [str(file) for part in parts for file in files_of(Path(part))]
 
 
 def chat_template(settings):

@@ -27,7 +27,7 @@ LAYERS = [
     ["own_code"],
     ["folders", "settings", "models"],
     ["rows", "objectives", "fine_tuned"],
-    ["made_from"],
+    ["made_from", "references"],
     ["safety_tokens"],
     ["cache"],
     ["scoring", "training", "evaluation"],

@@ -59,9 +59,9 @@ def bench_equality(
     from dataclasses import asdict
 
     from pact_offline.bench.equality import equality, table
-    from pact_offline.models.locate import locate_model
+    from pact_offline.references import locate_reference
 
-    found = equality(locate_model(model), rows, targets, safety_tokens, settings, cache=cache)
+    found = equality(locate_reference(model), rows, targets, safety_tokens, settings, cache=cache)
     click.echo(json.dumps([asdict(one) for one in found]) if as_json else table(found))
 
 

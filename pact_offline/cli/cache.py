@@ -14,6 +14,7 @@ from pact_offline.cli.options import (
     ROW_SOURCES,
     ROWS,
     STORES,
+    adapter_option,
     cache_option,
     json_option,
     rows_option,
@@ -188,6 +189,7 @@ def cache_digest(targets: Path) -> None:
 @cache_option
 @settings_options(AuditSettings)
 @json_option
+@adapter_option("model")
 def cache_audit(
     targets: Path,
     model: str,
@@ -205,10 +207,10 @@ def cache_audit(
     Example: pact-offline cache audit targets.json --model A --rows train.jsonl
     --safety-tokens tokens.json
     """
-    from pact_offline.models.locate import locate_model
+    from pact_offline.references import locate_reference
     from pact_offline.scoring.audit import audit
 
-    found = audit(locate_model(model), rows, targets, safety_tokens, settings, cache=cache)
+    found = audit(locate_reference(model), rows, targets, safety_tokens, settings, cache=cache)
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import types
 import typing
@@ -99,6 +100,26 @@ cache_option = click.option(
     "--cache",
     help="Cache of the targets; needed where it is a URL, which a file alone never opens.",
 )
+
+
+def adapter_option(of: str) -> Callable[[F], F]:
+    """`--adapter`, a part of the model that the option `of` names: MODEL+ADAPTER."""
+
+    def decorate(command: F) -> F:
+        @click.option(
+            "--adapter",
+            type=FOLDER,
+            help=f"LoRA adapter that is part of the model; the same as --{of} MODEL+ADAPTER.",
+        )
+        @functools.wraps(command)
+        def run(*args: Any, adapter: Path | None, **kwargs: Any) -> Any:
+            if adapter is not None:
+                kwargs[of] = f"{kwargs[of]}+{adapter}"
+            return command(*args, **kwargs)
+
+        return run  # type: ignore[return-value]
+
+    return decorate
 
 
 def _option_type(annotation: Any) -> Any:

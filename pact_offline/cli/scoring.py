@@ -15,6 +15,7 @@ from pact_offline.cli.options import (
     ROW_SOURCES,
     ROWS,
     STORES,
+    adapter_option,
     json_option,
     rows_option,
     safety_tokens_option,
@@ -48,6 +49,7 @@ from pact_offline.settings.stages import (
 )
 @settings_options(TokensSettings)
 @json_option
+@adapter_option("aligned")
 def tokens(
     aligned: str,
     base: str | None,
@@ -120,6 +122,7 @@ def parse_part(
 )
 @settings_options(ScoreSettings)
 @json_option
+@adapter_option("model")
 def score(
     model: str,
     rows: tuple[str, ...],
@@ -139,12 +142,12 @@ def score(
     """
     from dataclasses import asdict
 
-    from pact_offline.models.locate import locate_model
+    from pact_offline.references import locate_reference
     from pact_offline.scoring.score import score as run
 
     if (output is None) == (part is None):
         raise click.UsageError("expected either --output or --part I/N")
-    files = locate_model(model)
+    files = locate_reference(model)
     try:
         summary = run(files, rows, safety_tokens, cache, settings, output=output, part=part)
     except KeyboardInterrupt:
@@ -186,6 +189,7 @@ def score(
 )
 @settings_options(RehearseSettings)
 @json_option
+@adapter_option("model")
 def rehearse(
     model: str,
     prompts: tuple[str, ...],
@@ -205,10 +209,10 @@ def rehearse(
     """
     from dataclasses import asdict
 
-    from pact_offline.models.locate import locate_model
+    from pact_offline.references import locate_reference
     from pact_offline.scoring.rehearse import rehearse as run
 
-    summary = run(locate_model(model), prompts, safety_tokens, cache, settings, output)
+    summary = run(locate_reference(model), prompts, safety_tokens, cache, settings, output)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
     else:

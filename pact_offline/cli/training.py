@@ -12,6 +12,7 @@ from pact_offline.cli.options import (
     FOLDER,
     MODEL,
     OUTPUT_FOLDER,
+    adapter_option,
     cache_option,
     json_option,
     rows_option,
@@ -42,6 +43,7 @@ from pact_offline.settings.stages import (
 )
 @settings_options(FinetuneSettings)
 @json_option
+@adapter_option("model")
 def finetune(
     model: str,
     rows: tuple[str, ...],
@@ -60,12 +62,12 @@ def finetune(
     Example: pact-offline finetune --model A --rows train.jsonl --targets targets.json
     --safety-tokens tokens.json --objective confidence --kl-weight 3 -o adapter
     """
-    from pact_offline.models.locate import locate_model
+    from pact_offline.references import locate_reference
     from pact_offline.training.finetune import finetune as run
     from pact_offline.training.finetune import is_first_process
 
     facts = run(
-        locate_model(model),
+        locate_reference(model),
         rows,
         output,
         settings,
@@ -111,8 +113,8 @@ def merge(model: str, adapter: Path, output: Path, dtype: Dtype) -> None:
 
     Example: pact-offline merge --model A --adapter adapter -o merged
     """
-    from pact_offline.models.locate import locate_model
+    from pact_offline.references import locate_reference
     from pact_offline.training.merge import merge as run
 
-    run(locate_model(model), adapter, output, dtype)
+    run(locate_reference(model), adapter, output, dtype)
     click.echo(f"{output}: a model of its own")

@@ -9,7 +9,7 @@ from typing import Any
 from pact_offline.errors import ModelError, TargetsMismatchError
 from pact_offline.fine_tuned import FineTuned, read_facts
 from pact_offline.models.load import load_model
-from pact_offline.models.locate import locate_model
+from pact_offline.references import locate_reference
 from pact_offline.rows.chat import Chat, load_tokenizer, tokenizer_fingerprint
 from pact_offline.settings.stages import CHAT_ALIKE
 
@@ -85,7 +85,7 @@ def find_subject(model: str, adapter: Path | None) -> Subject:
         MissingFileError, ModelError, InputError: model or adapter is not there, or no such thing.
         TargetsMismatchError: the adapter is of another model.
     """
-    files = locate_model(model)
+    files = locate_reference(model)
     if adapter is None:
         facts = read_facts(files.path)
         if facts is None:

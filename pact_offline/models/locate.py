@@ -28,12 +28,27 @@ def hub_name(model: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def split_adapter(model: str) -> tuple[str, str | None]:
+    """Model and adapter of MODEL+ADAPTER; the model alone of any other name.
+
+    Raises:
+        MissingFileError: there is no such adapter.
+    """
+    name, plus, adapter = model.rpartition("+")
+    if not plus or not name or Path(model).exists():
+        return model, None
+    if not Path(adapter).is_dir():
+        raise MissingFileError(f"{model}: no such adapter directory: {adapter}")
+    return name, adapter
+
+
 def require_model(model: str) -> None:
     """Refuse a local model path that does not exist or holds no model, or broken settings of one.
 
     Raises:
         MissingFileError, ModelError: names the file.
     """
+    model, _ = split_adapter(model)
     if not looks_like_path(model):
         return
     path = Path(model)
@@ -142,12 +157,15 @@ class ModelFiles:
     Attributes:
         name: as the user gave it.
         path: local directory with config, tokenizer and safetensors.
-        identity: what fixes the weights: hub id and commit, or SHA-256 of config and weight files.
+        identity: what fixes the weights: hub id and commit, or SHA-256 of config and weight files;
+            and of an adapter that was added up.
+        checksums: of the files at `path`, where they are not the identity.
     """
 
     name: str
     path: Path
     identity: dict[str, str]
+    checksums: dict[str, str] | None = None
 
     def require_unchanged(self) -> None:
         """Refuse a local model whose files are no longer those that were located.
@@ -155,13 +173,13 @@ class ModelFiles:
         Raises:
             ModelError: they are not.
         """
-        if "commit" in self.identity:  # a commit stays what it is
+        if self.checksums is None and "commit" in self.identity:  # a commit stays what it is
             return
         try:
-            found = _weight_checksums(self.path)
+            found = weight_checksums(self.path)
         except (OSError, ModelError):
             found = {}
-        if found != self.identity:
+        if found != (self.checksums or self.identity):
             raise ModelError(
                 f"{self.path}: expected its config and weights to stay as they were when this "
                 "command began, found others; run it again"
@@ -182,7 +200,7 @@ def locate_model(model: str) -> ModelFiles:
     require_model(model)
     if looks_like_path(model):
         path = Path(model)
-        return ModelFiles(model, path, _weight_checksums(path))
+        return ModelFiles(model, path, weight_checksums(path))
     name, revision = hub_name(model)
     path = _snapshot(model, name, revision)
     require_model(str(path))
@@ -240,7 +258,8 @@ def _loadable_snapshot(name: str, revision: str | None) -> Path | None:
     return path
 
 
-def _weight_checksums(path: Path) -> dict[str, str]:
+def weight_checksums(path: Path) -> dict[str, str]:
+    """SHA-256 of a local model's config and weight files, by name."""
     require_safetensors(path)
     weights = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     return {file.name: remembered_checksum(file) for file in [path / "config.json", *weights]}

@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 
 from pact_offline.errors import InputError, ModelError, first_line
 from pact_offline.files import read_text
-from pact_offline.models.locate import hub_name, looks_like_path, require_model, why_not_loaded
+from pact_offline.models.locate import (
+    hub_name,
+    looks_like_path,
+    require_model,
+    split_adapter,
+    why_not_loaded,
+)
 from pact_offline.rows.dropped import left_out
 from pact_offline.rows.row import Message, Row
 from pact_offline.settings.stages import ChatSettings
@@ -40,6 +46,7 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     require_model(model)
+    model, _ = split_adapter(model)
     name, revision = (model, None) if looks_like_path(model) else hub_name(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -12,8 +12,8 @@ import numpy as np
 
 from pact_offline.errors import InputError, ModelError
 from pact_offline.made_from import MadeFrom, rows_sha256
-from pact_offline.models.locate import locate_model
 from pact_offline.provenance import provenance
+from pact_offline.references import locate_reference
 from pact_offline.rows.chat import Chat, chat_of, load_tokenizer, tokenizer_fingerprint
 from pact_offline.rows.row import THOUGHTS, Row, texts
 from pact_offline.rows.spans import find_spans
@@ -47,7 +47,7 @@ def find_safety_tokens(
     """
     from pact_offline.models.load import load_model
 
-    files, base_files = locate_model(aligned), locate_model(base)
+    files, base_files = locate_reference(aligned), locate_reference(base)
     chat = chat_of(str(files.path), settings)
     aligned_tokenizer = chat.tokenizer
     base_tokenizer = load_tokenizer(str(base_files.path))

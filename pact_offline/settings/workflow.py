@@ -45,9 +45,17 @@ class ModelsConfig(Settings):
         description="Aligned model (path, or hub id, also with @REVISION): the reference, and "
         "what is fine-tuned.",
     )
+    adapter: str | None = Field(
+        None, description="LoRA adapter that is part of the aligned model, added up with it."
+    )
     base: str | None = Field(
         None, description="Its base model, for finding safety tokens (hub id or path)."
     )
+
+    @property
+    def reference(self) -> str | None:
+        """The aligned model with its adapter, as every command takes it."""
+        return f"{self.aligned}+{self.adapter}" if self.adapter else self.aligned
 
 
 class RehearsalData(AnswerSettings):
@@ -169,6 +177,8 @@ class WorkflowConfig(Settings):
     @model_validator(mode="after")
     def _names_agree(self) -> WorkflowConfig:
         aligned, base = self.models.aligned, self.models.base
+        if self.models.adapter is not None and aligned is None:
+            raise ValueError("models.adapter: expected models.aligned too, found none")
         if self.token_list is None and self.refusals is None:
             raise ValueError("expected 'refusals' or 'token_list', found neither")
         if (base is not None and aligned is None) or (

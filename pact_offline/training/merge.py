@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-
-from pact_offline.errors import InputError, ModelError
-from pact_offline.files import read_text, write_json
+from pact_offline.errors import InputError
+from pact_offline.files import write_json
 from pact_offline.fine_tuned import FineTuned
 from pact_offline.folders import RUN_FILE, output_aside
-from pact_offline.models.load import load_model, make_savable
 from pact_offline.models.locate import ModelFiles
-from pact_offline.rows.chat import load_tokenizer
+from pact_offline.references import save_merged
 from pact_offline.settings.stages import Dtype
 from pact_offline.training.model_card import model_card
 
@@ -42,19 +39,7 @@ def merge(model: ModelFiles, adapter: Path, output: Path, dtype: Dtype) -> None:
             load_in,
         )
     with output_aside(output) as aside:
-        loaded = load_model(str(model.path), "float32")
-        if getattr(loaded, "is_quantized", False):
-            raise ModelError(
-                f"{model.name}: expected a model whose weights are not quantised to merge into; "
-                "use the adapter as it is"
-            )
-        merged = tuned.added_to(loaded)
-        make_savable(merged, model.name)
-        merged.to(getattr(torch, dtype)).save_pretrained(aside, safe_serialization=True)
-        tokenizer = load_tokenizer(str(model.path))
-        if (adapter / "chat_template.jinja").is_file():  # what it was trained with
-            tokenizer.chat_template = read_text(adapter / "chat_template.jinja")
-        tokenizer.save_pretrained(aside)
+        save_merged(model, tuned, aside, dtype)
         settings = {**tuned.facts["settings"], "method": "full"}  # what the card says it is now
         card = model_card({**tuned.facts, "settings": settings})
         (aside / "README.md").write_text(card, encoding="utf-8")

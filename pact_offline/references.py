@@ -1,0 +1,93 @@
+"""A reference: a model as it is, or one with a LoRA adapter added up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pact_offline.errors import InputError, ModelError
+from pact_offline.files import read_text, user_cache
+from pact_offline.fine_tuned import FineTuned
+from pact_offline.folders import output_aside
+from pact_offline.models.locate import ModelFiles, locate_model, split_adapter, weight_checksums
+
+log = logging.getLogger(__name__)
+
+_MARK = "reference.json"  # tells an earlier one
+
+
+def locate_reference(model: str) -> ModelFiles:
+    """`locate_model`, also of MODEL+ADAPTER: a model with a LoRA adapter that is part of it.
+
+    The two are added up once, in fp32, and kept in this user's cache in the model's own dtype, so
+    that every engine takes the sum for a model like any other. Its identity is that of both.
+
+    Raises:
+        MissingFileError, ModelError, InputError: either is not there, or no such thing.
+        TargetsMismatchError: `finetune` made the adapter of another model.
+    """
+    name, adapter = split_adapter(model)
+    files = locate_model(name)
+    if adapter is None:
+        return files
+    tuned = FineTuned.read(Path(adapter))
+    if tuned.is_whole:
+        raise InputError(f"{adapter}: expected a LoRA adapter, found a whole model")
+    tuned.require_of(files)
+    identity = {**files.identity, "adapter": tuned.sha256}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    place = user_cache() / "references" / digest[:16]
+    if not (place / _MARK).is_file():
+        log.info("%s: adding up the model and its adapter, kept as %s", model, place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with output_aside(place, _MARK) as aside:
+            save_merged(files, tuned, aside)
+            (aside / _MARK).write_text(json.dumps(identity), encoding="utf-8")
+    return ModelFiles(model, place, identity, weight_checksums(place))
+
+
+def save_merged(
+    model: ModelFiles, tuned: FineTuned, folder: Path, dtype: str | None = None
+) -> None:
+    """Write a model with an adapter added up in fp32, and its tokenizer, as a model.
+
+    Args:
+        model: without the adapter.
+        tuned: the adapter; where it has a chat template, it is the result's.
+        folder: that exists.
+        dtype: of the result; None: the model's own.
+
+    Raises:
+        ModelError: the model is quantised, or its generation config cannot be saved.
+        InputError: peft cannot load the adapter.
+    """
+    import torch
+
+    from pact_offline.models.load import load_model, make_savable
+    from pact_offline.rows.chat import load_tokenizer
+
+    loaded: Any = load_model(str(model.path), "float32")
+    if getattr(loaded, "is_quantized", False):
+        raise ModelError(
+            f"{model.name}: expected a model whose weights are not quantised to merge into; use "
+            "the adapter as it is"
+        )
+    merged = tuned.added_to(loaded)
+    make_savable(merged, model.name)
+    kept = getattr(torch, dtype) if dtype else _own_dtype(model.path)
+    merged.to(kept).save_pretrained(folder, safe_serialization=True)
+    tokenizer = load_tokenizer(str(model.path))
+    if (tuned.folder / "chat_template.jinja").is_file():  # what it was trained with
+        tokenizer.chat_template = read_text(tuned.folder / "chat_template.jinja")
+    tokenizer.save_pretrained(folder)
+
+
+def _own_dtype(folder: Path) -> Any:
+    import torch
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
+    return found if isinstance(found, torch.dtype) else torch.float32

@@ -1,0 +1,93 @@
+"""A reference that is a model with a LoRA adapter: scored, trained from, evaluated as one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from peft import PeftModel
+
+from pact_offline.models.load import load_model
+from pact_offline.models.locate import split_adapter
+from pact_offline.references import locate_reference
+
+
+@pytest.fixture
+def adapter(command: list[Any], tmp_path: Path, run: Callable[..., Result]) -> Path:
+    """An adapter of `finetune`; without its own facts, one of anybody's."""
+    out = tmp_path / "adapter"
+    words = [*command, "--objective", "none", "--epochs", 4, "--learning-rate", 0.01, "-o", out]
+    assert run(*words).exit_code == 0
+    return out
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_model_and_its_adapter_are_one_reference_in_every_stage(
+    is_ours: bool, adapter: Path, aligned: Path, rows_file: Path, tokens_file: Path,
+    tmp_path: Path, run: Callable[..., Result], fails: Callable[..., str],
+) -> None:  # fmt: skip
+    if not is_ours:
+        (adapter / "pact_offline.json").unlink()
+    both, targets, out = f"{aligned}+{adapter}", tmp_path / "targets.json", tmp_path / "run"
+    rows = ["--rows", rows_file, "--safety-tokens", tokens_file]
+    scored = ["score", "--model", aligned, "--adapter", adapter, *rows, "--cache", tmp_path / "c",
+              "--backend", "transformers", "--dtype", "float32", "-o", targets]  # fmt: skip
+    result = run(*scored)
+    assert result.exit_code == 0, result.output
+    reference = locate_reference(both)
+    assert {
+        **locate_reference(str(aligned)).identity,
+        "adapter": reference.identity["adapter"],
+    } == (reference.identity)
+    ids = torch.arange(7, 27)[None]
+    policy = PeftModel.from_pretrained(load_model(str(aligned), "float32"), adapter)
+    ours = load_model(str(reference.path), "float32")(ids).logits
+    torch.testing.assert_close(ours, policy(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (ours - load_model(str(aligned), "float32")(ids).logits).abs().max() > 0.1
+    assert "0 to score" in run(*scored).stderr  # known, under the other name too
+    assert "0 to score" in run(*[*scored[:2], both, *scored[5:]]).stderr
+
+    trained = ["finetune", *rows, "--targets", targets, "--batch-size", 4, "--epochs", 1,
+               "--dtype", "float32", "--lora-dropout", 0, "-o", out]  # fmt: skip
+    result = run(*trained, "--model", both)
+    assert result.exit_code == 0, result.output
+    first = json.loads((out / "training.jsonl").read_text().splitlines()[0])
+    assert first["kl"] < 1e-4  # it begins as the reference
+    assert "expected targets of the model" in fails(*trained, "--model", aligned)
+
+    judged = ["evaluate", "--adapter", out, "--task", rows_file, "--dtype", "float32", "--name"]
+    result = run(*judged, "run", "--model", both, "-o", tmp_path / "answers")
+    assert result.exit_code == 0, result.output
+    line = fails(*judged, "run", "--model", aligned, "-o", tmp_path / "no")
+    assert "expected an adapter of" in line
+    result = run("merge", "--model", both, "--adapter", out, "-o", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+
+
+def test_what_is_no_adapter_of_the_model_is_refused(
+    adapter: Path, aligned: Path, base: Path, tmp_path: Path, rows_file: Path, tokens_file: Path,
+    fails: Callable[..., str],
+) -> None:  # fmt: skip
+    words = ["score", "--rows", rows_file, "--safety-tokens", tokens_file, "--cache",
+             tmp_path / "c", "-o", tmp_path / "t.json", "--model"]  # fmt: skip
+    assert "expected an adapter of" in fails(*words, f"{base}+{adapter}")
+    assert f"no such adapter directory: {tmp_path / 'gone'}" in fails(
+        *words, f"{aligned}+{tmp_path / 'gone'}"
+    )
+    assert "expected a LoRA adapter, found a whole model" in fails(*words, f"{aligned}+{base}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"rubbish")
+    assert "expected safetensors" in fails(*words, f"{aligned}+{adapter}")
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_model_with_a_plus_in_its_name_is_itself(aligned: Path, tmp_path: Path) -> None:
+    shutil.copytree(aligned, tmp_path / "a+b")
+    assert split_adapter(str(tmp_path / "a+b")) == (str(tmp_path / "a+b"), None)
+    assert locate_reference(str(tmp_path / "a+b")).path == tmp_path / "a+b"
+    assert split_adapter("owner/name@v1") == ("owner/name@v1", None)
