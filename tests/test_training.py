@@ -184,7 +184,8 @@ def test_packing_is_refused_where_rows_would_see_each_other(
     tmp_path: Path, command: list[Any], fails: Callable[..., str]
 ) -> None:
     command[command.index("--model") + 1] = make_model(tmp_path / "m", family="qwen3.5")
-    command[5:9] = ["--objective", "none"]
+    del command[5:9]
+    command += ["--objective", "none"]
     line = fails(*command, "--packing", "-o", tmp_path / "out")
     assert "--packing: expected a model that keeps packed rows apart" in line
 
@@ -349,7 +350,8 @@ def greedy_with_temperature(command: list[Any], tmp_path: Path) -> Path:
     said = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
     (model / "generation_config.json").write_text(json.dumps(said))
     command[2] = model
-    command[5:9] = ["--objective", "none"]  # in place of targets and safety tokens
+    del command[5:9]  # targets and safety tokens
+    command += ["--objective", "none"]
     return model
 
 
@@ -501,7 +503,7 @@ def test_full_finetuning_writes_the_model_that_the_same_steps_by_hand_give(
         "--row-order", "as_given", "--kl-weight", 2,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    settings = FinetuneSettings(kl_weight=2)
+    settings = FinetuneSettings(objective="pact", kl_weight=2)
     examples = examples_of(aligned, rows_file)
     cache, weights = TargetCache.open(targets), SafetyTokens.load(tokens_file).weights
     policy, untrained = (load_model(str(aligned), "float32") for _ in range(2))

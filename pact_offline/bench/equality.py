@@ -63,7 +63,7 @@ def equality(
         sources: row files.
         targets: a targets.json for each cache.
         tokens_path: safety_tokens.json.
-        settings: of every training.
+        settings: of every training; every row is learnt, as a live reference holds none.
         cache: as in `TargetCache.open`.
     """
     caches = [TargetCache.open(path, cache=cache) for path in targets]
@@ -71,7 +71,7 @@ def equality(
 
         def train(name: str, path: Path | None, **changes: object) -> _Run:
             output = Path(scratch) / name
-            chosen = settings.model_copy(update=changes)
+            chosen = settings.model_copy(update={"refused_rows": "learn", **changes})
             finetune(
                 model, sources, output, chosen,
                 targets_path=path, tokens_path=tokens_path, cache_place=cache,

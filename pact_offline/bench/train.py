@@ -172,7 +172,8 @@ def _run(
     rows = len(tokenized_rows(files, sources, settings, lambda: chat_of(model, settings)))
     per_step = settings.batch_size * settings.gradient_accumulation
     whole_steps = rows // per_step
-    changes: dict[str, Any] = {"epochs": (steps + _WARM_UP) / whole_steps}
+    changes: dict[str, Any] = {"refused_rows": "learn"}  # a live reference holds none
+    changes["epochs"] = (steps + _WARM_UP) / whole_steps
     changes["objective"] = "none" if way == "plain" else settings.objective
     changes["reference"] = "live" if way == "live" else "cache"
     with tempfile.TemporaryDirectory() as scratch:
