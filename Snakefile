@@ -14,6 +14,7 @@ if not workflow.config_settings.configfiles:
 include: "stages/settings.smk"
 include: "stages/restart.smk"
 include: "stages/demo.smk"
+include: "stages/modules.smk"
 include: "stages/tokens.smk"
 include: "stages/score.smk"
 include: "stages/screen.smk"

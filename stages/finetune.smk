@@ -1,4 +1,3 @@
-RUNS = {name: CONFIG.run(name) for name in CONFIG.runs}
 
 
 def run_rows(wildcards):

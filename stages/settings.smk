@@ -11,6 +11,7 @@ from pact_offline.models.locate import files_of, require_model, split_adapter
 from pact_offline.own_code import file_of
 from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
+from pact_offline.settings.stages import LoraSettings
 from pact_offline.settings.workflow import WorkflowConfig
 from pact_offline.machine import usable_cores
 
@@ -28,6 +29,7 @@ OUTPUT = Path(CONFIG.output)
 CACHE = CONFIG.cache or str(OUTPUT / "cache")  # a directory or a URL
 IS_DEMO = CONFIG.models.aligned is None
 ALIGNED = str(OUTPUT / "models" / "aligned") if IS_DEMO else CONFIG.models.reference
+RUNS = {name: CONFIG.run(name) for name in CONFIG.runs}
 BASE = str(OUTPUT / "models" / "base") if IS_DEMO else CONFIG.models.base
 # A global in the text of a command, not a parameter: Python's path decides no result, and a
 # checkout that was moved has another.

@@ -11,6 +11,7 @@ rule tokens:
     input:
         **TOKENS_FROM,
         aligned=model_input(ALIGNED),
+        checked=ancient(rules.modules.output),
         template=chat_template(CONFIG.tokens),
     output:
         OUTPUT / "safety_tokens.json",

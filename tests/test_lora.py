@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from peft.tuners.lora import LoraLayer
 from tiny import FAMILIES, SIZES, make_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -121,3 +123,18 @@ def test_kinds_of_lora_reach_peft_and_begin_as_the_model(
     config = policy.peft_config["default"]
     assert {key: getattr(config, key) for key in expected} == expected
     torch.testing.assert_close(policy(ids).logits, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_modules_that_get_an_adapter_are_shown(
+    tmp_path: Path, run: Callable[..., Result], fails: Callable[..., str]
+) -> None:
+    model = make_model(tmp_path / "m", family="mixtral")
+    words = ["modules", "--model", model, "--lora-modules", "all-linear", "--lora-dropout", 0]
+    found = json.loads(run(*words, "--json").stdout)
+    assert {name: len(places) for name, places in found.items()} == {
+        "k_proj": 2, "o_proj": 2, "q_proj": 2, "v_proj": 2,
+        "experts.gate_up_proj": 2, "experts.down_proj": 2,
+    }  # fmt: skip
+    assert found["q_proj"][0] == "model.layers.0.self_attn.q_proj"
+    assert "model.layers.0.self_attn.q_proj …" in run(*words).stdout
+    assert "found 'w1'" in fails(*words[:3], "--lora-modules", "w1")

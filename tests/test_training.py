@@ -24,7 +24,7 @@ from tiny import make_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from pact_offline.cache.targets import TargetCache
-from pact_offline.errors import InputError, Interrupted
+from pact_offline.errors import InputError, Interrupted, ModelError
 from pact_offline.machine import peak_resident_mib
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
@@ -1024,7 +1024,11 @@ def test_names_are_checked_again_in_the_loaded_model(
     command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the model cannot be made without its weights."""
-    monkeypatch.setattr("pact_offline.training.lora.empty_model", None)
+
+    def fail(model: str) -> None:
+        raise ModelError(model)
+
+    monkeypatch.setattr("pact_offline.training.lora.empty_model", fail)
     line = fails(*command, "--lora-modules", "q_proj,w_proj", "-o", tmp_path / "adapter")
     assert "found 'w_proj'" in line
 

@@ -69,6 +69,7 @@ for command in (
     scoring.score,
     screening.screen,
     scoring.rehearse,
+    training.modules,
     training.finetune,
     training.merge,
     evaluation.evaluate,

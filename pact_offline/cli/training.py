@@ -1,4 +1,4 @@
-"""`pact-offline finetune` and `merge`."""
+"""`pact-offline finetune`, `modules` and `merge`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pact_offline.cli.options import (
 from pact_offline.settings.stages import (
     Dtype,
     FinetuneSettings,
+    LoraSettings,
 )
 
 
@@ -83,6 +84,31 @@ def finetune(
     else:
         shown = (f"{name} {value:.4g}" for name, value in facts["metrics"].items())
         click.echo(f"{output}: {', '.join(shown)}")
+
+
+@click.command()
+@click.option("--model", type=MODEL, required=True, help="Model: path or NAME[@REVISION].")
+@settings_options(LoraSettings)
+@json_option
+@adapter_option("model")
+def modules(model: str, as_json: bool, settings: LoraSettings) -> None:
+    """Show which modules would get a LoRA adapter.
+
+    Loads no weights. A name that no module has is refused, with those that there are.
+
+    Example: pact-offline modules --model A --lora-modules all-linear --lora-dropout 0
+    """
+    from pact_offline.models.load import empty_model
+    from pact_offline.references import locate_reference
+    from pact_offline.training.lora import adapted_modules, lora_targets
+
+    policy = empty_model(str(locate_reference(model).path))
+    found = adapted_modules(policy, lora_targets(policy, model, settings))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, places in found.items():
+        click.echo(f"{len(places):6}  {name:24} {places[0]}{' …' if places[1:] else ''}")
 
 
 @click.command()

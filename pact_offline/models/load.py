@@ -111,12 +111,19 @@ def _quantised(config: Any, load_in: str | None, dtype: str) -> dict[str, Any]:
 
 
 def empty_model(model: str) -> Any:
-    """A model without weights, on the meta device; raises whatever transformers does."""
+    """A model without weights, on the meta device.
+
+    Raises:
+        ModelError: transformers cannot make it.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    with torch.device("meta"):
-        return _model_class(config).from_config(config, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        with torch.device("meta"):
+            return _model_class(config).from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{model}: cannot be made: {why_not_loaded(error)}") from None
 
 
 def load_model(

@@ -259,7 +259,43 @@ class ObjectiveSettings(Settings):
     boost: float = Field(1.0, ge=0, description="pact: factor on the mix.")
 
 
-class FinetuneSettings(ObjectiveSettings, RowSettings):
+def _names(names: tuple[str, ...]) -> tuple[str, ...]:
+    stripped = tuple(name.strip() for name in names)
+    if not all(stripped):
+        raise ValueError(f"expected names, found an empty one in {','.join(names)!r}")
+    return stripped
+
+
+class LoraSettings(Settings):
+    """What is trained of the policy."""
+
+    method: Literal["lora", "full"] = Field("lora", description="Train an adapter or all weights.")
+    lora_rank: int = Field(8, ge=1, description="LoRA rank.")
+    lora_alpha: float = Field(32, gt=0, description="LoRA alpha.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
+    lora_modules: tuple[str, ...] = Field(
+        ("auto",),
+        min_length=1,
+        description="Modules that get an adapter, by the ends of their names. auto: q_proj and "
+        "v_proj, or where attention has none what it has in their place; all-linear: every linear "
+        "module and the experts, but no router and not the LM head.",
+    )
+    lora_first_layer: int = Field(
+        0, ge=0, description="Layers before this one get none; nothing is propagated through them."
+    )
+    lora_rslora: bool = Field(
+        False, description="Scale by the rank's square root (rank-stabilised LoRA)."
+    )
+    lora_dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
+    lora_init: Literal["default", "gaussian", "orthogonal"] = Field(
+        "default",
+        description="First values, of peft's kinds that leave the model's own weights as they are.",
+    )
+
+    _without_blanks = field_validator("lora_modules")(_names)
+
+
+class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
     """How the policy is trained.
 
     Defaults are the published settings, but for the objective and what is held and rehearsed, which
@@ -301,28 +337,6 @@ class FinetuneSettings(ObjectiveSettings, RowSettings):
         None, gt=0, description="End the training there, with exit code 2 and no adapter."
     )
 
-    method: Literal["lora", "full"] = Field("lora", description="Train an adapter or all weights.")
-    lora_rank: int = Field(8, ge=1, description="LoRA rank.")
-    lora_alpha: float = Field(32, gt=0, description="LoRA alpha.")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
-    lora_modules: tuple[str, ...] = Field(
-        ("auto",),
-        min_length=1,
-        description="Modules that get an adapter, by the ends of their names. auto: q_proj and "
-        "v_proj, or where attention has none what it has in their place; all-linear: every linear "
-        "module and the experts, but no router and not the LM head.",
-    )
-    lora_first_layer: int = Field(
-        0, ge=0, description="Layers before this one get none; nothing is propagated through them."
-    )
-    lora_rslora: bool = Field(
-        False, description="Scale by the rank's square root (rank-stabilised LoRA)."
-    )
-    lora_dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
-    lora_init: Literal["default", "gaussian", "orthogonal"] = Field(
-        "default",
-        description="First values, of peft's kinds that leave the model's own weights as they are.",
-    )
     learning_rate: float = Field(3e-5, gt=0, description="AdamW learning rate.")
     schedule: Literal["epoch_decay", "constant", "linear", "cosine"] = Field(
         "epoch_decay", description="Learning rate schedule; epoch_decay: x 0.85 after each epoch."
@@ -378,13 +392,7 @@ class FinetuneSettings(ObjectiveSettings, RowSettings):
         "output), wandb, or any other that transformers' Trainer knows and that is installed.",
     )
 
-    @field_validator("lora_modules", "report_to")
-    @classmethod
-    def _without_blanks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        stripped = tuple(name.strip() for name in names)
-        if not all(stripped):
-            raise ValueError(f"expected names, found an empty one in {','.join(names)!r}")
-        return stripped
+    _without_blanks_too = field_validator("report_to")(_names)
 
 
 class EvaluateSettings(ChatSettings):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from pact_offline.errors import SettingError, first_line
+from pact_offline.errors import ModelError, SettingError, first_line
 from pact_offline.models.load import empty_model
-from pact_offline.settings.stages import FinetuneSettings
+from pact_offline.settings.stages import LoraSettings
 
 _QUERY_AND_VALUE = {"q_proj", "v_proj"}  # of the published script
 # What an attention module adds up its heads with; all else in it reads what comes in.
@@ -37,7 +37,7 @@ class LoraTargets:
     excluded: str | None
 
 
-def lora_targets(policy: Any, model: str, settings: FinetuneSettings) -> LoraTargets:
+def lora_targets(policy: Any, model: str, settings: LoraSettings) -> LoraTargets:
     """Find the modules that the settings name, in the language model alone.
 
     `auto` are the query and value projections, or what else a layer's attention reads with, fused
@@ -76,7 +76,18 @@ def lora_targets(policy: Any, model: str, settings: FinetuneSettings) -> LoraTar
     return LoraTargets(tuple(names), (), excluded)
 
 
-def check_lora_modules(model: str, settings: FinetuneSettings) -> None:
+def adapted_modules(policy: Any, targets: LoraTargets) -> dict[str, list[str]]:
+    """Names of the modules and parameters that get an adapter, by their ends."""
+    names = [
+        *(name for name, _ in policy.named_modules() if not _is(name, targets.excluded)),
+        *(name for name, _ in policy.named_parameters() if not _is(name, targets.excluded)),
+    ]
+    wanted = (*targets.modules, *targets.parameters)
+    found = {want: [name for name in names if _ends_in(name, want)] for want in wanted}
+    return {want: places for want, places in found.items() if places}
+
+
+def check_lora_modules(model: str, settings: LoraSettings) -> None:
     """`lora_targets` before weights are loaded.
 
     A model that cannot be made without its weights is left to `with_adapter`.
@@ -88,12 +99,12 @@ def check_lora_modules(model: str, settings: FinetuneSettings) -> None:
         return
     try:
         policy = empty_model(model)
-    except Exception:  # loading it will say what is wrong
+    except ModelError:  # loading it will say what is wrong
         return
     lora_targets(policy, model, settings)
 
 
-def with_adapter(policy: Any, model: str, settings: FinetuneSettings) -> Any:
+def with_adapter(policy: Any, model: str, settings: LoraSettings) -> Any:
     """A new LoRA adapter (in fp32) over a model's weights.
 
     Raises:
@@ -156,7 +167,7 @@ def _attention_inputs(linear: Iterable[str]) -> tuple[str, ...]:
 
 
 def _experts(
-    policy: Any, model: str, settings: FinetuneSettings, excluded: str | None
+    policy: Any, model: str, settings: LoraSettings, excluded: str | None
 ) -> tuple[str, ...]:
     found = {
         ".".join(name.split(".")[-2:])
@@ -178,7 +189,7 @@ def _experts(
     return tuple(sorted(found))
 
 
-def _excluded(policy: Any, settings: FinetuneSettings, *, routers: bool) -> str | None:
+def _excluded(policy: Any, settings: LoraSettings, *, routers: bool) -> str | None:
     """A pattern of what gets no adapter, whatever its name; peft warns of parts that fit none."""
     patterns = [
         _layers_before(settings.lora_first_layer),
