@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT
 
 DATA = ROOT / "data"
@@ -48,21 +49,40 @@ def test_no_prompt_is_near_another() -> None:
             assert alike <= 0.6, (prompts[i], prompts[j])
 
 
-def test_the_task_is_made_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("make", DATA / "support" / "make.py")
+@pytest.mark.parametrize(
+    ("script", "rows"),
+    [("support/make.py", 600), ("appointments/make_appointments.py", 400)],
+)
+def test_the_tasks_are_made_as_written(
+    script: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = (DATA / script).parent
+    spec = importlib.util.spec_from_file_location("make", DATA / script)
     assert spec
     assert spec.loader
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    (tmp_path / "pieces.yaml").write_bytes((DATA / "support" / "pieces.yaml").read_bytes())
+    (tmp_path / "pieces.yaml").write_bytes((folder / "pieces.yaml").read_bytes())
     monkeypatch.setattr(make, "HERE", tmp_path)
     make.main()
-    for split in ("train.jsonl", "test.jsonl", "validation.jsonl"):
-        assert (tmp_path / split).read_bytes() == (DATA / "support" / split).read_bytes()
-    train = {row["input"] for row in read("support/train.jsonl")}
-    assert len(train) == 600
-    test = {row["input"] for row in read("support/test.jsonl")}
-    assert len(test) == 200
-    validation = {row["input"] for row in read("support/validation.jsonl")}
-    assert len(validation) == 120
-    assert len(train | test | validation) == 920
+    texts: set[str] = set()
+    for split, count in {"train": rows, "test": 200, "validation": 120}.items():
+        made = tmp_path / f"{split}.jsonl"
+        assert made.read_bytes() == (folder / f"{split}.jsonl").read_bytes()
+        texts |= {row["input"] for row in read(f"{folder.name}/{split}.jsonl")}
+        assert len(read(f"{folder.name}/{split}.jsonl")) == count
+    assert len(texts) == rows + 200 + 120
+
+
+def test_appointments_share_no_piece_and_say_what_is_answered() -> None:
+    pieces = yaml.safe_load((DATA / "appointments" / "pieces.yaml").read_text(encoding="utf-8"))
+    for kind in ("texts", "what", "who"):
+        pools = [
+            piece for split in ("train", "test", "validation") for piece in pieces[kind][split]
+        ]
+        assert len(pools) == len(set(pools))
+    for split in ("train", "test", "validation"):
+        for row in read(f"appointments/{split}.jsonl"):
+            time, what, who = row["output"].split(", ")
+            for said in (*time.split(), what, who.removeprefix("with ")):
+                assert said in row["input"]
