@@ -61,7 +61,7 @@ def finetune(
     No reference model is loaded (but see --reference).
 
     Example: pact-offline finetune --model A --rows train.jsonl --targets targets.json
-    --safety-tokens tokens.json --objective confidence --kl-weight 3 -o adapter
+    --safety-tokens tokens.json --rehearsal rehearsal.json -o adapter
     """
     from pact_offline.references import locate_reference
     from pact_offline.training.finetune import finetune as run

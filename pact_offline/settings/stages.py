@@ -209,6 +209,11 @@ class AuditSettings(Settings):
     )
 
 
+def _kl_weight(data: dict[str, Any]) -> float:
+    """Of `pact` as published; of `confidence` as docs/study.md found."""
+    return 1.25 if data.get("objective") == "confidence" else 1.0
+
+
 def _refused_rows(data: dict[str, Any]) -> Literal["learn", "hold", "drop"]:
     """Held rows need an objective that pulls at nothing where the policy is the reference."""
     is_held = data.get("objective") == "confidence" and data.get("reference") == "cache"
@@ -225,7 +230,11 @@ class ObjectiveSettings(Settings):
         "fine-tuning, or your own: path/to/file.py:function, or an entry point of "
         "pact_offline.objectives.",
     )
-    kl_weight: float = Field(1.0, ge=0, description="Weight of the regulariser in the loss.")
+    kl_weight: float = Field(
+        default_factory=_kl_weight,
+        ge=0,
+        description="Weight of the regulariser in the loss. Default: 1.25 with confidence, else 1.",
+    )
     kl_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="How the weight moves to kl_weight_end from first to last step."
     )
