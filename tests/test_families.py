@@ -28,7 +28,8 @@ from pact_offline.settings.stages import ScoreSettings
 NAMES = {
     "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen": "Qwen2",
     "qwen3": "Qwen3", "qwen3-moe": "Qwen3 MoE", "qwen3.5": "Qwen3.5", "gemma": "Gemma 2",
-    "gemma3": "Gemma 3", "gemma4": "Gemma 4", "phi3": "Phi-3", "gpt-oss": "gpt-oss",
+    "gemma3": "Gemma 3", "gemma4": "Gemma 4", "gemma4-vision": "Gemma 4 that sees",
+    "qwen2.5-vl": "Qwen2.5-VL", "phi3": "Phi-3", "gpt-oss": "gpt-oss",
     "glm4": "GLM-4", "granite": "Granite", "deepseek-v3": "DeepSeek-V3", "llama4": "Llama 4",
     "olmo2": "OLMo 2", "gpt2": "GPT-2",
 }  # fmt: skip

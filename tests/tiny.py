@@ -9,7 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -47,6 +49,31 @@ def _of(kind: str, **more: Any) -> Any:
     return lambda **sizes: CONFIG_MAPPING[kind](**{**sizes, **more})
 
 
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+}  # fmt: skip
+
+
+_SECTIONS = {"mrope_section": [4, 6, 6]}  # of half a head
+
+
+def _beside_vision(kind: str, more: dict[str, Any]) -> Any:
+    """A model that also sees."""
+
+    def make(**sizes: Any) -> Any:
+        text = {key: value for key, value in {**sizes, **more}.items() if not key.startswith("bos")}
+        tower = CONFIG_MAPPING[kind].sub_configs["vision_config"]
+        if tower is AutoConfig:
+            tower = CONFIG_MAPPING[f"{kind}_vision"]
+        known = set(tower().to_dict())
+        vision = {key: value for key, value in _VISION.items() if key in known}
+        kept = {key: value for key, value in sizes.items() if key.endswith("_token_id")}
+        return CONFIG_MAPPING[kind](text_config=text, vision_config=vision, **kept)
+
+    return make
+
+
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, Any] = {
     "llama": lambda **sizes: LlamaConfig(**sizes, tie_word_embeddings=False),
@@ -67,6 +94,13 @@ FAMILIES: dict[str, Any] = {
     "gemma4": _of(
         "gemma4_text", sliding_window=16, hidden_size_per_layer_input=8,
         layer_types=["sliding_attention", "full_attention"], global_head_dim=32,
+    ),
+    "gemma4-vision": _beside_vision(
+        "gemma4", {"hidden_size_per_layer_input": 8, "global_head_dim": 32, "sliding_window": 16}
+    ),
+    "qwen2.5-vl": _beside_vision(
+        "qwen2_5_vl",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **_SECTIONS}},
     ),
     "phi3": _of("phi3"),
     "gpt-oss": _of("gpt_oss", num_local_experts=4, num_experts_per_tok=2, rope_scaling=None),
@@ -119,7 +153,9 @@ def make_model(
     config = FAMILIES[family](
         **{**SIZES, **sizes}, vocab_size=len(tokenizer), initializer_range=0.2
     )
-    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    kind = next(kind for kind in kinds if type(config) in kind._model_mapping)
+    model = kind.from_config(config).to(torch.float32)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
