@@ -66,8 +66,8 @@ class FineTuned:
             )
 
     def added_to(self, model: Any) -> Any:
-        """The model with the adapter, in eval mode: merged in, but over weights in few bits, which
-        would be rounded again.
+        """The model with the adapter, in eval mode: merged in, but not into weights in few bits,
+        which would be rounded again, or embeddings that are the LM head too, as both would change.
 
         Raises:
             InputError: peft cannot load it, or it lacks weights for the modules that it names.
@@ -82,8 +82,8 @@ class FineTuned:
                 if not any(isinstance(module, LoraLayer) for module in policy.modules()):
                     raise ValueError(f"{_CONFIG} names no module of the model")
                 is_partial = any("missing adapter keys" in str(one.message) for one in said)
-                is_rounded = getattr(model, "is_quantized", False)
-                merged = policy.eval() if is_rounded else policy.merge_and_unload().eval()
+                stays = getattr(model, "is_quantized", False) or _adapts_tied(policy)
+                merged = policy.eval() if stays else policy.merge_and_unload().eval()
             except Exception as error:  # peft raises of all kinds
                 raise InputError(
                     f"{self.folder}: expected a peft adapter, found: {first_line(error)}"
@@ -94,6 +94,17 @@ class FineTuned:
                 "found modules without"
             )
         return merged
+
+
+def _adapts_tied(policy: Any) -> bool:
+    """Whether an adapter is on embeddings, or an LM head, that are one weight."""
+    from peft.tuners.lora import LoraLayer
+
+    model = policy.get_base_model()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [getattr(end, "base_layer", end).weight for end in ends if end is not None]
+    is_tied = len(weights) > 1 and weights[0] is weights[1]
+    return is_tied and any(isinstance(end, LoraLayer) for end in ends)
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:

@@ -61,7 +61,8 @@ def save_merged(
         dtype: of the result; None: the model's own.
 
     Raises:
-        ModelError: the model is quantised, or its generation config cannot be saved.
+        ModelError: the model is quantised, the adapter is of tied embeddings, or the generation
+            config cannot be saved.
         InputError: peft cannot load the adapter.
     """
     import torch
@@ -76,6 +77,11 @@ def save_merged(
             "the adapter as it is"
         )
     merged = tuned.added_to(loaded)
+    if hasattr(merged, "peft_config"):
+        raise ModelError(
+            f"{tuned.folder}: expected an adapter that can be added up, found one of embeddings "
+            f"that are the LM head of {model.name} too; use it as it is"
+        )
     make_savable(merged, model.name)
     kept = getattr(torch, dtype) if dtype else _own_dtype(model.path)
     merged.to(kept).save_pretrained(folder, safe_serialization=True)

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import FAMILIES, SIZES, make_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pact_offline.errors import SettingError
+from pact_offline.fine_tuned import FineTuned
+from pact_offline.models.load import load_model
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.lora import check_lora_modules, lora_targets, with_adapter
 
@@ -114,8 +117,6 @@ def test_a_model_that_only_is_loaded_as_one_that_sees_is_checked_too(tmp_path: P
 def test_kinds_of_lora_reach_peft_and_begin_as_the_model(
     options: dict[str, Any], expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    from pact_offline.models.load import load_model
-
     model = str(make_model(tmp_path / "m"))
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = load_model(model, "float32")(ids).logits
@@ -138,3 +139,29 @@ def test_the_modules_that_get_an_adapter_are_shown(
     assert found["q_proj"][0] == "model.layers.0.self_attn.q_proj"
     assert "model.layers.0.self_attn.q_proj …" in run(*words).stdout
     assert "found 'w1'" in fails(*words[:3], "--lora-modules", "w1")
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_get_no_adapter_that_could_not_be_merged(
+    name: str, tmp_path: Path, command: list[Any], run: Callable[..., Result],
+    fails: Callable[..., str],
+) -> None:  # fmt: skip
+    """Merged, an adapter of one would change the other too."""
+    model = make_model(tmp_path / "m", family="llama-tied")
+    command[command.index("--model") + 1] = model
+    del command[5:9]
+    words = ["--objective", "none", "--lora-modules", f"q_proj,{name}", "-o", tmp_path / "out"]
+    assert f"which are one weight, found '{name}'" in fails(*command, *words)
+
+    policy = load_model(str(model), "float32")
+    made = get_peft_model(policy, LoraConfig(target_modules=["q_proj", name], r=4))
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(tmp_path / "theirs")
+    ids = torch.arange(7, 27)[None]
+    tuned = FineTuned.read(tmp_path / "theirs").added_to(load_model(str(model), "float32"))
+    torch.testing.assert_close(tuned(ids).logits, made.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+    line = fails("score", "--model", f"{model}+{tmp_path / 'theirs'}", *command[3:5], "--cache",
+                 tmp_path / "c", "-o", tmp_path / "t.json", "--safety-tokens", "x")  # fmt: skip
+    assert "expected an adapter that can be added up, found one of embeddings" in line

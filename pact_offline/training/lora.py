@@ -73,7 +73,21 @@ def lora_targets(policy: Any, model: str, settings: LoraSettings) -> LoraTargets
             f"({', '.join(_ends(linear))}), or all-linear alone; "
             f"found {missing[0] if missing else settings.lora_modules[0]!r}"
         )
+    if (tied := _tied(policy, names)) is not None:
+        raise SettingError(
+            f"--lora-modules: expected none of the embeddings and the LM head of {model}, which "
+            f"are one weight, found {tied!r}"
+        )
     return LoraTargets(tuple(names), (), excluded)
+
+
+def _tied(policy: Any, names: Iterable[str]) -> str | None:
+    """Which of the names is of embeddings that are the LM head too: merged, both would change."""
+    if not getattr(policy.config.get_text_config(), "tie_word_embeddings", False):
+        return None
+    ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
+    places = [name for name, module in policy.named_modules() if any(module is e for e in ends)]
+    return next((want for want in names if any(_ends_in(at, want) for at in places)), None)
 
 
 def adapted_modules(policy: Any, targets: LoraTargets) -> dict[str, list[str]]:
