@@ -180,6 +180,16 @@ def test_packed_rows_train_as_padded_ones_do(
             np.testing.assert_allclose(value, found[0][1][key], atol=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it")
+def test_attention_without_a_backward_pass_is_refused_before_training(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    line = fails(*command, "--attention", "flex_attention", "-o", tmp_path / "out")
+    assert "--attention flex_attention: expected a GPU, found a CPU" in line
+    line = fails(*command, "--attention", "flash_attention_3", "-o", tmp_path / "out")
+    assert "cannot be loaded: FlashAttention3" in line
+
+
 def test_packing_is_refused_where_rows_would_see_each_other(
     tmp_path: Path, command: list[Any], fails: Callable[..., str]
 ) -> None:

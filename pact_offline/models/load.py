@@ -44,6 +44,15 @@ def require_compiler() -> None:
         )
 
 
+def require_trainable_attention(attention: str) -> None:
+    """Refuse an implementation that has no backward pass on this machine's device."""
+    if attention == "flex_attention" and default_device().type == "cpu":
+        raise SettingError(
+            "--attention flex_attention: expected a GPU, found a CPU, where torch has no backward "
+            "pass of it"
+        )
+
+
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff",
                 "eta_cutoff")  # fmt: skip
 

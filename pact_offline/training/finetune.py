@@ -27,7 +27,12 @@ from pact_offline.folders import (
     scratch_folder,
 )
 from pact_offline.models.cpu_dropout import use_fast_dropout
-from pact_offline.models.load import default_device, load_model, require_compiler
+from pact_offline.models.load import (
+    default_device,
+    load_model,
+    require_compiler,
+    require_trainable_attention,
+)
 from pact_offline.models.locate import ModelFiles, require_quantisation
 from pact_offline.models.log_confidences import reads_padding
 from pact_offline.objectives.registry import objective_named
@@ -119,6 +124,7 @@ def finetune(
     if settings.compile:
         require_compiler()
     require_quantisation(settings.load_in)
+    require_trainable_attention(settings.attention)
     paths = Paths(targets_path, tokens_path, rehearsal_path, cache_place)
     require_what_settings_need(settings, paths)
     inputs = read_inputs(model, sources, settings, paths)
