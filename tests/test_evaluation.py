@@ -339,7 +339,7 @@ def test_adapters_are_loaded_from_safetensors_only(
     how: str, expected: str, command: list[Any], tuned: dict[str, Path], aligned: Path,
     tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pact_offline.training.merge.load_model", subject.load_model)
+    monkeypatch.setattr("pact_offline.models.load.load_model", subject.load_model)
     adapter = Path(shutil.copytree(tuned["adapter"], tmp_path / "adapter"))
     break_adapter(adapter, how)
     words = ["--adapter", adapter, "-o", tmp_path / "out"]
