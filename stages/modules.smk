@@ -1,27 +1,23 @@
 # Whether the model has the modules that the runs' adapters are for, before anything is scored.
-LORA_SETTINGS = sorted(
-    {
-        options(run, without=set(type(run).model_fields) - set(LoraSettings.model_fields))
-        for run in RUNS.values()
-        if run.method == "lora"
+OTHER_SETTINGS = set(RunConfig.model_fields) - set(LoraSettings.model_fields)
+ADAPTERS = {
+    hashlib.sha256(settings.encode()).hexdigest()[:12]: settings
+    for settings in {
+        options(run, without=OTHER_SETTINGS) for run in RUNS.values() if run.method == "lora"
     }
-)
+}
 
 
 rule modules:
     input:
         model=model_input(ALIGNED),
     output:
-        touch(OUTPUT / "modules.checked"),
+        OUTPUT / "modules" / "{adapter}.json",
     log:
-        OUTPUT / "logs" / "modules.log",
+        OUTPUT / "logs" / "modules" / "{adapter}.log",
     params:
         model=ALIGNED,
-        settings=LORA_SETTINGS,
-        commands=lambda wildcards: " && ".join(
-            f"{PACT} modules --model {shlex.quote(str(ALIGNED))} {settings}"
-            for settings in LORA_SETTINGS
-        )
-        or "true",
+        settings=lambda wildcards: ADAPTERS[wildcards.adapter],
     shell:
-        "( {params.commands} ) 2>&1 | tee -i {log:q} >&2"
+        "{PACT} modules --json --model {params.model:q} {params.settings} 2> {log:q} > {output:q} "
+        "|| {{ cat {log:q} >&2; exit 2; }}"

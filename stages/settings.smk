@@ -1,4 +1,5 @@
 # What every stage file needs: the checked config, and how a stage calls the command line.
+import hashlib
 import json
 import shlex
 import sys
@@ -12,7 +13,7 @@ from pact_offline.own_code import file_of
 from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.stages import LoraSettings
-from pact_offline.settings.workflow import WorkflowConfig
+from pact_offline.settings.workflow import RunConfig, WorkflowConfig
 from pact_offline.machine import usable_cores
 
 try:
