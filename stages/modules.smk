@@ -1,11 +1,25 @@
-# Whether the model has the modules that the runs' adapters are for, before anything is scored.
+# Whether the model has the modules that the runs' adapters are for. It is what runs first: nothing
+# is to be scored for a run that cannot be. Only that run waits for it, so that another run with other
+# modules makes nothing anew.
 OTHER_SETTINGS = set(RunConfig.model_fields) - set(LoraSettings.model_fields)
-ADAPTERS = {
-    hashlib.sha256(settings.encode()).hexdigest()[:12]: settings
-    for settings in {
-        options(run, without=OTHER_SETTINGS) for run in RUNS.values() if run.method == "lora"
-    }
-}
+
+
+def lora_settings(run):
+    return options(run, without=OTHER_SETTINGS)
+
+
+def adapter_name(run):
+    return hashlib.sha256(lora_settings(run).encode()).hexdigest()[:12]
+
+
+ADAPTERS = {adapter_name(run): lora_settings(run) for run in RUNS.values() if run.method == "lora"}
+
+
+def run_modules(wildcards):
+    run = RUNS[wildcards.run]
+    if run.method != "lora":
+        return []
+    return ancient(OUTPUT / "modules" / f"{adapter_name(run)}.json")
 
 
 rule modules:
@@ -15,6 +29,8 @@ rule modules:
         OUTPUT / "modules" / "{adapter}.json",
     log:
         OUTPUT / "logs" / "modules" / "{adapter}.log",
+    priority: 100
+    threads: workflow.cores
     params:
         model=ALIGNED,
         settings=lambda wildcards: ADAPTERS[wildcards.adapter],

@@ -11,7 +11,6 @@ rule tokens:
     input:
         **TOKENS_FROM,
         aligned=model_input(ALIGNED),
-        checked=[ancient(OUTPUT / "modules" / f"{adapter}.json") for adapter in ADAPTERS],
         template=chat_template(CONFIG.tokens),
     output:
         OUTPUT / "safety_tokens.json",
