@@ -54,6 +54,7 @@ COMMANDS: dict[str, str] = {
     "screen": "targets.json --safety-tokens tokens.json --above 0.01 -o OUT.jsonl",
     "rehearse": "--model model --prompts prompts.jsonl --safety-tokens tokens.json --cache cache "
     "-o OUT.json --backend transformers --answer-tokens 3",
+    "modules": "--model model --lora-modules q_proj --lora-first-layer 1",
     "merge": "--model model --adapter adapter -o OUT",
     "evaluate": "--name run --model model --harmful prompts.jsonl --borderline prompts.jsonl "
     "--benign prompts.jsonl --task rows.jsonl --safety-tokens tokens.json --max-new-tokens 2 "
@@ -100,6 +101,7 @@ ODD_TEXTS = [
     "a=b", "prompt=response", "prompt=prompt,response=a.b", "messages=a,role=b,content=c",
     '{"a": 1}', "[1]", "{", "enable_thinking=false", "messages=NaN",
     "1/1", "2/3", f"1/{_DIGITS}", "hub:", "hub:a", "hub:a/b", "hub:a/b:c", "hub:a@b", "hub:../..",
+    "a+b", "model+adapter", "model+", "+adapter", "a@b", "a@", "@", "a@b@c", "a/b+c@d",
     "memory://a", "memory://", "file://", "file:///", "nosuch://a", "://", "::", "a::b", "zip://a::b",
     "file.py:f", "none.py:f", "float32", "uint8", "pact", "vllm", "auto", "full", "live", "eager",
     "linear",

@@ -247,7 +247,10 @@ def _loadable_snapshot(name: str, revision: str | None) -> Path | None:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # it is no name of the hub
+        return None
     if not isinstance(config, str):
         return None
     path = Path(config).parent
