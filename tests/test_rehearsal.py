@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -321,6 +322,14 @@ def test_the_gauge_warns_once_and_stops(
     said = fails(*rehearsing, *options, "--gap-stops", 1e-9, "-o", tmp_path / "stopped")
     assert "step 20: the confidence gap of held and rehearsed steps: expected at most 1e-09" in said
     assert not (tmp_path / "stopped").exists()
+
+
+def test_the_gauge_of_a_run_that_goes_on_has_the_steps_before() -> None:
+    gauge = Gauge(None, 0.5)
+    history = [{"held_gap": 1.0}, {"loss": 1.0}] * 30
+    gauge.on_train_begin(None, SimpleNamespace(log_history=history), None)
+    with pytest.raises(TrainingError, match="step 31: the confidence gap"):
+        gauge.on_log(None, SimpleNamespace(global_step=31), None, {"held_gap": 1.0})
 
 
 def test_the_gauge_waits_for_twenty_steps_that_say_something() -> None:

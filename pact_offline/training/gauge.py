@@ -22,6 +22,11 @@ class Gauge(TrainerCallback):  # type: ignore[misc]
         self._warns, self._stops = warns, stops
         self._last: deque[float] = deque(maxlen=_STEPS)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A run that goes on from a checkpoint has the steps before it too."""
+        found = [entry["held_gap"] for entry in state.log_history if "held_gap" in entry]
+        self._last.extend(found)
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
