@@ -56,7 +56,8 @@ def save_merged(
 
     Args:
         model: without the adapter.
-        tuned: the adapter; where it has a chat template, it is the result's.
+        tuned: the adapter, or the whole model that counts instead; its chat template, where it has
+            one, is the result's.
         folder: that exists.
         dtype: of the result; None: the model's own.
 
@@ -70,13 +71,13 @@ def save_merged(
     from pact_offline.models.load import load_model, make_savable
     from pact_offline.rows.chat import load_tokenizer
 
-    loaded: Any = load_model(str(model.path), "float32")
+    loaded: Any = load_model(str(tuned.folder if tuned.is_whole else model.path), "float32")
     if getattr(loaded, "is_quantized", False):
         raise ModelError(
             f"{model.name}: expected a model whose weights are not quantised to merge into; use "
             "the adapter as it is"
         )
-    merged = tuned.added_to(loaded)
+    merged = loaded if tuned.is_whole else tuned.added_to(loaded)
     if hasattr(merged, "peft_config"):
         raise ModelError(
             f"{tuned.folder}: expected an adapter that can be added up, found one of embeddings "

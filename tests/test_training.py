@@ -352,6 +352,23 @@ def test_finetune_writes_an_adapter_that_peft_loads(
     PeftModel.from_pretrained(load_model(str(aligned), "float32"), output)
 
 
+def test_merge_takes_a_full_fine_tune_as_it_is(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result], aligned: Path, base: Path,
+    fails: Callable[..., str],
+) -> None:  # fmt: skip
+    full, merged = tmp_path / "full", tmp_path / "merged"
+    assert run(*command, "--method", "full", "--epochs", 1, "-o", full).exit_code == 0
+    words = ["merge", "--adapter", full, "-o", merged, "--dtype", "bfloat16"]
+    assert "found one of" in fails(*words, "--model", base)
+    result = run(*words, "--model", aligned)
+    assert result.exit_code == 0, result.output
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
+    ours, theirs = (dict(load_model(str(f), "float32").named_parameters()) for f in (merged, full))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-6)
+    assert json.loads((merged / "pact_offline.json").read_text())["merged_from"] == str(full)
+
+
 @pytest.fixture
 def greedy_with_temperature(command: list[Any], tmp_path: Path) -> Path:
     """A model as some are published: it does not sample, and has values for sampling."""

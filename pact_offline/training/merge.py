@@ -25,10 +25,11 @@ def merge(model: ModelFiles, adapter: Path, output: Path, dtype: Dtype) -> None:
         TargetsMismatchError: the adapter is of another model.
     """
     tuned = FineTuned.read(adapter)
-    if tuned.is_whole or tuned.facts is None:
-        found = "a whole model" if tuned.is_whole else f"none of its {RUN_FILE}"
+    if tuned.facts is None:
+        found = "a model" if tuned.is_whole else "an adapter"
         raise InputError(
-            f"{adapter}: expected an adapter from `pact-offline finetune`, found {found}"
+            f"{adapter}: expected an adapter from `pact-offline finetune`, or a model that it "
+            f"trained in full, found {found} with none of its {RUN_FILE}"
         )
     tuned.require_of(model)
     if (load_in := tuned.facts["settings"].get("load_in")) is not None:
