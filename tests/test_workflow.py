@@ -458,6 +458,8 @@ def test_files_of_a_config_are_found_here_or_else_beside_the_snakefile(
         few_rows(folder)
     (here / "task.jsonl").unlink()
     (beside / "own.py").write_text("")
+    (beside / "data").mkdir()
+    write_rows(beside / "data" / "rehearsal.jsonl", [{"prompt": "Hello"}])
     monkeypatch.chdir(here)
     values = {
         **few_rows(beside),
@@ -471,6 +473,8 @@ def test_files_of_a_config_are_found_here_or_else_beside_the_snakefile(
     assert config.models.base == "models/here"
     assert config.refusals == "rows.jsonl"
     assert config.datasets["few"] == ("rows.jsonl", "hub:o/rows", str(beside / "rows.jsonl"))
+    assert config.rehearsal
+    assert config.rehearsal.prompts == (str(beside / "data" / "rehearsal.jsonl"),)  # by default
     assert config.evaluation.harmful == "harmful.jsonl"
     assert config.evaluation.task == str(beside / "task.jsonl")
     assert config.run("own").objective == f"{beside / 'own.py'}:loss"
