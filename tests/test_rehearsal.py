@@ -414,3 +414,21 @@ def test_two_processes_give_the_losses_of_one(
         for name in ("loss", "cross_entropy", "kl", "confidence_gap", "held_gap", "grad_norm"):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name
         assert ours["tokens"] == theirs["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [
+        (["--objective", "confidence"], True),
+        (["--objective", "confidence", "--rehearsal-share", 0], False),
+        (["--objective", "pact"], False),
+        (["--objective", "none"], False),
+    ],
+)
+def test_confidence_without_rehearsal_is_told(
+    options: list[Any], is_told: bool, command: list[Any], tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    result = run(*command, *options, "--epochs", 1, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert ("nothing is rehearsed: by itself --objective confidence" in result.stderr) == is_told

@@ -140,6 +140,13 @@ def remarks(
             "--objective pact is not zero at the reference: rows that are held or rehearsed pull "
             "the policy on to refuse everything; --objective confidence is"
         )
+    is_alone = settings.objective == "confidence" and not is_rehearsed and not unheld
+    if is_alone and settings.reference == "cache" and settings.rehearsal_share:
+        lines.append(
+            "nothing is rehearsed: by itself --objective confidence may come to refuse what the "
+            "reference answers; --rehearsal takes what `pact-offline rehearse` makes "
+            "(--rehearsal-share 0: as meant)"
+        )
     if refused := counts.get("turns_refused"):
         share = counts["tokens_refused"] / counts["trained_tokens"]
         done = "held, and not learnt" if settings.refused_rows == "hold" else "left out"
