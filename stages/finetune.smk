@@ -67,7 +67,6 @@ rule finetune:
         rehearsal=run_rehearsal,
         tokens=run_tokens,
         model=model_input(ALIGNED),
-        modules=run_modules,
         code=lambda wildcards: own_code(RUNS[wildcards.run]),
     output:
         directory(OUTPUT / "adapters" / "{run}"),

@@ -1,25 +1,15 @@
 # Whether the model has the modules that the runs' adapters are for. It is what runs first: nothing
-# is to be scored for a run that cannot be. Only that run waits for it, so that another run with other
+# is to be scored for a run that cannot be. No stage waits for it, so that another run with other
 # modules makes nothing anew.
 OTHER_SETTINGS = set(RunConfig.model_fields) - set(LoraSettings.model_fields)
 
 
-def lora_settings(run):
-    return options(run, without=OTHER_SETTINGS)
-
-
-def adapter_name(run):
-    return hashlib.sha256(lora_settings(run).encode()).hexdigest()[:12]
-
-
-ADAPTERS = {adapter_name(run): lora_settings(run) for run in RUNS.values() if run.method == "lora"}
-
-
-def run_modules(wildcards):
-    run = RUNS[wildcards.run]
-    if run.method != "lora":
-        return []
-    return ancient(OUTPUT / "modules" / f"{adapter_name(run)}.json")
+ADAPTERS = {
+    hashlib.sha256(settings.encode()).hexdigest()[:12]: settings
+    for settings in {
+        options(run, without=OTHER_SETTINGS) for run in RUNS.values() if run.method == "lora"
+    }
+}
 
 
 rule modules:

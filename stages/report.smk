@@ -22,6 +22,7 @@ rule report:
         screenings=[OUTPUT / "targets" / name / "screen.json" for name in SCREENED],
         tokens=rules.tokens.output,
         config=rules.config_shown.output,
+        modules=[OUTPUT / "modules" / f"{adapter}.json" for adapter in ADAPTERS],
     output:
         page=OUTPUT / "report.html",
         summary=OUTPUT / "summary.txt",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_offline.errors import InputError, MissingFileError, ModelError, SettingError, first_line
-from pact_offline.files import read_json, remembered_checksum
+from pact_offline.files import read_json, remembered_checksum, status_of
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 # The same weights again, in other layouts: `original/`, `onnx/`, and Mistral's own.
@@ -17,9 +17,18 @@ _WEIGHTS = "model.safetensors"
 
 
 def looks_like_path(model: str) -> bool:
-    """Whether a model name can only be a path (a hub id is NAME or OWNER/NAME, and @REVISION)."""
+    """Whether a model name can only be a path (a hub id is NAME or OWNER/NAME, and @REVISION).
+
+    Raises:
+        InputError: the system cannot say, as of a name that is too long.
+    """
     path, (name, _) = Path(model), hub_name(model)
-    return path.exists() or path.is_absolute() or model.startswith(".") or name.count("/") > 1
+    return (
+        status_of(path) is not None
+        or path.is_absolute()
+        or model.startswith(".")
+        or name.count("/") > 1
+    )
 
 
 def hub_name(model: str) -> tuple[str, str | None]:
@@ -35,9 +44,9 @@ def split_adapter(model: str) -> tuple[str, str | None]:
         MissingFileError: there is no such adapter.
     """
     name, plus, adapter = model.rpartition("+")
-    if not plus or not name or Path(model).exists():
+    if not plus or not name or status_of(Path(model)) is not None:
         return model, None
-    if not Path(adapter).is_dir():
+    if status_of(Path(adapter)) is None or not Path(adapter).is_dir():
         raise MissingFileError(f"{model}: no such adapter directory: {adapter}")
     return name, adapter
 

@@ -19,6 +19,7 @@ _QUERY_AND_VALUE = {"q_proj", "v_proj"}  # of the published script
 _OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "wo"}
 _ATTENTION = re.compile(r"(.*\.)?[^.]*(attn|attention)[^.]*\.([^.]+)")
 _ROUTERS = r".*\.(router|gate|shared_expert_gate)(\..*)?"
+_MOST_LAYERS = 10_000  # of a model that does not say how many it has
 _EXPERT_DIMENSIONS = 3  # the weights of all experts, in one parameter
 
 
@@ -205,8 +206,9 @@ def _experts(
 
 def _excluded(policy: Any, settings: LoraSettings, *, routers: bool) -> str | None:
     """A pattern of what gets no adapter, whatever its name; peft warns of parts that fit none."""
+    layers = getattr(policy.config.get_text_config(), "num_hidden_layers", _MOST_LAYERS)
     patterns = [
-        _layers_before(settings.lora_first_layer),
+        _layers_before(min(settings.lora_first_layer, layers)),
         _outside_of_language_model(policy),
         _ROUTERS if routers else None,
     ]
