@@ -454,3 +454,13 @@ def test_some_rows_of_a_file_are_written_in_its_format(name: str, tmp_path: Path
         found = [value.value for value in values_of(str(output))]
         assert found == [row for row, is_kept in zip(ROWS, kept, strict=True) if is_kept]
     assert (output.read_bytes()[:4]) == b"\x28\xb5\x2f\xfd"
+
+
+def test_targets_that_do_not_say_what_was_scored_are_refused(
+    targets: Path, tokens_file: Path, fails: Callable[..., str]
+) -> None:
+    value = json.loads(targets.read_text())
+    for odd in ({}, "rows.jsonl", {"source": 3}):
+        targets.write_text(json.dumps(value | {"rows": [odd]}))
+        line = fails("screen", targets, "--safety-tokens", tokens_file)
+        assert "rows.0: expected an object with a source, found" in line

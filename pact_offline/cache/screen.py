@@ -17,7 +17,7 @@ import numpy as np
 
 from pact_offline.cache.refused import Turns, turns_of
 from pact_offline.cache.targets import TargetCache
-from pact_offline.errors import InputError, SettingError, TargetsMismatchError
+from pact_offline.errors import InputError, SettingError, StoreError, TargetsMismatchError
 from pact_offline.rows.files import checksum_of, is_hub, origin_of, values_of
 from pact_offline.rows.read import row_of
 from pact_offline.rows.row import THOUGHTS, Message, Row
@@ -71,9 +71,16 @@ class Screening:
 
         Raises:
             SettingError: another number of sources.
+            StoreError: the targets do not say what was scored.
         """
         self._targets = targets
         facts, rows = targets.binding.rows, targets.binding.keys
+        for number, one in enumerate(facts):
+            if not isinstance(one, dict) or not isinstance(one.get("source"), str):
+                raise StoreError(
+                    f"{targets.path}: rows.{number}: expected an object with a source, found "
+                    f"{one!r:.40}"
+                )
         if sources and len(sources) != len(facts):
             scored = ", ".join(str(one["source"]) for one in facts)
             raise SettingError(

@@ -112,11 +112,6 @@ class Binding:
                 )
         if not re.fullmatch("[0-9a-f]{64}", value["keys"]):
             raise StoreError(f"{path}: keys: expected a SHA-256, found {value['keys']!r:.40}")
-        for number, one in enumerate(value["rows"]):
-            if not isinstance(one, dict) or not isinstance(one.get("source"), str):
-                raise StoreError(
-                    f"{path}: rows.{number}: expected an object with a source, found {one!r:.40}"
-                )
         for shard in value["shards"]:
             check_shard_id(shard, f"{path}: shards")
         value["identity"] = Identity.from_dict(value["identity"], f"{path}: identity")
