@@ -628,7 +628,7 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(read: Reader, tmp_path: Pa
     )
     rows = [{"prompt": "Hi", "response": "Billing"}] * 2
     path = write_rows(tmp_path / "rows.jsonl", [rows[0], {**rows[0], "system": "S"}, rows[1]])
-    with pytest.raises(InputError, match=r"rows\.jsonl:2: .*found: no system here$"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: .*found: no system here \(--system"):
         read(path, chat_template=str(template))
     found = read(path, chat_template=str(template), bad_rows="drop")
     assert found.places.tolist() == [1, 3]
