@@ -20,7 +20,7 @@ from click.testing import Result
 from conftest import write_rows
 from examples import examples_of
 from safetensors.numpy import load_file
-from tiny import make_model
+from tiny import TEMPLATE, make_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from pact_offline.cache.targets import TargetCache
@@ -155,6 +155,17 @@ def test_cached_equals_live(
     assert found["loss_difference"] < 1e-5
     assert found["weight_difference"] < 1e-4
     assert found["weights_moved"] > 1e-3  # they did learn something
+
+
+def test_answers_without_an_end_that_the_model_knows_are_told(
+    command: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    del command[5:9]
+    (tmp_path / "endless.jinja").write_text(TEMPLATE.replace("<|im_end|>", ""))
+    words = [*command, "--objective", "none", "--epochs", 1, "-o", tmp_path / "out"]
+    said = "no answer ends with a token that ends one for the model (known: '<|im_end|>'; the first"
+    assert said not in run(*words).stderr
+    assert said in run(*words, "--chat-template", tmp_path / "endless.jinja").stderr
 
 
 def test_packed_rows_train_as_padded_ones_do(
