@@ -78,17 +78,21 @@ def test_cached_and_live_agree_for_a_policy_and_reference_in_few_bits(
     """The policy begins as the reference, so nothing pulls at the first step."""
     words = ["score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file]
     words += ["--cache", tmp_path / "cache", "--dtype", "float32", "--stored-dtype", "float32"]
-    result = run(*words, "--load-in", "4bit", "-o", tmp_path / "targets.json")
-    assert result.exit_code == 0, result.output
-    out = tmp_path / "out"
-    result = run(
-        "finetune", *words[1:7], "--targets", tmp_path / "targets.json", "--objective",
-        "confidence", "--load-in", "4bit", "--dtype", "float32", "--batch-size", 4, "--epochs", 1,
-        "--lora-dropout", 0, "-o", out,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    first = json.loads((out / "training.jsonl").read_text().splitlines()[0])
-    assert first["kl"] < 1e-6
+    first = {}
+    for name, options in {"same": ["--load-in", "4bit"], "full": []}.items():
+        targets, out = tmp_path / f"{name}.json", tmp_path / name
+        result = run(*words, "--backend", "transformers", *options, "-o", targets)
+        assert result.exit_code == 0, result.output
+        result = run(
+            "finetune", *words[1:7], "--targets", targets, "--objective", "confidence",
+            "--load-in", "4bit", "--dtype", "float32", "--batch-size", 4, "--epochs", 1,
+            "--lora-dropout", 0, "-o", out,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        lines = (out / "training.jsonl").read_text().splitlines()
+        first[name] = json.loads(lines[0])["kl"]
+    # Kernels for inference may round otherwise than those for training.
+    assert first["same"] < 0.2 * first["full"]
 
 
 def test_a_quantised_checkpoint_is_a_reference_and_a_policy(
