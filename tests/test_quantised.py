@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from tiny import make_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pact_offline.fine_tuned import FineTuned
@@ -17,6 +18,13 @@ from pact_offline.models.load import load_model
 
 IDS = torch.arange(7, 27)[None]
 BITS = ["8bit", "4bit"]
+
+
+@pytest.fixture(scope="session")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All sizes are multiples of 64, as bitsandbytes' kernels for some CPUs want them."""
+    folder = tmp_path_factory.mktemp("quantised") / "aligned"
+    return make_model(folder, seed=1, intermediate_size=128)
 
 
 def logits(model: Any) -> torch.Tensor:
