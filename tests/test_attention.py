@@ -144,10 +144,13 @@ def test_packed_rows_see_themselves_alone(family: str, kind: str, tmp_path: Path
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt-oss", "qwen3.5"])
-def test_a_model_that_sees_one_packed_row_in_the_next_is_known(family: str, tmp_path: Path) -> None:
-    model = load_model(str(make_model(tmp_path / "m", family=family)), "float32")
-    assert not keeps_packed_rows_apart(model)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gpt-oss", "qwen3.5", "llama", "gemma", "phi3", "mixtral"])
+def test_a_model_that_sees_one_packed_row_in_the_next_is_known(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    model = load_model(str(make_model(tmp_path / "m", family=family)), dtype)
+    assert keeps_packed_rows_apart(model) == (family not in ("gpt-oss", "qwen3.5"))
 
 
 @pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler takes no path with a space")

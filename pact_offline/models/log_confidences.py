@@ -90,8 +90,9 @@ def packed_batch(contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]]) -
 
 _SHORT = (np.arange(1, 4), [(1, 3)])
 _LONG = (np.arange(1, 10), [(6, 9)])
-# Rounding is far below, even in bfloat16: a row is seen as it is, or with another.
-_SAME = 5e-3
+# Shares of the largest logit. A state that went on over padding moved it by 2 % and more, other
+# states by nothing; a row that was seen in the next moved it by most of it, bfloat16 by 1 %.
+_STATE_MOVES, _ANOTHER_ROW = 5e-3, 5e-2
 
 
 def reads_padding(model: Any) -> bool:
@@ -104,17 +105,17 @@ def reads_padding(model: Any) -> bool:
     if not getattr(inner, "_is_stateful", False):
         return False
     if not hasattr(inner, "_reads_padding"):
-        inner._reads_padding = not _is_same(model, aligned_batch([_SHORT, _LONG], 0))
+        inner._reads_padding = not _is_same(model, aligned_batch([_SHORT, _LONG], 0), _STATE_MOVES)
     return bool(inner._reads_padding)
 
 
 def keeps_packed_rows_apart(model: Any) -> bool:
     """Whether a model that is given a `packed_batch` sees each context alone; a run of it tells."""
-    return _is_same(model, packed_batch([_LONG, _SHORT]), last=True)
+    return _is_same(model, packed_batch([_LONG, _SHORT]), _ANOTHER_ROW, last=True)
 
 
 @torch.inference_mode()
-def _is_same(model: Any, batch: Aligned, *, last: bool = False) -> bool:
+def _is_same(model: Any, batch: Aligned, tolerance: float, *, last: bool = False) -> bool:
     """Whether the short context has in a batch, as its first or last, the logits it has alone."""
     was_training = model.training
     model.eval()
@@ -123,7 +124,7 @@ def _is_same(model: Any, batch: Aligned, *, last: bool = False) -> bool:
     among = among[-steps:] if last else among[:steps]
     model.train(was_training)
     difference = (among.float() - alone.float()).abs().max()
-    return bool(difference <= _SAME * alone.float().abs().max())
+    return bool(difference <= tolerance * alone.float().abs().max())
 
 
 def _logits_of(model: Any, batch: Aligned) -> Tensor:
