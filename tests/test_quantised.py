@@ -137,6 +137,6 @@ def test_what_does_not_go_with_few_bits_is_refused(
 ) -> None:
     line = fails(*command, "--load-in", "4bit", "--method", "full", "-o", tmp_path / "out")
     assert "--load-in 4bit: expected --method lora, found full" in line
-    monkeypatch.setattr("pact_offline.models.locate.find_spec", lambda _: None)
+    monkeypatch.setattr("pact_offline.models.quantised.find_spec", lambda _: None)
     line = fails(*command, "--load-in", "4bit", "-o", tmp_path / "out")
     assert "expected an installed bitsandbytes, found none" in line

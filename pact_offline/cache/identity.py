@@ -19,6 +19,17 @@ FORMAT_VERSION = 3
 _MAX_BYTES = 16 << 20
 
 
+def compute_name(dtype: str, load_in: str | None) -> str:
+    """How values were computed, as a store's identity has it: bfloat16, or bfloat16 of 4bit."""
+    return dtype if load_in is None else f"{dtype} of {load_in}"
+
+
+def compute_parts(name: str) -> tuple[str, str | None]:
+    """`compute_name` taken apart."""
+    dtype, _, load_in = name.partition(" of ")
+    return dtype, load_in or None
+
+
 @dataclass(frozen=True)
 class Identity:
     """All that determines the values in a store.
@@ -28,7 +39,8 @@ class Identity:
         safety_ids: token ids of the columns, ascending.
         header_ids: assistant header of the response-only contexts.
         engine: name and version of what computed the values.
-        compute_dtype: dtype of the forward pass.
+        compute_dtype: dtype of the forward pass, and bits of the weights where they are few, as
+            `compute_name` has it.
         stored_dtype: encoding of the stored values.
         format_version: of the store.
     """

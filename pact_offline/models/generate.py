@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pact_offline.models.locate import one_list
+from pact_offline.models.ends import ends_of_answers
 from pact_offline.models.log_confidences import reads_padding
 
 
@@ -45,7 +45,7 @@ def generate(
     pad_id = tokenizer.pad_token_id or 0
     batch_size = 1 if reads_padding(model) else batch_size
     own = model.generation_config.eos_token_id
-    ends = one_list(own, tokenizer.eos_token_id, end_of_turn)
+    ends = ends_of_answers(own, tokenizer.eos_token_id, end_of_turn)
     avoided = [tokenizer(text, add_special_tokens=False).input_ids for text in avoid]
     avoided_first = [i for i in tokenizer.convert_tokens_to_ids(list(avoid_first)) if i is not None]
     for first in range(0, len(order), batch_size):

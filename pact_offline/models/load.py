@@ -19,6 +19,7 @@ from pact_offline.models.locate import (
     require_safetensors,
     why_not_loaded,
 )
+from pact_offline.models.quantised import quantised
 
 log = logging.getLogger(__name__)
 
@@ -100,25 +101,6 @@ def _model_class(config: Any) -> Any:
     return next((kind for kind in kinds if type(config) in kind._model_mapping), kinds[0])
 
 
-def _quantised(config: Any, load_in: str | None, dtype: str) -> dict[str, Any]:
-    """What transformers is told for weights in few bits."""
-    from transformers import BitsAndBytesConfig
-
-    if load_in is None:
-        return {}
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"it is quantised already, so --load-in {load_in} cannot be")
-    is_four = load_in == "4bit"
-    chosen = BitsAndBytesConfig(
-        load_in_4bit=is_four,
-        load_in_8bit=not is_four,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
-    return {"quantization_config": chosen}
-
-
 def empty_model(model: str) -> Any:
     """A model without weights, on the meta device.
 
@@ -155,8 +137,7 @@ def load_model(
         load_in: "8bit" or "4bit" (nf4, quantised twice): linear modules are held so.
 
     Raises:
-        MissingFileError, ModelError: it cannot be loaded.
-        SettingError: `load_in` needs bitsandbytes, or the model is quantised already.
+        MissingFileError, ModelError: it cannot be loaded, or is quantised already.
     """
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
@@ -177,7 +158,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **_quantised(config, load_in, dtype),
+            **quantised(config, load_in, dtype),
         )
         if is_cpu_default and loaded._supports_sdpa:
             from pact_offline.models.cpu_attention import NAME

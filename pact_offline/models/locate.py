@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import InputError, MissingFileError, ModelError, SettingError, first_line
+from pact_offline.errors import InputError, MissingFileError, ModelError, first_line
 from pact_offline.files import read_json, remembered_checksum, status_of
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -275,18 +274,3 @@ def weight_checksums(path: Path) -> dict[str, str]:
     require_safetensors(path)
     weights = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     return {file.name: remembered_checksum(file) for file in [path / "config.json", *weights]}
-
-
-def one_list(*ids: Any) -> list[int]:
-    """Ids, lists of them and None, as a list of ids, each once."""
-    found = [one for value in ids for one in (value if isinstance(value, list) else [value])]
-    return [*dict.fromkeys(one for one in found if isinstance(one, int))]
-
-
-def require_quantisation(load_in: str | None) -> None:
-    """Refuse to hold weights in few bits without bitsandbytes."""
-    if load_in is not None and find_spec("bitsandbytes") is None:
-        raise SettingError(
-            f"--load-in {load_in}: expected an installed bitsandbytes, found none; install "
-            "pact-offline[quantised]"
-        )

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pact_offline.errors import InputError
-from pact_offline.models.locate import hub_name, looks_like_path, one_list
+from pact_offline.models.ends import ends_of_answers
+from pact_offline.models.locate import hub_name, looks_like_path
 from pact_offline.rows.chat import Chat
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.read import Findings, iterate_rows
@@ -149,7 +150,7 @@ def end_ids(model: str, chat: Chat) -> list[int]:
     with suppress(Exception):
         config = AutoConfig.from_pretrained(name, **where)
         found.append(config.get_text_config().eos_token_id)
-    return one_list(*found, chat.tokenizer.eos_token_id, chat.end_of_turn)
+    return ends_of_answers(*found, chat.tokenizer.eos_token_id, chat.end_of_turn)
 
 
 def _read_again(sources: Sequence[str], settings: RowSettings) -> tuple[Counter[str], Counter[str]]:

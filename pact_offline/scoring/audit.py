@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pact_offline.cache.encoding import decode, encode, encode_labels
+from pact_offline.cache.identity import compute_name, compute_parts
 from pact_offline.cache.targets import TargetCache
 from pact_offline.models.locate import ModelFiles
 from pact_offline.objectives.confidence import confidence
@@ -23,7 +24,7 @@ from pact_offline.rows.tokenized import tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.scoring.backends import choose_backend, make_scorer
 from pact_offline.scoring.scorer import Scored
-from pact_offline.settings.stages import AuditSettings, ScoreSettings, compute_name, compute_parts
+from pact_offline.settings.stages import AuditSettings, ScoreSettings
 
 _SPREADS = ("difference", "noise", "label_difference", "label_noise")
 _SMALLEST = 2e-5  # what another batch changes in fp32

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pact_offline.errors import SettingError
-from pact_offline.models.locate import require_quantisation
+from pact_offline.models.quantised import require_quantisation
 from pact_offline.provenance import installed
 from pact_offline.scoring.scorer import Scorer
 from pact_offline.settings.stages import ScoreSettings

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pact_offline.arrow import numbers
-from pact_offline.cache.identity import Identity, store_path
+from pact_offline.cache.identity import Identity, compute_name, store_path
 from pact_offline.cache.row_keys import RowKeys
 from pact_offline.cache.targets import keys_of
 from pact_offline.models.locate import ModelFiles
@@ -22,7 +22,7 @@ from pact_offline.rows.positions import require_positions
 from pact_offline.rows.tokenized import TokenizedRows, tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.scoring.backends import choose_backend, engine_name
-from pact_offline.settings.stages import ScoreSettings, compute_name
+from pact_offline.settings.stages import ScoreSettings
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pact_offline.cache.identity import compute_name
 from pact_offline.cache.targets import answers_place
 from pact_offline.errors import InputError, PactError, UnsupportedModelError
 from pact_offline.files import read_json, sha256_file, write_json, written_aside
@@ -26,7 +27,6 @@ from pact_offline.settings.stages import (
     AnswerSettings,
     RehearseSettings,
     ScoreSettings,
-    compute_name,
 )
 
 log = logging.getLogger(__name__)

@@ -23,17 +23,6 @@ ComputeDtype = Literal["float32", "bfloat16"]
 Quantised = Literal["8bit", "4bit"]
 
 
-def compute_name(dtype: str, load_in: str | None) -> str:
-    """How values were computed, as a store's identity has it: bfloat16, or bfloat16 of 4bit."""
-    return dtype if load_in is None else f"{dtype} of {load_in}"
-
-
-def compute_parts(name: str) -> tuple[str, str | None]:
-    """`compute_name` taken apart."""
-    dtype, _, load_in = name.partition(" of ")
-    return dtype, load_in or None
-
-
 BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
 BUILT_IN_JUDGE = "phrases"
 # What a row's forms read; known without importing them.

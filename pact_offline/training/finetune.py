@@ -33,8 +33,9 @@ from pact_offline.models.load import (
     require_compiler,
     require_trainable_attention,
 )
-from pact_offline.models.locate import ModelFiles, require_quantisation
+from pact_offline.models.locate import ModelFiles
 from pact_offline.models.log_confidences import reads_padding
+from pact_offline.models.quantised import require_quantisation
 from pact_offline.objectives.registry import objective_named
 from pact_offline.own_code import content_of
 from pact_offline.provenance import provenance
