@@ -68,6 +68,7 @@ def test_no_module_of_the_cache_needs_torch() -> None:
                 "scoring/vllm.py",
                 "scoring/vllm_model.py",
                 "scoring/vllm_plugin.py",
+                "scoring/vllm_ways.py",
             },
         ),
         ("zarr", {"cache/shard.py"}),

@@ -11,7 +11,8 @@ from test_scoring import IDS, LONGEST, contexts, scored, values
 from tiny import make_model
 
 from pact_offline.errors import ModelError, ScoringError
-from pact_offline.scoring.vllm import VllmScorer, takes_rows_of_ids
+from pact_offline.scoring.vllm import VllmScorer
+from pact_offline.scoring.vllm_ways import takes_rows_of_ids
 from pact_offline.settings.stages import ScoreSettings
 
 pytestmark = pytest.mark.vllm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -25,13 +24,12 @@ from pact_offline.models.batches import batches
 from pact_offline.models.load import require_compiler
 from pact_offline.rows.contexts import Context
 from pact_offline.scoring.scorer import Scored
-from pact_offline.scoring.vllm_plugin import PREFIX
+from pact_offline.scoring.vllm_ways import Official, Plugin, takes_rows_of_ids
 from pact_offline.settings.stages import ScoreSettings
 
 _PASSES_AT_ONCE = 4  # forward passes between two signs of progress
 _SEQUENCES_AT_ONCE = 128
 _GENERATED_AT_ONCE = 1 << 16  # tokens in the key-value cache while answers are made
-_LABELS_AT_ONCE = 512  # tokens of a response whose own probabilities one request asks for
 
 
 def prepare_environment(tensor_parallel_size: int = 1) -> None:
@@ -83,7 +81,7 @@ class VllmScorer:
         self._set_num_threads = torch.set_num_threads
         options = _options(model, settings)
         try:
-            self._way: _Official | _Plugin = _Official(safety_ids)
+            self._way: Official | Plugin = Official(safety_ids)
             is_there = HAS_TRITON and takes_rows_of_ids(vllm.SamplingParams)
             config = _engine_config(options) if is_there else None
             if (
@@ -91,7 +89,7 @@ class VllmScorer:
                 or not config.use_v2_model_runner
                 or config.model_config.max_model_len < longest + self._way.extra_tokens
             ):
-                self._way = _Plugin(safety_ids, architecture)
+                self._way = Plugin(safety_ids, architecture)
                 config = _engine_config({**options, **self._way.options()})
             _require_same_values(model, config)
             positions = config.model_config.max_model_len
@@ -139,138 +137,6 @@ class VllmScorer:
         if engine is not None:
             engine.llm_engine.engine_core.shutdown()
         torch.set_num_threads = self._set_num_threads  # vLLM's CPU worker switches it off
-
-
-def takes_rows_of_ids(sampling_params: type) -> bool:
-    """Whether a vLLM scores given ids in the form that we ask for: an array of ids a row, and where
-    the rows begin.
-
-    Others were proposed: no such field, and a flat list of ids for every row (vLLM #54335).
-    """
-    fields = inspect.signature(sampling_params).parameters
-    if not {"prompt_logprob_token_ids", "prompt_logprob_start"} <= set(fields):
-        return False
-    kind = str(fields["prompt_logprob_token_ids"].annotation)
-    return "ndarray" in kind or "list[list" in kind.lower()
-
-
-class _Official:
-    """vLLM's own scoring of given ids."""
-
-    how = "prompt_logprob_token_ids"
-    extra_tokens = 1
-
-    def __init__(self, safety_ids: Sequence[int]) -> None:
-        self._safety_ids = np.asarray(safety_ids, dtype=np.int32)
-        self.ids = len(safety_ids)
-
-    def options(self) -> dict[str, Any]:
-        return {"max_logprobs": self.ids + _LABELS_AT_ONCE}
-
-    def run(self, llm: Any, contexts: Sequence[Context]) -> list[np.ndarray | None]:
-        found: list[list[np.ndarray | None]] = [[] for _ in contexts]
-        asked = [(i, part) for i, context in enumerate(contexts) for part in _parts(context)]
-        outputs = self._generate(llm, [(contexts[i], part) for i, part in asked])
-        for (i, part), output in zip(asked, outputs, strict=True):
-            values = output.prompt_token_id_logprobs
-            found[i].append(None if values is None else self._picked(contexts[i], part, values))
-        return [
-            None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
-            for parts in found
-        ]
-
-    def _generate(self, llm: Any, asked: Sequence[tuple[Context, np.ndarray]]) -> Any:
-        from vllm import SamplingParams
-
-        # A row scores what follows a token of the prompt, but never what follows its last one. The
-        # last token of a context is fed too, then; vLLM has to generate one more, unread.
-        prompts = [{"prompt_token_ids": context.ids.tolist()} for context, _ in asked]
-        params = []
-        for context, part in asked:
-            ids = self._ids_of(context, part)
-            rows = len(context.ids) - int(part[0])
-            params.append(
-                SamplingParams(
-                    max_tokens=1,
-                    detokenize=False,
-                    prompt_logprob_token_ids=np.tile(ids, (rows, 1)),
-                    prompt_logprob_start=int(part[0]) - 1,
-                )
-            )
-        return llm.generate(prompts, params, use_tqdm=False)
-
-    def _ids_of(self, context: Context, part: np.ndarray) -> np.ndarray:
-        labels = np.unique(context.ids[part])
-        others = labels[~np.isin(labels, self._safety_ids)]
-        return np.asarray(np.concatenate([self._safety_ids, others]), dtype=np.int32)
-
-    def _picked(self, context: Context, part: np.ndarray, values: Any) -> np.ndarray:
-        """Of every row's values, those of the steps: the safety ids, then the label."""
-        ids = self._ids_of(context, part)
-        order = np.argsort(ids, kind="stable")
-        columns = order[np.searchsorted(ids, context.ids[part], sorter=order)]
-        rows = np.asarray(values, dtype=np.float32)[part - int(part[0])]
-        label = rows[np.arange(len(part)), columns]
-        return np.concatenate([rows[:, : self.ids], label[:, None]], axis=1)
-
-
-def _parts(context: Context) -> list[np.ndarray]:
-    """The steps of a context, in parts of at most so many distinct labels."""
-    positions = context.positions
-    return [
-        positions[first : first + _LABELS_AT_ONCE]
-        for first in range(0, len(positions), _LABELS_AT_ONCE)
-    ]
-
-
-class _Plugin:
-    """Our model class in the pooling engine."""
-
-    how = "a pooling class of pact-offline"
-    extra_tokens = 0
-
-    def __init__(self, safety_ids: Sequence[int], architecture: str) -> None:
-        from vllm import ModelRegistry
-
-        from pact_offline.scoring import vllm_model
-
-        name = f"{PREFIX}{architecture}"
-        # The plugin has named it; the class itself spares vLLM a process that looks at it (15 s).
-        ModelRegistry.register_model(name, getattr(vllm_model, architecture))
-        self._overrides = {"architectures": [name], vllm_model.SAFETY_IDS: list(safety_ids)}
-        self.ids = len(safety_ids)
-
-    def options(self) -> dict[str, Any]:
-        from vllm.config import PoolerConfig
-
-        return {
-            "runner": "pooling",
-            "pooler_config": PoolerConfig(task="token_classify"),
-            "hf_overrides": self._overrides,
-        }
-
-    def run(self, llm: Any, contexts: Sequence[Context]) -> list[np.ndarray | None]:
-        from vllm import PoolingParams
-
-        from pact_offline.scoring.vllm_model import LABELS, ROWS
-
-        prompts = [{"prompt_token_ids": context.fed.tolist()} for context in contexts]
-        params = [
-            PoolingParams(
-                task="token_classify",
-                use_activation=False,
-                extra_kwargs={
-                    ROWS: (context.positions - 1).tolist(),
-                    LABELS: context.labels.tolist(),
-                },
-            )
-            for context in contexts
-        ]
-        outputs = llm.encode(
-            prompts, pooling_params=params, pooling_task="token_classify", use_tqdm=False
-        )
-        found = [getattr(output.outputs, "data", None) for output in outputs]
-        return [None if values is None else values.float().cpu().numpy() for values in found]
 
 
 def _known_architecture(model: Path) -> str:
