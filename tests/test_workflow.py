@@ -18,6 +18,7 @@ import pytest
 import yaml
 from conftest import ROOT, write_rows
 
+from pact_offline.cache.targets import Binding
 from pact_offline.errors import MissingFileError, SettingError
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.files import read_yaml
@@ -210,9 +211,10 @@ def test_what_is_done_stays_done_at_another_place_until_weights_are_written_over
 @pytest.mark.workflow
 def test_a_cache_that_is_gone_is_scored_again_and_nothing_is_trained_again(moved: Path) -> None:
     output, config = moved / "out put", moved / "config.yaml"
-    shards = sorted(output.glob("cache/*/shards/*"))
-    assert len(shards) > 1
-    (shards[0] / "shard.json").unlink()
+    bound = Binding.load(output / "targets" / "few" / "targets.json")
+    (store,) = output.glob("cache/*/shards")
+    assert len(bound.shards) > 1
+    (store / bound.shards[0] / "shard.json").unlink()
     planned = plan(config)
     assert planned.count("rule score_part:") == 2
     assert "rule targets:" in planned
