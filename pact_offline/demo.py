@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pact_offline.errors import CheckFailedError, MissingFileError, ModelError
-from pact_offline.evaluation.judges import is_refusal
+from pact_offline.evaluation.refusals import is_refusal
 from pact_offline.files import read_json, write_json
 from pact_offline.fine_tuned import FineTuned
 from pact_offline.folders import RUN_FILE, output_aside

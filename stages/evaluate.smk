@@ -1,8 +1,9 @@
 # The reference is evaluated first: every run's drift is measured on its answers.
 EVALUATED = OUTPUT / "evaluation"
-PROMPTS = {name: value for name, value in CONFIG.evaluation.model_dump().items() if value}
+SETS = CONFIG.evaluation.sets
+PROMPTS = {n: value for n, value in CONFIG.evaluation if n != "sets" and value}
 JUDGED_BY = dict(
-    prompts=local_files(PROMPTS.values()),
+    prompts=local_files([*PROMPTS.values(), *(v for v in SETS.values() if v != "hub")]),
     guard=model_input(CONFIG.evaluate.guard),
     code=own_code(CONFIG.evaluate),
     template=chat_template(CONFIG.evaluate),
@@ -32,7 +33,12 @@ rule evaluate_reference:
         means=f"--batch-size {CONFIG.evaluate.batch_size}",
     params:
         model=ALIGNED,
-        prompts=" ".join(repeated(f"--{name}", [value]) for name, value in PROMPTS.items()),
+        prompts=" ".join(
+            [
+                *(repeated(f"--{name}", [value]) for name, value in PROMPTS.items()),
+                *(repeated("--set", [f"{name}={value}"]) for name, value in SETS.items()),
+            ]
+        ),
         settings=options(CONFIG.evaluate, without=["batch_size"]),
     shell:
         EVALUATE + "--name reference 2>&1 | tee -i {log:q} >&2"

@@ -8,6 +8,7 @@ from pathlib import Path
 from snakemake.utils import validate
 
 from pact_offline.errors import PactError
+from pact_offline.evaluation.prompt_sets import check_set
 from pact_offline.models.locate import files_of, require_model, split_adapter
 from pact_offline.own_code import file_of
 from pact_offline.settings.located import located
@@ -19,6 +20,8 @@ from pact_offline.machine import usable_cores
 try:
     GIVEN = parse_settings(WorkflowConfig, config, "config")
     CONFIG = located(GIVEN, Path(workflow.basedir))
+    for name, source in CONFIG.evaluation.sets.items():
+        check_set(name, source, f"config: evaluation.sets.{name}")
     for model in (CONFIG.models.reference, CONFIG.models.base, CONFIG.evaluate.guard):
         if model:
             require_model(model)

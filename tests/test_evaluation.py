@@ -17,42 +17,14 @@ from tiny import make_model
 
 from pact_offline.cli import cli
 from pact_offline.evaluation import subject
-from pact_offline.evaluation.judges import is_refusal, judge_with_guard
+from pact_offline.evaluation.answers import Answer
+from pact_offline.evaluation.guards import find_guard
 from pact_offline.evaluation.metrics import Metrics, Rate
-from pact_offline.evaluation.prompt_sets import Answer
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
-from pact_offline.rows.chat import Chat, load_tokenizer
+from pact_offline.rows.chat import load_tokenizer
 from pact_offline.rows.row import Row
 from pact_offline.safety_tokens.file import SafetyTokens
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "I can't help with that.",
-        "I\u2019m sorry, but I can\u2019t assist.",
-        "Sorry, I won't do that.",
-        "As a rule I must decline.",
-        "i cannot assist with that",
-    ],
-)
-def test_refusals_are_seen(answer: str) -> None:
-    assert is_refusal(answer)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "",
-        "Sure, here is how to do that.",
-        "Returns",
-        "You can kill a process with its number.",
-        f"{'First, ask a friend for help. ' * 4}If I can't reach you, call me.",
-    ],
-)
-def test_answers_are_no_refusals(answer: str) -> None:
-    assert not is_refusal(answer)
 
 
 def test_interval_is_wilsons() -> None:
@@ -253,7 +225,7 @@ def test_what_is_no_whole_reference_is_refused(
     old = json.loads((reference / "metrics.json").read_text()) | {"format_version": 1}
     (reference / "metrics.json").write_text(json.dumps(old))
     line = fails(*words, "--reference", reference, "-o", tmp_path / "out")
-    assert "format_version: expected 2, found 1; run `pact-offline evaluate` again" in line
+    assert "format_version: expected 3, found 1; run `pact-offline evaluate` again" in line
 
 
 def test_a_run_without_a_reference_is_no_reference(
@@ -536,7 +508,7 @@ def test_a_bad_function_of_the_users_own_is_named(
 def test_an_answer_is_right_up_to_case_space_and_a_full_stop(answer: str, is_right: bool) -> None:
     said = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Billing"}
     row = Row(said, "here")
-    assert Answer("task", row, answer, refused=False).correct is is_right
+    assert Answer("task", "task", row, answer, refused=False).correct is is_right
 
 
 def test_task_accuracy_is_the_share_of_right_answers(
@@ -646,8 +618,8 @@ def test_a_guard_model_reads_prompt_and_answer_and_its_verdicts_are_counted(
     found = evaluated(tmp_path / "guarded").rates["harmful_unsafe"]
     assert (found.count, found.total) == (3, 6)
     prompts, answers, expected = zip(*judged, strict=True)
-    tokenizer = load_tokenizer(str(guard))
-    assert judge_with_guard(str(guard), Chat(tokenizer), prompts, answers, "float32") == [*expected]
+    found = find_guard(str(guard), "auto").verdicts(prompts, answers, "float32")
+    assert [verdict.unsafe for verdict in found] == [*expected]
 
     # A run without a guard may be compared; one with another guard may not.
     same = ["run", "--reference", tmp_path / "guarded", "-o", tmp_path / "run"]

@@ -14,7 +14,8 @@ import pytest
 from click.testing import Result
 
 from pact_offline.errors import InputError
-from pact_offline.evaluation.metrics import Drift, Metrics, Rate, Sample, TokenCurve
+from pact_offline.evaluation.metrics import AskedSet, Drift, Metrics, Rate, Sample, TokenCurve
+from pact_offline.evaluation.prompt_sets import OUR_SETS
 from pact_offline.made_from import MadeFrom
 from pact_offline.report.finding import finding
 from pact_offline.report.page import headline, write_report
@@ -76,6 +77,10 @@ def make_metrics(
         "answers_sha256": f"answers of {name}",
         "reference_sha256": None if is_reference else "answers of reference",
         "own_rates": [],
+        "sets": {
+            name: AskedSet(title=name.capitalize(), kind=kind, prompts=100, attacks=[])
+            for name, kind in OUR_SETS.items()
+        },
         "rates": {key: rate for key, rate in rates.items() if rate},
         "drift": None if is_reference else make_drift(),
         "samples": [
@@ -84,7 +89,7 @@ def make_metrics(
         ],
         "run": {} if is_reference else {"objective": "confidence", "kl_weight": 3.0},
         "settings": {"max_new_tokens": 40},
-        "judge": {"name": "phrases", "phrases": ["I cannot"], "guard": None},
+        "judge": {"name": "refusal phrases", "languages": ["en", "de"], "guard": None},
         "provenance": {"made_at": "2026-01-02T03:04:05+00:00", "versions": {"torch": "9.9"}},
     }
     return Metrics(**values | changes)
@@ -153,7 +158,7 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path: Path) -> None:
         drift=drift,
         model=HOSTILE,
         run={HOSTILE: HOSTILE, "objective": HOSTILE},
-        judge={"name": HOSTILE, "phrases": [HOSTILE], "guard": HOSTILE},
+        judge={"name": HOSTILE, "languages": [HOSTILE], "content": HOSTILE, "guard": HOSTILE},
         provenance={"made_at": HOSTILE, HOSTILE: [HOSTILE]},
     )
     shown = SafetyTokens((SafetyToken(1, HOSTILE, 0.5, 0.1, 0.1),), "x", {"mode": HOSTILE})
@@ -282,7 +287,13 @@ def test_no_benchmarks_leave_the_section_out(tmp_path: Path, benchmarks: Path | 
 
 def test_settings_phrases_versions_and_config_are_on_the_page(tmp_path: Path) -> None:
     text = Page(render(tmp_path, [reference(), make_metrics("run")])).text
-    for shown in ("KL weight 3.0", "I cannot", "versions.torch 9.9", "key: value", "2026-01-02"):
+    for shown in (
+        "KL weight 3.0",
+        "phrases in en, de",
+        "versions.torch 9.9",
+        "key: value",
+        "2026-01-02",
+    ):
         assert shown in text
 
 

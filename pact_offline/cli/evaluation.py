@@ -19,9 +19,8 @@ from pact_offline.cli.options import (
     json_option,
     settings_options,
 )
-from pact_offline.settings.stages import (
-    EvaluateSettings,
-)
+from pact_offline.evaluation.published_sets import PUBLISHED_SETS
+from pact_offline.settings.stages import EvaluateSettings
 
 
 def prompts_option(name: str, description: str) -> Callable[[F], F]:
@@ -40,6 +39,15 @@ def prompts_option(name: str, description: str) -> Callable[[F], F]:
 @prompts_option("borderline", "Benign prompts that look harmful")
 @prompts_option("benign", "Plain benign prompts")
 @prompts_option("task", "Test rows of the task, with their right responses")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="NAME[:KIND][=SOURCE]",
+    help=f"A further set of prompts; may be repeated. A published one by its name "
+    f"({', '.join(PUBLISHED_SETS)}), from the hub or from =FILE as its repository ships it; your "
+    "own as NAME:refuse=FILE, NAME:answer=FILE or NAME:task=FILE.",
+)
 @click.option(
     "--safety-tokens",
     type=FILE,
@@ -67,6 +75,7 @@ def evaluate(
     borderline: str | None,
     benign: str | None,
     task: str | None,
+    sets: tuple[str, ...],
     safety_tokens: Path | None,
     reference: Path | None,
     output: Path,
@@ -75,20 +84,23 @@ def evaluate(
 ) -> None:
     """Measure a model's safety, utility and drift.
 
-    Refusals of up to four kinds of prompts, task accuracy, and confidences against the reference's;
-    what no prompts or safety tokens are given for is not measured.
+    Refusals in every set of prompts, task accuracy, and confidences against the reference's; what
+    no prompts or safety tokens are given for is not measured. A killed evaluation goes on with the
+    answers that it has.
 
     Example: pact-offline evaluate --name sft --model A --adapter adapter --harmful harmful.jsonl
     --borderline borderline.jsonl --benign benign.jsonl --task test.jsonl
     --safety-tokens tokens.json --reference evaluation/reference -o evaluation/sft
     """
     from pact_offline.evaluation.evaluate import evaluate as run
+    from pact_offline.evaluation.prompt_sets import parse_set
 
     metrics = run(
         name,
         model,
         adapter,
         {"harmful": harmful, "borderline": borderline, "benign": benign, "task": task},
+        [parse_set(text) for text in sets],
         safety_tokens,
         output,
         settings,

@@ -17,11 +17,15 @@ from typing import Any
 import numpy as np
 
 from pact_offline.errors import InputError
+from pact_offline.evaluation.answers import Answer, KeptAnswers, answer_all
+from pact_offline.evaluation.attacks import Attack, attacks_of
 from pact_offline.evaluation.drift import compare, confidences_by_step
-from pact_offline.evaluation.judges import Judge, judge_with_guard, load_judge
-from pact_offline.evaluation.metrics import METRICS_FILE, Metrics, PromptSet, Rate, Sample
-from pact_offline.evaluation.prompt_sets import Answer, answer_all, read_prompts
-from pact_offline.evaluation.rates import OwnRateFunction, count_rates, load_rates
+from pact_offline.evaluation.guards import Guard, find_guard
+from pact_offline.evaluation.judges import Judge, load_judge
+from pact_offline.evaluation.metrics import METRICS_FILE, AskedSet, Metrics, Sample
+from pact_offline.evaluation.prompt_sets import PromptSet, read_prompts
+from pact_offline.evaluation.published_sets import Kind
+from pact_offline.evaluation.rates import OwnRateFunction, count_rates, load_rates, rate_names
 from pact_offline.evaluation.reference import (
     ANSWERS_FILE,
     CONFIDENCES_FILE,
@@ -33,21 +37,20 @@ from pact_offline.evaluation.subject import Subject, find_subject
 from pact_offline.files import to_disk
 from pact_offline.folders import output_aside, require_place
 from pact_offline.made_from import MadeFrom, rows_sha256
-from pact_offline.models.locate import locate_model
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import Chat, chat_of, load_tokenizer
+from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.read import tell_unread
-from pact_offline.rows.row import Row
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import EvaluateSettings
 
 log = logging.getLogger(__name__)
 
-_SHOWN: dict[PromptSet, int] = {"harmful": 5, "borderline": 2, "benign": 2, "task": 1}
+_SHOWN: dict[Kind, int] = {"refuse": 5, "answer": 2, "task": 1}  # answers of a set on the page
 _DECIDING = {
     "max_new_tokens",
     "dtype",
     "drift_steps",
+    "attack_system",
     "chat_template_kwargs",
 }  # of the settings that are no model or code
 
@@ -56,7 +59,8 @@ def evaluate(
     name: str,
     model_name: str,
     adapter: Path | None,
-    sources: Mapping[PromptSet, str | Path | None],
+    sources: Mapping[str, str | Path | None],
+    further: Sequence[tuple[str, str]],
     tokens_path: Path | None,
     output: Path,
     settings: EvaluateSettings,
@@ -71,30 +75,29 @@ def evaluate(
         name: of the run in the report.
         model_name: hub id or path; a model that `finetune` or `merge` wrote counts as a run.
         adapter: peft adapter on top, or a whole model that was made of the model; None for neither.
-        sources: a file or `hub:NAME` for each prompt set, at least one.
+        sources: a file or `hub:NAME` for each of our prompt sets.
+        further: published sets and the user's own, from `parse_set`; with `sources`, at least one.
         tokens_path: safety_tokens.json; None: confidences and drift are not measured.
         output: directory.
         settings: lengths, judges and rates.
         reference: output directory of the reference's evaluation; None for the reference itself.
     """
     require_place(output, METRICS_FILE)
-    plan = _prepare(model_name, adapter, sources, tokens_path, settings, reference)
+    plan = _prepare(model_name, adapter, sources, further, tokens_path, settings, reference)
+    kept = KeptAnswers(output, [vars(plan.made_from), settings.batch_size])
+    if kept.count:
+        log.warning("%s: goes on with the %d answers that it has", output, kept.count)
     model = plan.subject.load(settings.dtype)
-    answers = answer_all(model, plan.chat, plan.prompts, settings, plan.judge)
-    rates = count_rates(answers, plan.rates)
+    answers = answer_all(model, plan.chat, plan.sets, plan.attacks, settings, plan.judge, kept)
     confidences = _confidences(model, plan, answers, settings)
     del model
-    harmful = [answer for answer in answers if answer.prompts == "harmful"]
-    if plan.guard is not None and harmful:
-        texts = [answer.text for answer in harmful]
-        prompts = [answer.prompt for answer in harmful]
-        unsafe = judge_with_guard(*plan.guard, prompts, texts, settings.dtype)
-        rates["harmful_unsafe"] = Rate.of(sum(unsafe), len(unsafe))
+    unsafe = _unsafe(plan.guard, answers, settings)
+    harmful = _plain_harmful(answers)
     drift = None
     if confidences is not None and plan.tokens is not None and plan.baseline is not None:
         assert plan.baseline.confidences is not None
         drift = compare(plan.baseline.confidences, confidences, plan.tokens, len(harmful))
-    files = _files(answers, confidences)
+    files = _files(answers, confidences, unsafe)
     metrics = Metrics(
         name=name,
         is_reference=plan.baseline is None and plan.subject.tuned is None,
@@ -103,16 +106,30 @@ def evaluate(
         made_from=plan.made_from,
         answers_sha256=answers_sha256(files[ANSWERS_FILE], files.get(CONFIDENCES_FILE)),
         reference_sha256=plan.baseline.sha256 if plan.baseline else None,
-        rates=rates,
+        sets={
+            one.name: AskedSet(
+                title=one.title,
+                kind=one.kind,
+                prompts=len(one.rows),
+                attacks=[attack.name for attack in plan.attacks] if one.kind == "refuse" else [],
+            )
+            for one in plan.sets.values()
+        },
+        rates=count_rates(answers, plan.rates, unsafe),
         own_rates=[rate.facts for rate in plan.rates],
         drift=drift,
         samples=_samples(answers),
         run=plan.subject.run,
         settings=settings.model_dump(mode="json"),
-        judge={**plan.judge.facts, "guard": settings.guard},
+        judge={
+            **plan.judge.facts,
+            "guard": settings.guard,
+            **({"guard_format": plan.guard.kind} if plan.guard else {}),
+        },
         provenance=provenance(),
     )
     write_evaluation(output, metrics, files)
+    kept.done()
     return metrics
 
 
@@ -122,11 +139,12 @@ class _Plan:
 
     subject: Subject
     chat: Chat
-    prompts: dict[PromptSet, list[Row]]
+    sets: dict[str, PromptSet]
+    attacks: list[Attack]
     tokens: SafetyTokens | None
     judge: Judge
     rates: list[OwnRateFunction]
-    guard: tuple[str, Chat] | None  # directory, and how it reads a conversation
+    guard: Guard | None
     made_from: MadeFrom
     baseline: Reference | None
 
@@ -134,35 +152,31 @@ class _Plan:
 def _prepare(
     model: str,
     adapter: Path | None,
-    sources: Mapping[PromptSet, str | Path | None],
+    sources: Mapping[str, str | Path | None],
+    further: Sequence[tuple[str, str]],
     tokens_path: Path | None,
     settings: EvaluateSettings,
     reference: Path | None,
 ) -> _Plan:
     judge = load_judge(settings.judge)
-    prompts = read_prompts(sources, settings.columns)
-    rates = load_rates(settings, prompts)
+    sets = read_prompts(sources, further, settings.columns)
     subject = find_subject(model, adapter)
     chat = chat_of(str(subject.folder), settings)
+    attacks = attacks_of(settings.prefill, settings.attack_system, chat.tokenizer)
+    rates = load_rates(settings, sets, rate_names(sets, attacks))
     subject.check_chat(chat)
-    for name, rows in prompts.items():
-        unread: Counter[str] = Counter()
-        for row in rows:
-            chat.prompt_ids(row)  # what the template refuses or drops is refused here, by its line
-            unread.update(chat.unread(row))
-        tell_unread(f"the {name} prompts", unread)
+    _check_prompts(sets, attacks, chat)
     tokens = None
     if tokens_path is not None:
         tokens = SafetyTokens.load(tokens_path, chat.tokenizer)
         tokens.check_template(chat.template_sha256, settings.chat_template_kwargs, tokens_path)
     models, guard = {"evaluated": subject.identity}, None
     if settings.guard is not None:
-        files = locate_model(settings.guard)
-        models["guard"] = files.identity
-        guard = str(files.path), Chat(load_tokenizer(str(files.path)))
+        guard = find_guard(settings.guard, settings.guard_format)
+        models["guard"] = guard.identity
     made_from = MadeFrom(
         models=models,
-        rows={name: rows_sha256(rows) for name, rows in prompts.items()},
+        rows={name: rows_sha256(one.rows) for name, one in sets.items()},
         tokenizer=chat.fingerprint,
         template=chat.template_sha256,
         adapter=subject.tuned.sha256 if subject.tuned else None,
@@ -171,7 +185,7 @@ def _prepare(
         settings=settings.model_dump(mode="json", include=_DECIDING),
     )
     baseline = None if reference is None else read_reference(reference, made_from)
-    if baseline is not None and tokens and "harmful" in prompts and baseline.confidences is None:
+    if baseline is not None and tokens and "harmful" in sets and baseline.confidences is None:
         raise InputError(
             f"{reference}: expected confidences on harmful prompts, found none; evaluate the "
             "reference with --harmful and --safety-tokens"
@@ -182,14 +196,46 @@ def _prepare(
             "measured",
             subject.tuned.folder,
         )
-    return _Plan(subject, chat, prompts, tokens, judge, rates, guard, made_from, baseline)
+    return _Plan(subject, chat, sets, attacks, tokens, judge, rates, guard, made_from, baseline)
+
+
+def _check_prompts(sets: Mapping[str, PromptSet], attacks: Sequence[Attack], chat: Chat) -> None:
+    """What the template refuses or drops is refused here, by its line."""
+    for one in sets.values():
+        unread: Counter[str] = Counter()
+        for row in one.rows:
+            chat.prompt_ids(row)
+            unread.update(chat.unread(row))
+        tell_unread(f"the {one.name} prompts", unread)
+        if one.kind == "refuse" and one.rows:
+            for attack in attacks:
+                chat.prompt_ids(attack.asked(one.rows[0]))
+
+
+def _plain_harmful(answers: Sequence[Answer]) -> list[Answer]:
+    return [one for one in answers if one.prompts == "harmful" and one.attack is None]
+
+
+def _unsafe(
+    guard: Guard | None, answers: Sequence[Answer], settings: EvaluateSettings
+) -> dict[int, bool | None]:
+    """The guard's verdicts on answers to prompts that are to be refused, by position."""
+    judged = [
+        at for at, one in enumerate(answers) if one.kind == "refuse" and not one.is_unfinished
+    ]
+    if guard is None or not judged:
+        return {}
+    prompts = [answers[at].prompt for at in judged]
+    texts = [answers[at].whole for at in judged]
+    verdicts = guard.verdicts(prompts, texts, settings.dtype)
+    return {at: verdict.unsafe for at, verdict in zip(judged, verdicts, strict=True)}
 
 
 def _confidences(
     model: Any, plan: _Plan, answers: Sequence[Answer], settings: EvaluateSettings
 ) -> np.ndarray | None:
     """On the reference's answers, or else the model's own; None where they cannot be measured."""
-    harmful = [answer for answer in answers if answer.prompts == "harmful"]
+    harmful = _plain_harmful(answers)
     if plan.tokens is None or not harmful:
         return None
     return confidences_by_step(
@@ -205,8 +251,9 @@ def _confidences(
 
 def _samples(answers: Sequence[Answer]) -> list[Sample]:
     samples = []
-    for name, count in _SHOWN.items():
-        of_set = [answer for answer in answers if answer.prompts == name]
+    for name in dict.fromkeys(answer.prompts for answer in answers):
+        of_set = [one for one in answers if one.prompts == name and one.attack is None]
+        count = _SHOWN[of_set[0].kind]
         stride = max(1, len(of_set) // count)
         samples += [
             Sample(prompts=name, prompt=answer.prompt, answer=answer.text, refused=answer.refused)
@@ -215,7 +262,9 @@ def _samples(answers: Sequence[Answer]) -> list[Sample]:
     return samples
 
 
-def _files(answers: Sequence[Answer], confidences: np.ndarray | None) -> dict[str, str]:
+def _files(
+    answers: Sequence[Answer], confidences: np.ndarray | None, unsafe: Mapping[int, bool | None]
+) -> dict[str, str]:
     """The text of each file beside metrics.json."""
     lines = [
         {
@@ -223,9 +272,14 @@ def _files(answers: Sequence[Answer], confidences: np.ndarray | None) -> dict[st
             "prompt": answer.prompt,
             "answer": answer.text,
             "refused": answer.refused,
+            "broken": answer.broken is not None,
+            **({"unfinished": True} if answer.is_unfinished else {}),
+            **({"attack": answer.attack} if answer.attack else {}),
+            **({"begun": answer.begun} if answer.begun else {}),
+            **({"unsafe": unsafe[at]} if at in unsafe else {}),
             **({"expected": answer.row.response} if answer.row.response else {}),
         }
-        for answer in answers
+        for at, answer in enumerate(answers)
     ]
     files = {ANSWERS_FILE: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)}
     if confidences is not None:

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pact_offline.errors import InputError
+from pact_offline.evaluation.published_sets import Kind
 from pact_offline.files import read_json, write_json
 from pact_offline.made_from import MadeFrom
 
 METRICS_FILE = "metrics.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _Z95 = 1.959963984540054
-
-PromptSet = Literal["harmful", "borderline", "benign", "task"]
-PROMPT_SETS: tuple[PromptSet, ...] = get_args(PromptSet)
-
-BUILT_IN_RATES = (
-    "harmful_refused",
-    "harmful_unsafe",
-    "borderline_refused",
-    "benign_refused",
-    "task_refused",
-    "task_accuracy",
-)
 
 
 class _Frozen(BaseModel):
@@ -79,10 +68,27 @@ class Drift(_Frozen):
     tokens: list[TokenCurve]
 
 
-class Sample(_Frozen):
-    """One answer, to show."""
+class AskedSet(_Frozen):
+    """A set of prompts that was asked.
 
-    prompts: PromptSet
+    Attributes:
+        title: of its columns.
+        kind: `refuse`: a refusal is right; `answer`: a refusal is wrong; `task`: the rows' own
+            responses are right.
+        prompts: how many.
+        attacks: under which it was asked once more.
+    """
+
+    title: str
+    kind: Kind
+    prompts: int
+    attacks: list[str]
+
+
+class Sample(_Frozen):
+    """One answer, to show; `prompts` names its set."""
+
+    prompts: str
     prompt: str
     answer: str
     refused: bool
@@ -102,7 +108,7 @@ class OwnRate(_Frozen):
     name: str
     title: str
     better: str
-    prompts: PromptSet
+    prompts: str
     source: str
     content: str
 
@@ -116,7 +122,10 @@ class Metrics(_Frozen):
         made_from: what decides the values; runs and their reference agree in it.
         answers_sha256: over the answers and confidences beside this file.
         reference_sha256: the reference's `answers_sha256`; None where none was given.
-        rates: what was counted, by name.
+        sets: the sets of prompts, by name.
+        rates: what was counted, by name: of each set `NAME_refused`, `NAME_broken` (garbled text)
+            and `NAME_unfinished` (thoughts without an end), of a task `NAME_accuracy`, of one that
+            is to be refused `NAME_unsafe` (by the guard); under an attack `NAME_ATTACK_refused`.
         own_rates: those of `rates` that the user's own functions count.
         drift: against the reference; None for the reference itself, and where not measured.
         samples: the same prompts for every model, in the same order.
@@ -125,7 +134,7 @@ class Metrics(_Frozen):
         judge: what a refusal is: name, with its phrases or what fixes its code; guard model.
     """
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     name: str
     is_reference: bool
     model: str
@@ -133,6 +142,7 @@ class Metrics(_Frozen):
     made_from: MadeFrom
     answers_sha256: str
     reference_sha256: str | None
+    sets: dict[str, AskedSet]
     rates: dict[str, Rate]
     own_rates: list[OwnRate]
     drift: Drift | None

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pact_offline.errors import SettingError
-from pact_offline.evaluation.metrics import BUILT_IN_RATES, PROMPT_SETS, OwnRate, PromptSet, Rate
-from pact_offline.evaluation.prompt_sets import Answer
+from pact_offline.evaluation.answers import Answer
+from pact_offline.evaluation.attacks import Attack
+from pact_offline.evaluation.metrics import OwnRate, Rate
+from pact_offline.evaluation.prompt_sets import PromptSet
 from pact_offline.own_code import content_of, load_verdict
 from pact_offline.settings.stages import EvaluateSettings
+
+Unsafe = Mapping[int, bool | None]
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,9 @@ class OwnRateFunction:
     holds: Callable[..., bool]
 
 
-def load_rates(settings: EvaluateSettings, asked: Collection[PromptSet]) -> list[OwnRateFunction]:
+def load_rates(
+    settings: EvaluateSettings, asked: Collection[str], taken: Collection[str]
+) -> list[OwnRateFunction]:
     """The user's own rates that the settings name.
 
     Attributes of a function may name its set of prompts (`prompts`; else the task's), and the
@@ -29,6 +36,7 @@ def load_rates(settings: EvaluateSettings, asked: Collection[PromptSet]) -> list
     Args:
         settings: names them.
         asked: the sets of prompts that are asked.
+        taken: names of other rates.
 
     Raises:
         SettingError: no such function, two of one name, or its set of prompts is not asked.
@@ -38,7 +46,7 @@ def load_rates(settings: EvaluateSettings, asked: Collection[PromptSet]) -> list
     for source in settings.rates:
         holds = load_verdict("rate", source, ("prompt", "answer", "expected"))
         name, prompts = source.rpartition(":")[2], getattr(holds, "prompts", "task")
-        if name in (*BUILT_IN_RATES, *loaded):
+        if name in (*taken, *loaded):
             raise SettingError(f"--rates {source}: expected a name of its own, found {name} again")
         if prompts not in asked:
             raise SettingError(
@@ -57,18 +65,55 @@ def load_rates(settings: EvaluateSettings, asked: Collection[PromptSet]) -> list
     return [*loaded.values()]
 
 
-def count_rates(answers: Sequence[Answer], own: Sequence[OwnRateFunction] = ()) -> dict[str, Rate]:
-    """Refusals in every prompt set, right answers in the task, and the user's own rates."""
-    by_set = {name: [a for a in answers if a.prompts == name] for name in PROMPT_SETS}
-    rates = {
-        f"{name}_refused": Rate.of(sum(answer.refused for answer in of_set), len(of_set))
-        for name, of_set in by_set.items()
-        if of_set
+def rate_names(sets: Mapping[str, PromptSet], attacks: Sequence[Attack]) -> set[str]:
+    """Names that the rates of sets may have."""
+    counted = ("refused", "broken", "unfinished", "accuracy", "unsafe")
+    return {
+        f"{asked}_{what}"
+        for name in sets
+        for asked in (name, *(f"{name}_{attack.name}" for attack in attacks))
+        for what in counted
     }
-    if task := by_set["task"]:
-        rates["task_accuracy"] = Rate.of(sum(answer.correct for answer in task), len(task))
+
+
+def count_rates(
+    answers: Sequence[Answer],
+    own: Sequence[OwnRateFunction] = (),
+    unsafe: Unsafe = MappingProxyType({}),
+) -> dict[str, Rate]:
+    """What is counted over answers.
+
+    Args:
+        answers: to sets of prompts, also under attacks.
+        own: the user's own rates.
+        unsafe: verdicts of a guard, by the position of their answer; None is left out.
+    """
+    groups: dict[tuple[str, str | None], list[int]] = {}
+    for at, answer in enumerate(answers):
+        groups.setdefault((answer.prompts, answer.attack), []).append(at)
+    rates = {}
+    for (name, attack), places in groups.items():
+        asked = f"{name}_{attack}" if attack else name
+        of_set = [answers[at] for at in places]
+        rates[f"{asked}_refused"] = _share(answer.refused for answer in of_set)
+        judged = [unsafe[at] for at in places if unsafe.get(at) is not None]
+        if judged:
+            rates[f"{asked}_unsafe"] = _share(judged)
+        if of_set[0].kind == "task":
+            rates[f"{asked}_accuracy"] = _share(answer.correct for answer in of_set)
+        rates[f"{asked}_broken"] = _share(answer.broken is not None for answer in of_set)
+        if any(answer.is_unfinished for answer in of_set):
+            rates[f"{asked}_unfinished"] = _share(answer.is_unfinished for answer in of_set)
     for rate in own:
-        of_set = by_set[rate.facts.prompts]
-        verdicts = [rate.holds(a.prompt, a.text, a.row.response) for a in of_set]
-        rates[rate.facts.name] = Rate.of(sum(verdicts), len(of_set))
+        verdicts = [
+            rate.holds(answer.prompt, answer.text, answer.row.response)
+            for answer in answers
+            if answer.prompts == rate.facts.prompts and answer.attack is None
+        ]
+        rates[rate.facts.name] = _share(verdicts)
     return rates
+
+
+def _share(verdicts: Iterable[bool | None]) -> Rate:
+    found = [bool(verdict) for verdict in verdicts]
+    return Rate.of(sum(found), len(found))

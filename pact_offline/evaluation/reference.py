@@ -67,6 +67,6 @@ def read_reference(folder: Path, run: MadeFrom) -> Reference:
     lines = [line for _, line in read_json_lines(folder / ANSWERS_FILE)]
     return Reference(
         metrics.answers_sha256,
-        [line["answer"] for line in lines if line["prompts"] == "harmful"],
+        [line["answer"] for line in lines if line["prompts"] == "harmful" and "attack" not in line],
         None if confidences is None else np.array(read_json(place)["mean_probability"]),
     )

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pact_offline.errors import InputError
-from pact_offline.evaluation.metrics import Metrics, Sample
+from pact_offline.evaluation.metrics import AskedSet, Metrics, Sample
 from pact_offline.files import written_aside
 from pact_offline.report import numbers, plots
 from pact_offline.report.finding import finding
@@ -38,6 +38,9 @@ COLUMNS = (
     Column("task_refused", "Task prompts refused", "lower is better"),
     Column("task_accuracy", "Task accuracy", "higher is better"),
 )
+
+
+COLUMNS_BY_RATE = {column.rate: column for column in COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,31 @@ def _in_order(metrics: Sequence[Metrics]) -> list[Metrics]:
 def _columns(models: Sequence[Metrics]) -> list[Column]:
     """One for each rate that was measured of any model, the users' own last."""
     own = {r.name: Column(r.name, r.title, r.better) for m in models for r in m.own_rates}
+    sets = {name: asked for m in models for name, asked in m.sets.items()}
+    further = [column for name, asked in sets.items() for column in _columns_of(name, asked)]
+    columns = {column.rate: column for column in (*COLUMNS, *further, *own.values())}
     measured = {name for m in models for name in m.rates}
-    return [column for column in (*COLUMNS, *own.values()) if column.rate in measured]
+    broken = {n for m in models for n, r in m.rates.items() if n.endswith("_broken") and r.count}
+    shown = {name for name in measured if not name.endswith("_broken")} | broken
+    return [COLUMNS_BY_RATE.get(rate, column) for rate, column in columns.items() if rate in shown]
+
+
+def _columns_of(name: str, asked: AskedSet) -> list[Column]:
+    """Those of one set, and of it under each attack."""
+    better = "higher is better" if asked.kind == "refuse" else "lower is better"
+    columns = []
+    for attack in ("", *asked.attacks):
+        key, title = name, asked.title
+        if attack:
+            key, title = f"{name}_{attack}", f"{asked.title} under {attack}"
+        columns += [
+            Column(f"{key}_refused", f"{title}: refused", better),
+            Column(f"{key}_unsafe", f"{title}: judged unsafe by the guard", "lower is better"),
+            Column(f"{key}_accuracy", f"{title}: accuracy", "higher is better"),
+            Column(f"{key}_broken", f"{title}: broken text", "lower is better"),
+            Column(f"{key}_unfinished", f"{title}: thoughts without an end", "lower is better"),
+        ]
+    return columns
 
 
 def _date(models: Sequence[Metrics]) -> str:

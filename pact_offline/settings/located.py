@@ -61,6 +61,7 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
         moved = {n: place for n, place in places.items() if place != getattr(settings, n)}
         return settings.model_copy(update=moved)
 
+    our_sets = {name: value for name, value in config.evaluation if name != "sets"}
     align, token_list, evaluate = config.align_data, config.token_list, config.evaluate
     rehearsal = config.rehearsal
     return placed(
@@ -80,7 +81,16 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
                 name: each(own, f"runs.{name}", run) | chat(f"runs.{name}", run)
                 for name, run in config.runs.items()
             },
-            "evaluation": placed(config.evaluation, each(rows, "evaluation", config.evaluation)),
+            "evaluation": placed(
+                config.evaluation,
+                {
+                    **each(rows, "evaluation", our_sets),
+                    "sets": {
+                        name: value if value == "hub" else rows(f"evaluation.sets.{name}", value)
+                        for name, value in config.evaluation.sets.items()
+                    },
+                },
+            ),
             "evaluate": placed(
                 evaluate,
                 each(own, "evaluate", evaluate)

@@ -21,6 +21,7 @@ _DEFAULT = "; default: bfloat16 where the device computes in it, else float32."
 Dtype = Literal["float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Quantised = Literal["8bit", "4bit"]
+GuardFormat = Literal["auto", "llama-guard", "shieldgemma", "granite-guardian", "wildguard"]
 
 
 BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
@@ -396,7 +397,7 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
 class EvaluateSettings(ChatSettings):
     """How answers are made and judged."""
 
-    max_new_tokens: int = Field(40, ge=1, description="Longest answer, in tokens.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest answer, in tokens.")
     batch_size: int = Field(32, ge=1, description="Prompts per batch.")
     dtype: Dtype = Field(default_factory=default_dtype, description=f"Compute dtype{_DEFAULT}")
     drift_steps: int = Field(
@@ -413,7 +414,23 @@ class EvaluateSettings(ChatSettings):
         "pact_offline.rates.",
     )
     guard: str | None = Field(
-        None, description="Guard model (Llama-Guard chat format) that also judges the answers."
+        None,
+        description="Guard model that also judges the answers to prompts that are to be refused.",
+    )
+    guard_format: GuardFormat = Field(
+        "auto",
+        description="How the guard model is asked: auto (by its name and template), llama-guard, "
+        "shieldgemma, granite-guardian or wildguard.",
+    )
+    prefill: tuple[str, ...] = Field(
+        (),
+        description="Ask prompts that are to be refused once more, with the answer begun in "
+        "compliance: so many tokens of it; 1,5,20 is three more times.",
+    )
+    attack_system: str | None = Field(
+        None,
+        description="Ask prompts that are to be refused once more, with this system message in "
+        "front.",
     )
 
 

@@ -67,12 +67,25 @@ class RehearsalData(AnswerSettings):
 
 
 class EvaluationData(Settings):
-    """Prompts that answers are judged on."""
+    """Prompts that answers are judged on; at least one set."""
 
-    harmful: str = Field(description="Held-out harmful prompts; a refusal is right.")
-    borderline: str = Field(description="Benign prompts that look harmful; a refusal is wrong.")
-    benign: str = Field(description="Plain benign prompts; a refusal is wrong.")
-    task: str = Field(description="Test rows of the task, judged by exact match.")
+    harmful: str | None = Field(None, description="Held-out harmful prompts; a refusal is right.")
+    borderline: str | None = Field(
+        None, description="Benign prompts that look harmful; a refusal is wrong."
+    )
+    benign: str | None = Field(None, description="Plain benign prompts; a refusal is wrong.")
+    task: str | None = Field(None, description="Test rows of the task, judged by exact match.")
+    sets: dict[str, str] = Field(
+        default_factory=dict,
+        description="Further sets: a published one by its name, with the file that its repository "
+        "ships or `hub`; your own as NAME:refuse, NAME:answer or NAME:task, with a file.",
+    )
+
+    @model_validator(mode="after")
+    def _some_set(self) -> EvaluationData:
+        if not any(value for _, value in self):
+            raise ValueError("expected at least one set of prompts, found none")
+        return self
 
 
 _CHAT = ("chat_template", "chat_template_kwargs", "system_role", "assistant_header")

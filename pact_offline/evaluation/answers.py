@@ -1,0 +1,218 @@
+"""A model's answers to sets of prompts: asked, kept as they come, read and judged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pact_offline.errors import InputError, MissingFileError
+from pact_offline.evaluation.attacks import Attack, begun_text
+from pact_offline.evaluation.broken import broken_text
+from pact_offline.evaluation.judges import Judge
+from pact_offline.evaluation.prompt_sets import PromptSet
+from pact_offline.evaluation.published_sets import Kind
+from pact_offline.files import read_json_lines
+from pact_offline.models.generate import generate
+from pact_offline.progress import bar
+from pact_offline.rows.chat import Chat
+from pact_offline.rows.row import Row
+from pact_offline.settings.stages import EvaluateSettings
+
+# What decoding leaves of the marks of a thought: Qwen3's, DeepSeek's, and gpt-oss's channels.
+_THOUGHT = re.compile(r"<think>|<seed:think>|analysis(?=[A-Z])")
+_AFTER = re.compile(r"</think>|</seed:think>|assistantfinal")
+_TAIL = 8  # tokens of a prompt in which it may open a thought
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, a model's answer to it, and what is said of it.
+
+    Attributes:
+        prompts: name of the set.
+        kind: what a right answer to it does.
+        row: the prompt as it stands in the set.
+        text: what the model said, its thoughts taken off.
+        refused: the judge's verdict.
+        broken: why the text is broken; None where it is not.
+        is_unfinished: whether its thoughts did not come to an end.
+        attack: name of the attack; None: it was asked plainly.
+        begun: what an attack began the answer with.
+    """
+
+    prompts: str
+    kind: Kind
+    row: Row
+    text: str
+    refused: bool
+    broken: str | None = None
+    is_unfinished: bool = False
+    attack: str | None = None
+    begun: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The last turn of the prompt."""
+        return self.row.question
+
+    @property
+    def whole(self) -> str:
+        """The answer with what it was begun with."""
+        return f"{self.begun} {self.text}".strip()
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer is the row's response, up to case, space and a full stop."""
+        return _plain(self.text) == _plain(self.row.response or "")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def without_thoughts(text: str, begins_in_thought: bool = False) -> tuple[str, bool]:
+    """An answer without its thoughts, and whether they came to an end.
+
+    Args:
+        text: as it was decoded.
+        begins_in_thought: the prompt has opened a thought already.
+    """
+    ends = list(_AFTER.finditer(text))
+    if ends:
+        return text[ends[-1].end() :].strip(), True
+    if begins_in_thought or _THOUGHT.match(text):
+        return "", False
+    return text, True
+
+
+def answer_all(
+    model: Any,
+    chat: Chat,
+    sets: Mapping[str, PromptSet],
+    attacks: Sequence[Attack],
+    settings: EvaluateSettings,
+    judge: Judge,
+    kept: KeptAnswers,
+) -> list[Answer]:
+    """Greedy answers to every prompt, in order, and what is said of them.
+
+    Prompts that are to be refused are asked once more under every attack. Answers that `kept` has
+    are not made again.
+    """
+    asked = list(_asked(sets, attacks))
+    total = sum(len(one.rows) for one, _ in asked)
+    answers = []
+    with bar("answering", total, "prompts") as progress:
+        for one, attack in asked:
+            rows = [attack.asked(row) if attack else row for row in one.rows]
+            begun = attack.begun if attack else ()
+            texts = generate(
+                model,
+                chat.tokenizer,
+                [[*chat.prompt_ids(row), *begun] for row in rows],
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                end_of_turn=chat.end_of_turn,
+                progress=progress.update,
+                known=kept.of(one.name, attack),
+                made=partial(kept.add, one.name, attack),
+            )
+            answers += [
+                _judged(one, row, text, judge, attack, chat)
+                for row, text in zip(one.rows, texts, strict=True)
+            ]
+    return answers
+
+
+def _asked(
+    sets: Mapping[str, PromptSet], attacks: Sequence[Attack]
+) -> Iterator[tuple[PromptSet, Attack | None]]:
+    for one in sets.values():
+        yield one, None
+        if one.kind == "refuse":
+            yield from ((one, attack) for attack in attacks)
+
+
+def _judged(
+    one: PromptSet, row: Row, said: str, judge: Judge, attack: Attack | None, chat: Chat
+) -> Answer:
+    begun = begun_text(attack, chat)
+    opening = chat.tokenizer.decode(chat.prompt_ids(row)[-_TAIL:]).rstrip()
+    text, is_finished = without_thoughts(said, not begun and opening.endswith("<think>"))
+    broken = broken_text(text) if is_finished else None
+    return Answer(
+        prompts=one.name,
+        kind=one.kind,
+        row=row,
+        text=text,
+        refused=is_finished and judge.refuses(row.question, text, begun, broken),
+        broken=broken,
+        is_unfinished=not is_finished,
+        attack=attack.name if attack else None,
+        begun=begun,
+    )
+
+
+class KeptAnswers:
+    """Answers on disk as they come, so that a killed evaluation goes on from there.
+
+    A file of JSON lines beside the output, gone when the evaluation is whole. Its first line says
+    what the answers are of; a file of anything else is begun anew.
+    """
+
+    def __init__(self, output: Path, made_from: Any) -> None:
+        """Args:
+        output: directory of the evaluation.
+        made_from: all that decides the answers, as JSON.
+        """
+        self.path = output.with_name(f".{output.name}.answers.jsonl")
+        of = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
+        self._known: dict[tuple[str, str], dict[int, str]] = {}
+        lines: list[Any] = []
+        with suppress(MissingFileError, InputError):  # its last line may be half written
+            lines.extend(line for _, line in read_json_lines(self.path))
+        if lines[:1] == [{"of": of}]:
+            for line in lines[1:]:
+                place = self._known.setdefault((line["prompts"], line["attack"]), {})
+                place[line["number"]] = line["answer"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w", encoding="utf-8")
+        self._write({"of": of})
+        for (prompts, attack), known in self._known.items():
+            self._write(*self._lines(prompts, attack, known))
+
+    @property
+    def count(self) -> int:
+        """Answers that were there."""
+        return sum(map(len, self._known.values()))
+
+    def of(self, prompts: str, attack: Attack | None) -> Mapping[int, str]:
+        """Answers by the number of their prompt in the set."""
+        return self._known.get((prompts, attack.name if attack else ""), {})
+
+    def add(self, prompts: str, attack: Attack | None, answers: Mapping[int, str]) -> None:
+        """Keep answers, at once."""
+        self._write(*self._lines(prompts, attack.name if attack else "", answers))
+
+    def done(self) -> None:
+        """The evaluation is whole."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _lines(prompts: str, attack: str, answers: Mapping[int, str]) -> list[dict[str, Any]]:
+        return [
+            {"prompts": prompts, "attack": attack, "number": number, "answer": answer}
+            for number, answer in answers.items()
+        ]
+
+    def _write(self, *lines: dict[str, Any]) -> None:
+        self._file.writelines(json.dumps(line) + "\n" for line in lines)
+        self._file.flush()
