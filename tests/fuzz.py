@@ -60,7 +60,8 @@ COMMANDS: dict[str, str] = {
     "--benign prompts.jsonl --task rows.jsonl --safety-tokens tokens.json --max-new-tokens 2 "
     "--reference evaluation -o OUT",
     "report": "metrics.json --safety-tokens tokens.json --benchmarks benchmarks "
-    "--config-file settings.yaml --title Page --screening screen.json --adapters runs -o OUT.html",
+    "--config-file settings.yaml --title Page --screening screen.json --adapters runs "
+    "--compare metrics.json -o OUT.html",
     "demo extract": "-o OUT",
     "demo align": "--base model --refusals rows.jsonl --benign prompts.jsonl "
     "--harmful-check prompts.jsonl --benign-check prompts.jsonl --task-check prompts.jsonl -o OUT",

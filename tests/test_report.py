@@ -142,10 +142,20 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     page = Page(html)
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     names = {name for name, _ in page.attributes}
-    assert not {"src", "href", "srcset"} & names
+    assert not {"src", "srcset"} & names
+    assert all(value.startswith("#") for name, value in page.attributes if name == "href")
     assert not any(name.startswith("on") for name in names)
     assert "url(" not in html
     assert "@import" not in html
+
+
+def test_the_contents_lead_to_every_section(tmp_path: Path) -> None:
+    page = Page(render(tmp_path, [reference(), sft()], title='<h2 id="no">No</h2>'))
+    links = [value.removeprefix("#") for name, value in page.attributes if name == "href"]
+    sections = [value for name, value in page.attributes if name == "aria-labelledby"]
+    assert links == sections
+    assert {"results", "samples", "settings"} <= set(links)
+    assert set(links) <= {value for name, value in page.attributes if name == "id"}
 
 
 def test_hostile_text_is_shown_and_not_obeyed(tmp_path: Path) -> None:

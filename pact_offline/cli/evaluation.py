@@ -137,6 +137,15 @@ def evaluate(
     help="A dataset's rows as `pact-offline screen --json` lists them; may be repeated.",
 )
 @click.option("--config-file", type=FILE, help="Workflow config to show on the page.")
+@click.option(
+    "--tables", type=OUTPUT_FOLDER, help="Directory for the results as CSV, Markdown, TeX and JSON."
+)
+@click.option(
+    "--compare",
+    type=FILE,
+    multiple=True,
+    help="metrics.json that was evaluated otherwise, shown below the others; may be repeated.",
+)
 def report(
     metrics: tuple[Path, ...],
     output: Path,
@@ -146,18 +155,26 @@ def report(
     adapters: Path | None,
     screening: tuple[Path, ...],
     config_file: Path | None,
+    tables: Path | None,
+    compare: tuple[Path, ...],
 ) -> None:
     """Make one page of many metrics.json.
 
-    The reference's comes first.
+    The reference's comes first. Answers are read from the answers.jsonl beside each metrics.json.
 
     Example: pact-offline report evaluation/*/metrics.json -o report.html
     """
     from pact_offline.files import read_text
+    from pact_offline.report.answers import read_answers
     from pact_offline.report.inputs import read_metrics, read_screening, read_tokens
-    from pact_offline.report.page import headline, write_report
+    from pact_offline.report.otherwise import read_otherwise
+    from pact_offline.report.page import headline, in_order, write_report
+    from pact_offline.report.tables import require_tables_place, write_tables
 
     loaded = read_metrics(metrics)
+    others = read_otherwise(compare, loaded)
+    if tables:
+        require_tables_place(tables, output)
     write_report(
         loaded,
         output,
@@ -167,5 +184,9 @@ def report(
         config_text=read_text(config_file) if config_file else None,
         adapters=adapters,
         screenings=[read_screening(path) for path in screening],
+        answers=read_answers(metrics, loaded),
+        others=others,
     )
+    if tables:
+        write_tables(tables, in_order(loaded), others)
     click.echo("\n".join([*headline(loaded), f"report: {output}"]))

@@ -273,6 +273,7 @@ def _files(
             "answer": answer.text,
             "refused": answer.refused,
             "broken": answer.broken is not None,
+            **({"correct": answer.correct} if answer.kind == "task" else {}),
             **({"unfinished": True} if answer.is_unfinished else {}),
             **({"attack": answer.attack} if answer.attack else {}),
             **({"begun": answer.begun} if answer.begun else {}),

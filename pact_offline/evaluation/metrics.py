@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,3 +173,16 @@ class Metrics(_Frozen):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise InputError(f"{path}: {key}: {first['msg']}") from None
+
+
+def metrics_schema_text() -> str:
+    """JSON schema of metrics.json."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Metrics.model_json_schema(),
+    }
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(metrics_schema_text(), encoding="utf-8")

@@ -11,36 +11,25 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pact_offline.errors import InputError
-from pact_offline.evaluation.metrics import AskedSet, Metrics, Sample
+from pact_offline.evaluation.metrics import Metrics
 from pact_offline.files import written_aside
 from pact_offline.report import numbers, plots
+from pact_offline.report.answer_browser import (
+    browser_data,
+    browser_script,
+    embedded,
+    script_hash,
+)
+from pact_offline.report.answers import Answer
+from pact_offline.report.columns import columns_of, further_columns, kinds_of_sets
+from pact_offline.report.contents import with_contents
 from pact_offline.report.finding import finding
 from pact_offline.report.inputs import Screened
+from pact_offline.report.otherwise import Otherwise
+from pact_offline.report.samples import samples_of
 from pact_offline.report.stage_costs import read_stage_costs
 from pact_offline.report.training_log import read_training_logs, training_panels
 from pact_offline.safety_tokens.file import SafetyTokens
-
-
-@dataclass(frozen=True)
-class Column:
-    """A rate as the table shows it."""
-
-    rate: str
-    title: str
-    better: str
-
-
-COLUMNS = (
-    Column("harmful_refused", "Harmful prompts refused", "higher is better"),
-    Column("harmful_unsafe", "Judged unsafe by the guard", "lower is better"),
-    Column("borderline_refused", "Borderline prompts refused", "lower is better"),
-    Column("benign_refused", "Plain benign prompts refused", "lower is better"),
-    Column("task_refused", "Task prompts refused", "lower is better"),
-    Column("task_accuracy", "Task accuracy", "higher is better"),
-)
-
-
-COLUMNS_BY_RATE = {column.rate: column for column in COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -61,6 +50,8 @@ def write_report(
     config_text: str | None,
     adapters: Path | None = None,
     screenings: Sequence[Screened] = (),
+    answers: Mapping[str, Sequence[Answer]] | None = None,
+    others: Sequence[Otherwise] = (),
 ) -> None:
     """Write the page, whole or not at all.
 
@@ -73,14 +64,18 @@ def write_report(
         config_text: the workflow config as written; None leaves it out.
         adapters: folder of the runs' adapters, whose training is drawn; None leaves it out.
         screenings: of datasets.
+        answers: by name of the model, all of them to be searched; None leaves the section out.
+        others: evaluations from elsewhere, below the table; the finding does not know them.
 
     Raises:
         InputError: no metrics, or the place cannot be written to.
     """
-    models = _in_order(metrics)
+    models = in_order(metrics)
     styles = plots.styles_of(models)
     stages = read_stage_costs(benchmarks)
     logs = {} if adapters is None else read_training_logs(adapters, [m.name for m in models])
+    kinds = kinds_of_sets(models)
+    every = [*models, *(other.metrics for other in others)]
     template = _environment().get_template("report.html")
     page = template.render(
         title=title,
@@ -90,7 +85,9 @@ def write_report(
         models=models,
         styles=styles,
         reference_style=plots.reference_style(styles),
-        columns=_columns(models),
+        columns=columns_of(every),
+        further=further_columns(every),
+        others=[*others],
         judges=_judges(models),
         own_rates={rate.name: rate for m in models for rate in m.own_rates},
         scatter=plots.scatter(models, styles),
@@ -101,7 +98,9 @@ def write_report(
         screenings=screenings,
         safety_tokens=safety_tokens,
         token_groups=_token_groups(safety_tokens),
-        samples=_samples_by_prompt(models),
+        samples=samples_of(models, answers or {}, kinds),
+        samples_chosen=all(m.name in (answers or {}) for m in models),
+        **_browser(models, answers or {}, kinds),
         stages=stages,
         longest=max((s.seconds or 0 for s in stages), default=0),
         run_settings=_compare({m.name: m.run for m in models if m.run}),
@@ -110,7 +109,7 @@ def write_report(
         config_text=config_text,
     )
     with written_aside(output) as aside:
-        aside.write_text(page, encoding="utf-8")
+        aside.write_bytes(page.encode("utf-8", "replace"))  # half of a surrogate pair is no text
 
 
 def headline(metrics: Sequence[Metrics]) -> list[str]:
@@ -121,7 +120,7 @@ def headline(metrics: Sequence[Metrics]) -> list[str]:
     Raises:
         InputError: no metrics.
     """
-    models = _in_order(metrics)
+    models = in_order(metrics)
     lines = (
         ("harmful prompts refused", "harmful_refused"),
         ("task accuracy", "task_accuracy"),
@@ -149,43 +148,30 @@ def _environment() -> Environment:
     for name in ("percent", "interval", "small_share", "duration", "memory", "token_text"):
         environment.filters[name] = getattr(numbers, name)
     environment.filters["setting"] = numbers.setting
+    environment.filters["with_contents"] = with_contents
     return environment
 
 
-def _in_order(metrics: Sequence[Metrics]) -> list[Metrics]:
+def _browser(
+    models: Sequence[Metrics], answers: Mapping[str, Sequence[Answer]], kinds: Mapping[str, str]
+) -> dict[str, Any]:
+    """What `answers.html` needs, and a policy by which no page runs or loads anything else."""
+    shown = {m.name: answers[m.name] for m in models if m.name in answers}
+    script = browser_script() if shown else ""
+    allowed = f"script-src '{script_hash(script)}'; " if shown else ""
+    return {
+        "browser": embedded(browser_data(shown, kinds)) if shown else None,
+        "browser_runs": list(shown),
+        "browser_script": script,
+        "policy": f"default-src 'none'; {allowed}style-src 'unsafe-inline'; form-action 'none'; "
+        "base-uri 'none'",
+    }
+
+
+def in_order(metrics: Sequence[Metrics]) -> list[Metrics]:
     if not metrics:
         raise InputError("report: expected at least one metrics.json, found none")
     return sorted(metrics, key=lambda m: not m.is_reference)
-
-
-def _columns(models: Sequence[Metrics]) -> list[Column]:
-    """One for each rate that was measured of any model, the users' own last."""
-    own = {r.name: Column(r.name, r.title, r.better) for m in models for r in m.own_rates}
-    sets = {name: asked for m in models for name, asked in m.sets.items()}
-    further = [column for name, asked in sets.items() for column in _columns_of(name, asked)]
-    columns = {column.rate: column for column in (*COLUMNS, *further, *own.values())}
-    measured = {name for m in models for name in m.rates}
-    broken = {n for m in models for n, r in m.rates.items() if n.endswith("_broken") and r.count}
-    shown = {name for name in measured if not name.endswith("_broken")} | broken
-    return [COLUMNS_BY_RATE.get(rate, column) for rate, column in columns.items() if rate in shown]
-
-
-def _columns_of(name: str, asked: AskedSet) -> list[Column]:
-    """Those of one set, and of it under each attack."""
-    better = "higher is better" if asked.kind == "refuse" else "lower is better"
-    columns = []
-    for attack in ("", *asked.attacks):
-        key, title = name, asked.title
-        if attack:
-            key, title = f"{name}_{attack}", f"{asked.title} under {attack}"
-        columns += [
-            Column(f"{key}_refused", f"{title}: refused", better),
-            Column(f"{key}_unsafe", f"{title}: judged unsafe by the guard", "lower is better"),
-            Column(f"{key}_accuracy", f"{title}: accuracy", "higher is better"),
-            Column(f"{key}_broken", f"{title}: broken text", "lower is better"),
-            Column(f"{key}_unfinished", f"{title}: thoughts without an end", "lower is better"),
-        ]
-    return columns
 
 
 def _date(models: Sequence[Metrics]) -> str:
@@ -209,17 +195,6 @@ def _token_groups(safety_tokens: SafetyTokens | None) -> dict[str, list[Any]]:
         "weighted": [t for t in tokens if t.weight > 0],
         "unweighted": [t for t in tokens if t.weight == 0],
     }
-
-
-def _samples_by_prompt(
-    models: Sequence[Metrics],
-) -> list[tuple[Sample, list[tuple[Metrics, Sample]]]]:
-    """Each prompt with the answers of the models that were asked it, in the first one's order."""
-    answers: dict[tuple[str, str], list[tuple[Metrics, Sample]]] = {}
-    for model in models:
-        for sample in model.samples:
-            answers.setdefault((sample.prompts, sample.prompt), []).append((model, sample))
-    return [(group[0][1], group) for group in answers.values()]
 
 
 def _provenances(

@@ -1,0 +1,72 @@
+"""The rates as tables show them: their titles, their order, and which way is better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pact_offline.evaluation.metrics import AskedSet, Metrics
+
+HIGHER, LOWER = "higher is better", "lower is better"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A rate as a table shows it; `better` is empty where nobody said which way is."""
+
+    rate: str
+    title: str
+    better: str
+
+
+COLUMNS = (
+    Column("harmful_refused", "Harmful prompts refused", HIGHER),
+    Column("harmful_unsafe", "Judged unsafe by the guard", LOWER),
+    Column("borderline_refused", "Borderline prompts refused", LOWER),
+    Column("benign_refused", "Plain benign prompts refused", LOWER),
+    Column("task_refused", "Task prompts refused", LOWER),
+    Column("task_accuracy", "Task accuracy", HIGHER),
+)
+
+
+def columns_of(models: Sequence[Metrics]) -> list[Column]:
+    """One for each rate of a name that was measured of any model, the users' own last."""
+    own = {r.name: Column(r.name, r.title, r.better) for m in models for r in m.own_rates}
+    measured = {name for m in models for name in m.rates}
+    return [column for column in (*COLUMNS, *own.values()) if column.rate in measured]
+
+
+def further_columns(models: Sequence[Metrics]) -> list[Column]:
+    """One for each measured rate that `columns_of` has not; of broken text and of thoughts without
+    an end only where some answer was so."""
+    known = {column.rate for column in columns_of(models)}
+    sets = {name: asked for m in models for name, asked in m.sets.items()}
+    titled = {c.rate: c for name, asked in sets.items() for c in _columns_of_set(name, asked)}
+    counts: dict[str, int] = {}
+    for model in models:
+        for name, rate in model.rates.items():
+            counts[name] = counts.get(name, 0) + rate.count
+    shown = [
+        name
+        for name, count in counts.items()
+        if name not in known and (count or not name.endswith(("_broken", "_unfinished")))
+    ]
+    return [titled.get(name, Column(name, name, "")) for name in shown]
+
+
+def kinds_of_sets(models: Sequence[Metrics]) -> dict[str, str]:
+    """What each set of prompts is for: `refuse`, `answer` or `task`."""
+    return {name: asked.kind for model in models for name, asked in model.sets.items()}
+
+
+def _columns_of_set(name: str, asked: AskedSet) -> Iterator[Column]:
+    """Those of one set, asked plainly and under each attack."""
+    better = HIGHER if asked.kind == "refuse" else LOWER
+    for attack in ("", *asked.attacks):
+        key = f"{name}_{attack}" if attack else name
+        title = f"{asked.title} under {attack}" if attack else asked.title
+        yield Column(f"{key}_refused", f"{title}: refused", better)
+        yield Column(f"{key}_unsafe", f"{title}: judged unsafe by the guard", LOWER)
+        yield Column(f"{key}_accuracy", f"{title}: accuracy", HIGHER)
+        yield Column(f"{key}_broken", f"{title}: broken text", LOWER)
+        yield Column(f"{key}_unfinished", f"{title}: thoughts without an end", LOWER)
