@@ -144,6 +144,7 @@ def report(
     from pact_offline.files import read_text
     from pact_offline.report.inputs import read_metrics, read_screening, read_tokens
     from pact_offline.report.page import headline, write_report
+    from pact_offline.report.verdicts import read_verdicts
 
     loaded = read_metrics(metrics)
     write_report(
@@ -155,5 +156,6 @@ def report(
         config_text=read_text(config_file) if config_file else None,
         adapters=adapters,
         screenings=[read_screening(path) for path in screening],
+        verdicts=read_verdicts(metrics, loaded),
     )
     click.echo("\n".join([*headline(loaded), f"report: {output}"]))

@@ -14,10 +14,14 @@ from pact_offline.errors import InputError
 from pact_offline.evaluation.metrics import Metrics, Sample
 from pact_offline.files import written_aside
 from pact_offline.report import numbers, plots
+from pact_offline.report.acceptance import acceptance
 from pact_offline.report.finding import finding
+from pact_offline.report.groups import RESAMPLES, Group, Spread, fronts, group_runs, spread
 from pact_offline.report.inputs import Screened
+from pact_offline.report.paired import pairings
 from pact_offline.report.stage_costs import read_stage_costs
 from pact_offline.report.training_log import read_training_logs, training_panels
+from pact_offline.report.verdicts import Verdicts
 from pact_offline.safety_tokens.file import SafetyTokens
 
 
@@ -58,6 +62,7 @@ def write_report(
     config_text: str | None,
     adapters: Path | None = None,
     screenings: Sequence[Screened] = (),
+    verdicts: Mapping[str, Mapping[str, Verdicts]] | None = None,
 ) -> None:
     """Write the page, whole or not at all.
 
@@ -70,6 +75,7 @@ def write_report(
         config_text: the workflow config as written; None leaves it out.
         adapters: folder of the runs' adapters, whose training is drawn; None leaves it out.
         screenings: of datasets.
+        verdicts: on single prompts, from `read_verdicts`; None leaves out what is made of them.
 
     Raises:
         InputError: no metrics, or the place cannot be written to.
@@ -105,6 +111,7 @@ def write_report(
         evaluation_settings=_compare({m.name: m.settings for m in models if m.settings}),
         provenance=_compare(_provenances(models, safety_tokens)),
         config_text=config_text,
+        **_grouped(models, verdicts or {}),
     )
     with written_aside(output) as aside:
         aside.write_text(page, encoding="utf-8")
@@ -146,6 +153,8 @@ def _environment() -> Environment:
     for name in ("percent", "interval", "small_share", "duration", "memory", "token_text"):
         environment.filters[name] = getattr(numbers, name)
     environment.filters["setting"] = numbers.setting
+    environment.filters["share"] = numbers.share
+    environment.filters["chance"] = numbers.chance
     return environment
 
 
@@ -160,6 +169,39 @@ def _columns(models: Sequence[Metrics]) -> list[Column]:
     own = {r.name: Column(r.name, r.title, r.better) for m in models for r in m.own_rates}
     measured = {name for m in models for name in m.rates}
     return [column for column in (*COLUMNS, *own.values()) if column.rate in measured]
+
+
+def _grouped(
+    models: Sequence[Metrics], verdicts: Mapping[str, Mapping[str, Verdicts]]
+) -> dict[str, Any]:
+    """What the page says of groups of runs, by the names that `groups.html` has for it."""
+    groups, columns = group_runs(models), _columns(models)
+    front = fronts(groups)
+    reference = next((m for m in models if m.is_reference), None)
+    paired = pairings(reference, groups, [column.rate for column in columns], verdicts)
+    return {
+        "acceptance": acceptance(models, groups),
+        "seeds": _seeds(groups, columns, verdicts),
+        "resamples": RESAMPLES,
+        "pairings": paired,
+        "paired_columns": [c for c in columns if any(c.rate in one.changes for one in paired)],
+        "fronts": front,
+        "dominated": {name: other for one in front for name, other in one.dominated.items()},
+        "titles": {column.rate: column.title for column in columns},
+    }
+
+
+def _seeds(
+    groups: Sequence[Group],
+    columns: Sequence[Column],
+    verdicts: Mapping[str, Mapping[str, Verdicts]],
+) -> list[tuple[Group, list[tuple[Column, Spread | None]]]]:
+    """The groups of two or more runs, with each rate that is shown."""
+    return [
+        (group, [(column, spread(group, column.rate, verdicts)) for column in columns])
+        for group in groups
+        if len(group.runs) > 1
+    ]
 
 
 def _date(models: Sequence[Metrics]) -> str:
