@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from conftest import ROOT
 from test_report import HOSTILE, Page, make_metrics, reference
 
 from pact_offline.evaluation.metrics import Metrics, Rate
@@ -347,8 +348,12 @@ def test_the_report_shows_seeds_pairs_front_and_claim(
         "dominated by h",
     ):
         assert shown in page.text, shown
-    rules = [value for name, value in page.attributes if name == "title"]
-    assert any("each of two or more seeds" in rule for rule in rules)
+    titles = [value for name, value in page.attributes if name == "title"]
+    documented = " ".join((ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8").split())
+    rules = [value for value in titles if value.startswith("Yes where ")]
+    assert len(rules) == 7
+    for rule in rules:
+        assert rule.removeprefix("Yes where ").removesuffix(".") in documented
     assert "script" not in page.tags
     assert output.read_text().count('class="dominated"') == 2  # dots
     assert output.read_text() == (run("report", *evaluations, "-o", output), output.read_text())[1]
