@@ -18,7 +18,7 @@ SCREENED = sorted({run.dataset for run in RUNS.values() if needs_targets(run)})
 rule report:
     input:
         reference=rules.evaluate_reference.output,
-        runs=[EVALUATED / "runs" / name for name in CONFIG.runs],
+        runs=[EVALUATED / "runs" / name for name in RUNS],
         screenings=[OUTPUT / "targets" / name / "screen.json" for name in SCREENED],
         tokens=rules.tokens.output,
         config=rules.config_shown.output,
@@ -39,7 +39,7 @@ rule report:
         ),
         metrics=" ".join(
             shlex.quote(str(folder / "metrics.json"))
-            for folder in [EVALUATED / "reference", *(EVALUATED / "runs" / n for n in CONFIG.runs)]
+            for folder in [EVALUATED / "reference", *(EVALUATED / "runs" / n for n in RUNS)]
         ),
     shell:
         "{PACT} report {params.metrics} -o {output.page:q} --title {params.title:q} "

@@ -33,7 +33,7 @@ OUTPUT = Path(CONFIG.output)
 CACHE = CONFIG.cache or str(OUTPUT / "cache")  # a directory or a URL
 IS_DEMO = CONFIG.models.aligned is None
 ALIGNED = str(OUTPUT / "models" / "aligned") if IS_DEMO else CONFIG.models.reference
-RUNS = {name: CONFIG.run(name) for name in CONFIG.runs}
+RUNS = CONFIG.all_runs()
 BASE = str(OUTPUT / "models" / "base") if IS_DEMO else CONFIG.models.base
 # A global in the text of a command, not a parameter: Python's path decides no result, and a
 # checkout that was moved has another.

@@ -201,7 +201,7 @@ def test_a_set_that_nobody_named_is_shown_and_not_judged(
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     text = Page(html).text
     assert "jailbreak_refused" in text
-    assert "Odd-rate" in text
+    assert "odd-rate" in text
     assert "3 of 8" in text
     assert data_of(html)["verdicts"] == [[["answered", None]]]
     (path,) = [save_evaluation(tmp_path / "plain", sft(), given)]

@@ -25,9 +25,9 @@ from pact_offline.files import read_yaml
 from pact_offline.machine import usable_cores
 from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
-from pact_offline.settings.workflow import WorkflowConfig, workflow_schema_text
+from pact_offline.settings.workflow import RunConfig, WorkflowConfig, workflow_schema_text
 
-CONFIGS = ["config.yaml", "sweep.yaml", "study.yaml", "llama-3.1-8b.yaml"]
+CONFIGS = ["config.yaml", "sweep.yaml", "sweep-seeds.yaml", "study.yaml", "llama-3.1-8b.yaml"]
 RUNS = ("sft", "pact", "kept")
 # On tiny models a job's start is most of its time, so one core each lets two run at once.
 ONE_CORE_EACH = [
@@ -354,7 +354,9 @@ def test_configs_that_come_with_the_project_are_valid(name: str) -> None:
     values = read_yaml(ROOT / "stages" / name)
     config = parse_settings(WorkflowConfig, values, name)
     jsonschema.validate(values, yaml.safe_load(workflow_schema_text()))
-    files = [*vars(config.evaluation).values(), config.refusals]
+    sets = dict(config.evaluation)
+    own = [source for source in sets.pop("sets").values() if source != "hub"]
+    files = [*sets.values(), *own, config.refusals]
     for file in files + [file for dataset in config.datasets.values() for file in dataset]:
         assert (ROOT / file).is_file()
 
@@ -375,6 +377,25 @@ def test_the_schema_file_is_up_to_date() -> None:
         ({"runs": {"x": {"dataset": "y"}}}, "runs.x.dataset: expected one of support"),
         ({"runs": {"x": {"kl_weight": -1}}}, "runs.x: kl_weight: expected greater than or equal"),
         ({"runs": {"x": {"klweight": 1}}}, "runs.x: klweight: unknown key"),
+        ({"seeds": []}, "config: seeds: expected at least one seed, found none"),
+        ({"seeds": [1, 2, 1]}, "config: seeds: expected every seed once, found 1 twice"),
+        ({"sweep": {"klweight": [1]}}, "config: sweep: klweight: unknown key"),
+        ({"sweep": {"seed": [1]}}, "config: sweep: seed: expected in `seeds`, found here"),
+        ({"sweep": {"alpha": []}}, "sweep: alpha: expected at least one value, found none"),
+        ({"sweep": {"alpha": [1, "1.0"]}}, "sweep: alpha: expected every value once, found 1.0"),
+        ({"sweep": {"alpha": ["x"]}}, "config: sweep: alpha: expected a valid number"),
+        ({"sweep": {"alpha": 1}}, "config: sweep.alpha: expected a valid tuple, found 1"),
+        ({"sweep": {"objective": ["pact"]}}, "sweep: objective: expected a run to expand, found"),
+        ({"runs": {"x": {"seed": 1}}, "seeds": [1]}, "config: seeds: expected a run to expand"),
+        (
+            {"runs": {"x": {}, "x-seed-1": {"seed": 3}}, "seeds": [1]},
+            "config: runs.x-seed-1: expected a name that no other run has, found x-seed-1 twice",
+        ),
+        (
+            {"runs": {"x": {}}, "sweep": {"objective": ["a/own.py:f", "b/own.py:f"]}},
+            "runs.x: expected a name that no other run has, found x-objective-own.py-f twice",
+        ),
+        ({"runs": {"x" * 60: {}}, "seeds": [10]}, "expected a name of at most 64 characters"),
         ({"models": {"aligned": "a"}}, "models: expected both 'aligned' and 'base'"),
         ({"score_parts": 0}, "score_parts: expected greater than or equal to 1, found 0"),
     ],
@@ -385,6 +406,103 @@ def test_a_bad_config_is_named(change: dict, expected: str) -> None:
         parse_settings(WorkflowConfig, values, "config")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def expanded(**changes: Any) -> dict[str, RunConfig]:
+    values = {**read_yaml(ROOT / "stages" / "config.yaml"), **changes}
+    return parse_settings(WorkflowConfig, values, "config").all_runs()
+
+
+def test_a_sweep_and_seeds_expand_what_a_run_does_not_set() -> None:
+    runs = {"hold": {}, "heavy": {"kl_weight": 4, "seed": 9}, "sft": {"objective": "none"}}
+    found = expanded(
+        runs=runs, seeds=[1, 2], sweep={"objective": ["pact", "confidence"], "kl_weight": [0.5, 1]}
+    )
+    assert [*found] == [
+        *(
+            f"hold-kl_weight-{weight}-objective-{objective}-seed-{seed}"
+            for weight in ("0.5", "1")
+            for objective in ("pact", "confidence")
+            for seed in (1, 2)
+        ),
+        *("heavy-objective-pact", "heavy-objective-confidence", "sft-seed-1", "sft-seed-2"),
+    ]
+    one = found["hold-kl_weight-0.5-objective-pact-seed-2"]
+    assert (one.kl_weight, one.objective, one.seed, one.lora_rank) == (0.5, "pact", 2, 8)
+    assert (found["heavy-objective-pact"].kl_weight, found["heavy-objective-pact"].seed) == (4, 9)
+    assert [*expanded(runs=runs)] == [*runs]
+
+
+def test_what_means_nothing_without_an_objective_is_not_swept() -> None:
+    sweep = {"rehearsal_share": [0, 0.3], "objective": ["none", "pact"], "lora_rank": [4]}
+    assert [*expanded(runs={"x": {}}, sweep=sweep)] == [
+        "x-lora_rank-4-objective-none",
+        "x-lora_rank-4-objective-pact-rehearsal_share-0",
+        "x-lora_rank-4-objective-pact-rehearsal_share-0.3",
+    ]
+
+
+def test_a_run_keeps_its_name_and_settings_whatever_else_is_swept() -> None:
+    few = expanded(runs={"x": {}}, seeds=[2, 1], sweep={"alpha": [1], "kl_weight": [1, 2]})
+    more = expanded(
+        runs={"y": {}, "x": {}},
+        seeds=[1, 2, 3],
+        sweep={"kl_weight": [0.5, 2, 1], "alpha": ["1", 1.5e-5]},
+    )
+    assert len(more) == 36
+    assert {name: more[name] for name in few} == few
+    assert "x-alpha-1.5e-05-kl_weight-0.5-seed-3" in more
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "name"),
+    [
+        ("lora_modules", ["q_proj", "v_proj"], "lora_modules-q_proj-v_proj"),
+        ("packing", True, "packing-true"),
+        ("load_in", None, "load_in-null"),
+        ("learning_rate", "1e-4", "learning_rate-0.0001"),
+        ("alpha", 0.1234567891, "alpha-0.1234567891"),
+        ("objective", "some where/my own.py:gap", "objective-my-own.py-gap"),
+    ],
+)
+def test_any_value_makes_a_name_of_a_file(setting: str, value: Any, name: str) -> None:
+    assert [*expanded(runs={"x": {}}, sweep={setting: [value]})] == [f"x-{name}"]
+
+
+@pytest.mark.workflow
+def test_a_sweep_plans_a_training_and_an_evaluation_a_run(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("")
+    few = few_rows(tmp_path)
+    config = {
+        **few,
+        "rehearsal": {"prompts": ["benign.jsonl"]},
+        "runs": {"hold": {}, "sft": {"objective": "none"}},
+        "sweep": {"kl_weight": [0.5, 2], "objective": ["pact", "own.py:f"]},
+        "seeds": [1, 2],
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    planned = plan(path, "--printshellcmds")
+    assert planned.count("rule finetune:") == planned.count("rule evaluate:") == 10
+    assert "wildcards: run=hold-kl_weight-0.5-objective-own.py-f-seed-2" in planned
+    assert "--objective own.py:f --kl-weight 2.0 " in planned
+    assert planned.count("rule score_part:") == 1  # one cache
+    assert "evaluation/runs/sft-seed-1/metrics.json" in planned
+
+
+@pytest.mark.workflow
+def test_another_seed_trains_only_itself(moved: Path) -> None:
+    config = with_runs(moved, seeded={"objective": "none"})
+    values = read_yaml(config)
+    values["runs"]["kept"]["seed"] = values["runs"]["pact"]["seed"] = 42
+    values["runs"]["sft"]["seed"] = 42  # the default, which trains nothing again
+    config.write_text(yaml.safe_dump({**values, "seeds": [1]}))
+    made = snakemake(config, str(Path("out put", "adapters", "seeded-seed-1")), *ONE_CORE_EACH)
+    assert made.returncode == 0, made.stderr[-4000:]
+    config.write_text(yaml.safe_dump({**values, "seeds": [3, 1]}))
+    planned = plan(config)
+    assert planned.count("rule finetune:") == 1
+    assert "wildcards: run=seeded-seed-3" in planned
 
 
 def test_a_bad_config_stops_the_workflow_with_one_line(tmp_path: Path) -> None:
@@ -468,6 +586,7 @@ def test_files_of_a_config_are_found_here_or_else_beside_the_snakefile(
         "models": {"aligned": "models/beside", "base": "models/here"},
         "datasets": {"few": ["rows.jsonl", "hub:o/rows", str(beside / "rows.jsonl")]},
         "runs": {"own": {"objective": "own.py:loss", "seed": 1}, "pact": {}},
+        "sweep": {"objective": ["none", "own.py:loss"]},
         "evaluate": {"guard": "meta-llama/Llama-Guard-3-8B"},
     }
     config = located(parse_settings(WorkflowConfig, values, "config"), beside)
@@ -481,6 +600,7 @@ def test_files_of_a_config_are_found_here_or_else_beside_the_snakefile(
     assert config.evaluation.task == str(beside / "task.jsonl")
     assert config.run("own").objective == f"{beside / 'own.py'}:loss"
     assert config.run("own").seed == 1
+    assert config.run("pact-objective-own.py-loss").objective == f"{beside / 'own.py'}:loss"
     assert config.evaluate.guard == "meta-llama/Llama-Guard-3-8B"
     assert config.evaluate.model_fields_set == {"guard"}  # the rest is the machine's own
 

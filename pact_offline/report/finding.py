@@ -28,7 +28,7 @@ def finding(metrics: Sequence[Metrics]) -> str:
     measured = [m for m in metrics if "harmful_refused" in m.rates]
     reference = next((m for m in measured if m.is_reference), None)
     plain, others = _of_one_dataset([m for m in measured if not m.is_reference])
-    best = max(others, key=_kept_apart, default=None)
+    best = named(metrics)
     if plain is None and best is None:
         return _reference_alone(reference)
     if best is None:
@@ -45,6 +45,12 @@ def finding(metrics: Sequence[Metrics]) -> str:
         )
     sentence = f"{_after_plain(plain, reference)}; {_against_plain(name, best, plain)}"
     return f"{sentence}{_accuracy(best, plain)}{cost}."
+
+
+def named(metrics: Sequence[Metrics]) -> Metrics | None:
+    """The run that the finding is about; None where no run but plain ones was measured."""
+    runs = [m for m in metrics if "harmful_refused" in m.rates and not m.is_reference]
+    return max(_of_one_dataset(runs)[1], key=_kept_apart, default=None)
 
 
 def _of_one_dataset(runs: Sequence[Metrics]) -> tuple[Metrics | None, list[Metrics]]:

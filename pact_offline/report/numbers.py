@@ -21,6 +21,11 @@ def share(value: float, digits: int = 0) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
+def chance(p: float) -> str:
+    """A p-value: `p 0.021`, `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p {p:.2g}"
+
+
 def interval(rate: Rate) -> str:
     """The 95 % interval, `1–10 %`."""
     digits = int(rate.total > 100)

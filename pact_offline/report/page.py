@@ -24,11 +24,13 @@ from pact_offline.report.answers import Answer
 from pact_offline.report.columns import columns_of, further_columns, kinds_of_sets
 from pact_offline.report.contents import with_contents
 from pact_offline.report.finding import finding
+from pact_offline.report.grouped import grouped
 from pact_offline.report.inputs import Screened
 from pact_offline.report.otherwise import Otherwise
 from pact_offline.report.samples import samples_of
 from pact_offline.report.stage_costs import read_stage_costs
 from pact_offline.report.training_log import read_training_logs, training_panels
+from pact_offline.report.verdicts import verdicts_by_rate
 from pact_offline.safety_tokens.file import SafetyTokens
 
 
@@ -64,7 +66,8 @@ def write_report(
         config_text: the workflow config as written; None leaves it out.
         adapters: folder of the runs' adapters, whose training is drawn; None leaves it out.
         screenings: of datasets.
-        answers: by name of the model, all of them to be searched; None leaves the section out.
+        answers: by name of the model, all of them to be searched, and for what is said of single
+            prompts; None leaves these sections out.
         others: evaluations from elsewhere, below the table; the finding does not know them.
 
     Raises:
@@ -107,6 +110,7 @@ def write_report(
         evaluation_settings=_compare({m.name: m.settings for m in models if m.settings}),
         provenance=_compare(_provenances(models, safety_tokens)),
         config_text=config_text,
+        **grouped(models, verdicts_by_rate(answers or {}, models)),
     )
     with written_aside(output) as aside:
         aside.write_bytes(page.encode("utf-8", "replace"))  # half of a surrogate pair is no text
@@ -149,6 +153,8 @@ def _environment() -> Environment:
         environment.filters[name] = getattr(numbers, name)
     environment.filters["setting"] = numbers.setting
     environment.filters["with_contents"] = with_contents
+    environment.filters["share"] = numbers.share
+    environment.filters["chance"] = numbers.chance
     return environment
 
 

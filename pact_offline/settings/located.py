@@ -77,6 +77,7 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
             "tokens": placed(config.tokens, chat("tokens", config.tokens)),
             "score": placed(config.score, chat("score", config.score)),
             "training": each(own, "training", config.training) | chat("training", config.training),
+            "sweep": each(own, "sweep", config.sweep),
             "runs": {
                 name: each(own, f"runs.{name}", run) | chat(f"runs.{name}", run)
                 for name, run in config.runs.items()

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import (
     Field,
+    field_validator,
     model_validator,
 )
 
+from pact_offline.errors import SettingError
 from pact_offline.own_code import installed_names, is_own
 from pact_offline.settings.parse import Settings, parse_settings
 from pact_offline.settings.stages import (
@@ -26,6 +28,7 @@ from pact_offline.settings.stages import (
     ScoreSettings,
     TokensSettings,
 )
+from pact_offline.settings.sweep import RUN_NAME, expand
 
 
 class AlignData(Settings):
@@ -89,7 +92,8 @@ class EvaluationData(Settings):
 
 
 _CHAT = ("chat_template", "chat_template_kwargs", "system_role", "assistant_header")
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+RunName = Annotated[str, Field(pattern=RUN_NAME)]
+Seed = Annotated[int, Field(ge=0)]
 
 
 class RunConfig(FinetuneSettings):
@@ -161,6 +165,17 @@ class WorkflowConfig(Settings):
     runs: dict[RunName, dict[str, Any]] = Field(
         min_length=1, description="Name to dataset and training settings of one run."
     )
+    seeds: tuple[Seed, ...] | None = Field(
+        None,
+        description="Every run that sets no `seed` is trained once with each of these, as "
+        "NAME-seed-SEED. Null: every run once.",
+    )
+    sweep: dict[str, tuple[Any, ...]] = Field(
+        {},
+        description="Training setting to list of values: every run that does not set it is trained "
+        "with each value, as NAME-SETTING-VALUE; of several settings, with each combination. With "
+        "the objective none, settings that only an objective reads are not swept.",
+    )
     evaluation: EvaluationData = Field(description="What the models are judged on.")
     evaluate: EvaluateSettings = Field(
         default_factory=EvaluateSettings, description="How answers are made and judged."
@@ -187,6 +202,21 @@ class WorkflowConfig(Settings):
         }
         return {**values, **merged}
 
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return seeds if seeds is None else _distinct(seeds, "seed")
+
+    @field_validator("sweep")
+    @classmethod
+    def _checked_values(cls, sweep: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        if "seed" in sweep:
+            raise ValueError("seed: expected in `seeds`, found here")
+        return {
+            key: _distinct(tuple(_setting(key, v) for v in values), "value", f"{key}: ")
+            for key, values in sweep.items()
+        }
+
     @model_validator(mode="after")
     def _names_agree(self) -> WorkflowConfig:
         aligned, base = self.models.aligned, self.models.base
@@ -203,10 +233,10 @@ class WorkflowConfig(Settings):
             )
         if aligned is None and self.realign and self.align_data is None:
             raise ValueError("'align_data' is needed to make the demo's reference model anew")
-        if "reference" in self.runs:
+        runs = self.all_runs()
+        if "reference" in runs:
             raise ValueError("runs.reference: this name stands for the reference model itself")
-        for name in self.runs:
-            run = self.run(name)
+        for name, run in runs.items():
             dataset = run.dataset
             if run.objective not in BUILT_IN_OBJECTIVES and not is_own("objective", run.objective):
                 known = ", ".join([*BUILT_IN_OBJECTIVES, *installed_names("objective")])
@@ -237,9 +267,38 @@ class WorkflowConfig(Settings):
                         "`rows` sets it for every stage"
                     )
 
+    def all_runs(self) -> dict[str, RunConfig]:
+        """Every run to train by name, expanded along `sweep` and `seeds`.
+
+        Its settings are its own and the swept ones, over `training`, over the defaults.
+        """
+        expanded = expand(self.runs, self.training, self.sweep, self.seeds or ())
+        return {
+            name: parse_settings(RunConfig, {**self.training, **own}, f"runs.{name}")
+            for name, own in expanded.items()
+        }
+
     def run(self, name: str) -> RunConfig:
-        """Settings of one run: its own over `training` over the defaults."""
-        return parse_settings(RunConfig, {**self.training, **self.runs[name]}, f"runs.{name}")
+        """Settings of one of `all_runs`."""
+        return self.all_runs()[name]
+
+
+def _setting(key: str, value: Any) -> Any:
+    """A swept value as the training setting that it is for."""
+    try:
+        run = parse_settings(RunConfig, {"dataset": "any", key: value}, "")
+    except SettingError as error:
+        raise ValueError(str(error).removeprefix(": ")) from None
+    return getattr(run, key)
+
+
+def _distinct(values: tuple[Any, ...], what: str, place: str = "") -> tuple[Any, ...]:
+    if not values:
+        raise ValueError(f"{place}expected at least one {what}, found none")
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"{place}expected every {what} once, found {value!r:.60} twice")
+    return values
 
 
 def workflow_schema_text() -> str:
@@ -251,6 +310,10 @@ def workflow_schema_text() -> str:
     training = {"type": "object", "additionalProperties": False, "properties": run["properties"]}
     properties = schema["properties"]
     properties["training"] |= training
+    properties["sweep"] |= {
+        "propertyNames": {"enum": [key for key in run["properties"] if key != "seed"]},
+        "additionalProperties": {"type": "array", "minItems": 1},
+    }
     properties["runs"]["patternProperties"] = dict.fromkeys(
         properties["runs"]["patternProperties"], training
     )
