@@ -77,6 +77,7 @@ def make_metrics(
         "answers_sha256": f"answers of {name}",
         "reference_sha256": None if is_reference else "answers of reference",
         "own_rates": [],
+        "agreement": [],
         "sets": {
             name: AskedSet(title=name.capitalize(), kind=kind, prompts=100, attacks=[])
             for name, kind in OUR_SETS.items()

@@ -569,6 +569,44 @@ def test_hub_data_and_code_of_ones_own_reach_every_command(tmp_path: Path) -> No
     assert any("objective.py" in line for line in inputs)
 
 
+def test_the_published_protocol_is_planned_whole(tmp_path: Path) -> None:
+    (tmp_path / "protocol").mkdir()
+    config = read_yaml(ROOT / "stages" / "pact-paper.yaml")
+    files = {file for files in config["datasets"].values() for file in files}
+    for file in (*files, config["evaluation"]["task"]):
+        if not (ROOT / file).exists():
+            write_rows(tmp_path / file, [{"prompt": "Where is it?", "response": "Shipping"}])
+    planned = plan(ROOT / "stages" / "pact-paper.yaml", "--printshellcmds", directory=tmp_path)
+    runs = len(config["runs"]) * len(config["seeds"])
+    assert planned.count("rule finetune:") == planned.count("rule evaluate:") == runs
+    assert planned.count("rule targets:") == 4
+    for option in ("--set strongreject=hub", "--set xstest-safe=hub", "--prefill 5,20",
+                   "--max-new-tokens 1024", "--guard meta-llama/Llama-Guard-3-8B"):  # fmt: skip
+        assert option in planned
+
+
+@pytest.mark.parametrize(
+    ("sets", "line"),
+    [
+        ({"jokes": "rows.jsonl"}, "evaluation.sets.jokes: expected jokes:KIND with one of"),
+        ({"jokes:answer": "hub"}, "evaluation.sets.jokes:answer: expected NAME:KIND=SOURCE or one"),
+        ({"harmbench": "nowhere.csv"}, "evaluation.sets.harmbench: expected a file here or in"),
+    ],
+)
+def test_a_bad_set_stops_the_workflow_before_any_work(
+    sets: dict[str, str], line: str, tmp_path: Path
+) -> None:
+    values = few_rows(tmp_path)
+    values["evaluation"]["sets"] = sets
+    values["runs"] = {"sft": {"objective": "none"}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    made = snakemake(path, "--dry-run")
+    assert made.returncode != 0
+    assert [text for text in made.stderr.splitlines() if line in text]
+    assert "Traceback" not in made.stderr
+
+
 def test_files_of_a_config_are_found_here_or_else_beside_the_snakefile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,9 @@ from pact_offline.errors import InputError
 from pact_offline.evaluation.answers import Answer, KeptAnswers, answer_all
 from pact_offline.evaluation.attacks import Attack, attacks_of
 from pact_offline.evaluation.drift import compare, confidences_by_step
+from pact_offline.evaluation.endpoint import EndpointJudge, load_endpoint
 from pact_offline.evaluation.guards import Guard, find_guard
+from pact_offline.evaluation.judged import Judged, agreement_of_judges, judge_all
 from pact_offline.evaluation.judges import Judge, load_judge
 from pact_offline.evaluation.metrics import METRICS_FILE, AskedSet, Metrics, Sample
 from pact_offline.evaluation.prompt_sets import PromptSet, read_prompts
@@ -91,13 +93,13 @@ def evaluate(
     answers = answer_all(model, plan.chat, plan.sets, plan.attacks, settings, plan.judge, kept)
     confidences = _confidences(model, plan, answers, settings)
     del model
-    unsafe = _unsafe(plan.guard, answers, settings)
+    judged = judge_all(answers, plan.guard, plan.endpoint, settings.dtype)
     harmful = _plain_harmful(answers)
     drift = None
     if confidences is not None and plan.tokens is not None and plan.baseline is not None:
         assert plan.baseline.confidences is not None
         drift = compare(plan.baseline.confidences, confidences, plan.tokens, len(harmful))
-    files = _files(answers, confidences, unsafe)
+    files = _files(answers, confidences, judged)
     metrics = Metrics(
         name=name,
         is_reference=plan.baseline is None and plan.subject.tuned is None,
@@ -115,8 +117,9 @@ def evaluate(
             )
             for one in plan.sets.values()
         },
-        rates=count_rates(answers, plan.rates, unsafe),
+        rates=count_rates(answers, plan.rates, judged),
         own_rates=[rate.facts for rate in plan.rates],
+        agreement=agreement_of_judges(answers, judged),
         drift=drift,
         samples=_samples(answers),
         run=plan.subject.run,
@@ -125,6 +128,7 @@ def evaluate(
             **plan.judge.facts,
             "guard": settings.guard,
             **({"guard_format": plan.guard.kind} if plan.guard else {}),
+            **({"endpoint": plan.endpoint.facts} if plan.endpoint else {}),
         },
         provenance=provenance(),
     )
@@ -145,6 +149,7 @@ class _Plan:
     judge: Judge
     rates: list[OwnRateFunction]
     guard: Guard | None
+    endpoint: EndpointJudge | None
     made_from: MadeFrom
     baseline: Reference | None
 
@@ -158,7 +163,7 @@ def _prepare(
     settings: EvaluateSettings,
     reference: Path | None,
 ) -> _Plan:
-    judge = load_judge(settings.judge)
+    judge, endpoint = load_judge(settings.judge), load_endpoint(settings)
     sets = read_prompts(sources, further, settings.columns)
     subject = find_subject(model, adapter)
     chat = chat_of(str(subject.folder), settings)
@@ -181,7 +186,11 @@ def _prepare(
         template=chat.template_sha256,
         adapter=subject.tuned.sha256 if subject.tuned else None,
         safety_tokens=tokens.digest if tokens else None,
-        code={"refusals": judge.content, **{rate.facts.name: rate.facts.content for rate in rates}},
+        code={
+            "refusals": judge.content,
+            **({"the endpoint": endpoint.content} if endpoint else {}),
+            **{rate.facts.name: rate.facts.content for rate in rates},
+        },
         settings=settings.model_dump(mode="json", include=_DECIDING),
     )
     baseline = None if reference is None else read_reference(reference, made_from)
@@ -196,7 +205,9 @@ def _prepare(
             "measured",
             subject.tuned.folder,
         )
-    return _Plan(subject, chat, sets, attacks, tokens, judge, rates, guard, made_from, baseline)
+    return _Plan(
+        subject, chat, sets, attacks, tokens, judge, rates, guard, endpoint, made_from, baseline
+    )
 
 
 def _check_prompts(sets: Mapping[str, PromptSet], attacks: Sequence[Attack], chat: Chat) -> None:
@@ -214,21 +225,6 @@ def _check_prompts(sets: Mapping[str, PromptSet], attacks: Sequence[Attack], cha
 
 def _plain_harmful(answers: Sequence[Answer]) -> list[Answer]:
     return [one for one in answers if one.prompts == "harmful" and one.attack is None]
-
-
-def _unsafe(
-    guard: Guard | None, answers: Sequence[Answer], settings: EvaluateSettings
-) -> dict[int, bool | None]:
-    """The guard's verdicts on answers to prompts that are to be refused, by position."""
-    judged = [
-        at for at, one in enumerate(answers) if one.kind == "refuse" and not one.is_unfinished
-    ]
-    if guard is None or not judged:
-        return {}
-    prompts = [answers[at].prompt for at in judged]
-    texts = [answers[at].whole for at in judged]
-    verdicts = guard.verdicts(prompts, texts, settings.dtype)
-    return {at: verdict.unsafe for at, verdict in zip(judged, verdicts, strict=True)}
 
 
 def _confidences(
@@ -263,7 +259,7 @@ def _samples(answers: Sequence[Answer]) -> list[Sample]:
 
 
 def _files(
-    answers: Sequence[Answer], confidences: np.ndarray | None, unsafe: Mapping[int, bool | None]
+    answers: Sequence[Answer], confidences: np.ndarray | None, judged: Mapping[int, Judged]
 ) -> dict[str, str]:
     """The text of each file beside metrics.json."""
     lines = [
@@ -277,7 +273,7 @@ def _files(
             **({"unfinished": True} if answer.is_unfinished else {}),
             **({"attack": answer.attack} if answer.attack else {}),
             **({"begun": answer.begun} if answer.begun else {}),
-            **({"unsafe": unsafe[at]} if at in unsafe else {}),
+            **(judged[at].facts if at in judged else {}),
             **({"expected": answer.row.response} if answer.row.response else {}),
         }
         for at, answer in enumerate(answers)

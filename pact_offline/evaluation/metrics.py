@@ -87,6 +87,24 @@ class AskedSet(_Frozen):
     attacks: list[str]
 
 
+class Agreement(_Frozen):
+    """How far two judges agree on the same answers.
+
+    Attributes:
+        question: `refused` or `unsafe`.
+        judges: their names.
+        answers: that both have a verdict on.
+        agree: of these, with the same one.
+        kappa: Cohen's; None where chance alone agrees.
+    """
+
+    question: str
+    judges: tuple[str, str]
+    answers: int
+    agree: int
+    kappa: float | None
+
+
 class Sample(_Frozen):
     """One answer, to show; `prompts` names its set."""
 
@@ -127,8 +145,10 @@ class Metrics(_Frozen):
         sets: the sets of prompts, by name.
         rates: what was counted, by name: of each set `NAME_refused`, `NAME_broken` (garbled text)
             and `NAME_unfinished` (thoughts without an end), of a task `NAME_accuracy`, of one that
-            is to be refused `NAME_unsafe` (by the guard); under an attack `NAME_ATTACK_refused`.
+            is to be refused `NAME_unsafe` (by the guard), `NAME_endpoint_unsafe` and
+            `NAME_endpoint_refused` (by the judge at an endpoint); under an attack of NAME_ATTACK.
         own_rates: those of `rates` that the user's own functions count.
+        agreement: of every two judges of a question, over all answers that both judged.
         drift: against the reference; None for the reference itself, and where not measured.
         samples: the same prompts for every model, in the same order.
         run: settings of the fine-tuning run (from the adapter), empty for the reference.
@@ -147,6 +167,7 @@ class Metrics(_Frozen):
     sets: dict[str, AskedSet]
     rates: dict[str, Rate]
     own_rates: list[OwnRate]
+    agreement: list[Agreement]
     drift: Drift | None
     samples: list[Sample]
     run: dict[str, Any]

@@ -9,12 +9,11 @@ from types import MappingProxyType
 from pact_offline.errors import SettingError
 from pact_offline.evaluation.answers import Answer
 from pact_offline.evaluation.attacks import Attack
+from pact_offline.evaluation.judged import JUDGED_RATES, Judged
 from pact_offline.evaluation.metrics import OwnRate, Rate
 from pact_offline.evaluation.prompt_sets import PromptSet
 from pact_offline.own_code import content_of, load_verdict
 from pact_offline.settings.stages import EvaluateSettings
-
-Unsafe = Mapping[int, bool | None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def load_rates(
 
 def rate_names(sets: Mapping[str, PromptSet], attacks: Sequence[Attack]) -> set[str]:
     """Names that the rates of sets may have."""
-    counted = ("refused", "broken", "unfinished", "accuracy", "unsafe")
+    counted = ("refused", "broken", "unfinished", "accuracy", *JUDGED_RATES)
     return {
         f"{asked}_{what}"
         for name in sets
@@ -79,14 +78,15 @@ def rate_names(sets: Mapping[str, PromptSet], attacks: Sequence[Attack]) -> set[
 def count_rates(
     answers: Sequence[Answer],
     own: Sequence[OwnRateFunction] = (),
-    unsafe: Unsafe = MappingProxyType({}),
+    judged: Mapping[int, Judged] = MappingProxyType({}),
 ) -> dict[str, Rate]:
     """What is counted over answers.
 
     Args:
         answers: to sets of prompts, also under attacks.
         own: the user's own rates.
-        unsafe: verdicts of a guard, by the position of their answer; None is left out.
+        judged: verdicts of further judges, by the position of their answer; where one says nothing,
+            it is not counted.
     """
     groups: dict[tuple[str, str | None], list[int]] = {}
     for at, answer in enumerate(answers):
@@ -96,9 +96,10 @@ def count_rates(
         asked = f"{name}_{attack}" if attack else name
         of_set = [answers[at] for at in places]
         rates[f"{asked}_refused"] = _share(answer.refused for answer in of_set)
-        judged = [unsafe[at] for at in places if unsafe.get(at) is not None]
-        if judged:
-            rates[f"{asked}_unsafe"] = _share(judged)
+        for what, read in JUDGED_RATES.items():
+            said = [read(judged[at]) for at in places if at in judged]
+            if known := [verdict for verdict in said if verdict is not None]:
+                rates[f"{asked}_{what}"] = _share(known)
         if of_set[0].kind == "task":
             rates[f"{asked}_accuracy"] = _share(answer.correct for answer in of_set)
         rates[f"{asked}_broken"] = _share(answer.broken is not None for answer in of_set)

@@ -67,6 +67,8 @@ def _columns_of_set(name: str, asked: AskedSet) -> Iterator[Column]:
         title = f"{asked.title} under {attack}" if attack else asked.title
         yield Column(f"{key}_refused", f"{title}: refused", better)
         yield Column(f"{key}_unsafe", f"{title}: judged unsafe by the guard", LOWER)
+        yield Column(f"{key}_endpoint_unsafe", f"{title}: judged unsafe by the endpoint", LOWER)
+        yield Column(f"{key}_endpoint_refused", f"{title}: refused, by the endpoint", better)
         yield Column(f"{key}_accuracy", f"{title}: accuracy", HIGHER)
         yield Column(f"{key}_broken", f"{title}: broken text", LOWER)
         yield Column(f"{key}_unfinished", f"{title}: thoughts without an end", LOWER)

@@ -92,6 +92,7 @@ def write_report(
         further=further_columns(every),
         others=[*others],
         judges=_judges(models),
+        agreement=[(m.name, found) for m in models for found in m.agreement],
         own_rates={rate.name: rate for m in models for rate in m.own_rates},
         scatter=plots.scatter(models, styles),
         totals=plots.total_panels(models, styles),

@@ -26,6 +26,7 @@ GuardFormat = Literal["auto", "llama-guard", "shieldgemma", "granite-guardian", 
 
 BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
 BUILT_IN_JUDGE = "phrases"
+BUILT_IN_RUBRIC = "rubric"
 # What a row's forms read; known without importing them.
 COLUMNS = (
     "messages", "role", "content", "conversations", "prompt", "response", "completion",
@@ -421,6 +422,18 @@ class EvaluateSettings(ChatSettings):
         "auto",
         description="How the guard model is asked: auto (by its name and template), llama-guard, "
         "shieldgemma, granite-guardian or wildguard.",
+    )
+    endpoint: str | None = Field(
+        None,
+        description="URL of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1, whose "
+        "model also judges the answers to prompts that are to be refused; its key stands in the "
+        "environment, as PACT_OFFLINE_API_KEY.",
+    )
+    endpoint_model: str | None = Field(None, description="Name of the judge's model there.")
+    endpoint_prompt: str = Field(
+        BUILT_IN_RUBRIC,
+        description="What it is asked: rubric (in the form of StrongREJECT's), or a YAML file of "
+        "that form.",
     )
     prefill: tuple[str, ...] = Field(
         (),

@@ -233,6 +233,12 @@ class WorkflowConfig(Settings):
             )
         if aligned is None and self.realign and self.align_data is None:
             raise ValueError("'align_data' is needed to make the demo's reference model anew")
+        asked = self.evaluation.model_dump()
+        checks = [name for name in ("harmful", "benign", "task") if asked[name] is None]
+        if aligned is None and self.realign and checks:
+            raise ValueError(
+                f"evaluation.{checks[0]}: needed to check the demo's reference model that is made"
+            )
         runs = self.all_runs()
         if "reference" in runs:
             raise ValueError("runs.reference: this name stands for the reference model itself")
