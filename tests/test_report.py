@@ -14,7 +14,15 @@ import pytest
 from click.testing import Result
 
 from pact_offline.errors import InputError
-from pact_offline.evaluation.metrics import AskedSet, Drift, Metrics, Rate, Sample, TokenCurve
+from pact_offline.evaluation.metrics import (
+    Agreement,
+    AskedSet,
+    Drift,
+    Metrics,
+    Rate,
+    Sample,
+    TokenCurve,
+)
 from pact_offline.evaluation.prompt_sets import OUR_SETS
 from pact_offline.made_from import MadeFrom
 from pact_offline.report.finding import finding
@@ -574,3 +582,15 @@ def test_what_was_not_measured_has_no_column_and_no_line(tmp_path: Path) -> None
     assert headline([only]) == ["benign prompts refused   sft 10 %"]
     assert finding([only]) == "Refusals of harmful prompts were not measured."
     assert headline([sft(rates={})]) == []
+
+
+def test_how_far_judges_agree_is_shown(tmp_path: Path) -> None:
+    both = ("refusals", "endpoint")
+    found = [
+        Agreement(question="refused", judges=both, answers=40, agree=30, kappa=0.25),
+        Agreement(question="unsafe", judges=("guard", "endpoint"), answers=9, agree=9, kappa=None),
+    ]
+    text = Page(render(tmp_path, [reference(), sft(agreement=found)])).text
+    assert "sft refused refusals, endpoint 40 75 % 0.25" in text
+    assert "sft unsafe guard, endpoint 9 100 % –" in text
+    assert "How far judges agree" not in Page(render(tmp_path, [reference(), sft()])).text

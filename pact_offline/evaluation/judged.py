@@ -26,6 +26,8 @@ class Judged:
         found: dict[str, Any] = {}
         if self.guard is not None:
             found["unsafe"] = self.guard.unsafe
+            if self.guard.refused is not None:
+                found["guard_refused"] = self.guard.refused
         if self.endpoint is not None:
             found["endpoint_refused"] = self.endpoint.refused
             found["endpoint_score"] = self.endpoint.score
