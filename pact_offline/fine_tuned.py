@@ -13,7 +13,7 @@ from pact_offline.files import read_json, sha256_file
 from pact_offline.folders import RUN_FILE
 from pact_offline.models.locate import ModelFiles, locate_model
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FACTS = ("model", "model_identity", "settings", "metrics", "rows", "targets_sha256")
 
 
@@ -43,12 +43,12 @@ class FineTuned:
         """
         if not folder.is_dir():
             raise MissingFileError(f"{folder}: no such adapter directory")
-        is_whole = (folder / "config.json").is_file() and not (folder / _CONFIG).is_file()
+        is_whole = (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
         if is_whole:
             files = locate_model(str(folder)).identity
         else:
             _require_lora(folder)
-            files = {name: sha256_file(folder / name) for name in (_CONFIG, _WEIGHTS)}
+            files = {name: sha256_file(folder / name) for name in (CONFIG, WEIGHTS)}
         text = "".join(f"{name} {checksum}\n" for name, checksum in sorted(files.items()))
         digest = hashlib.sha256(text.encode()).hexdigest()
         return cls(folder, is_whole, read_facts(folder), digest)
@@ -80,7 +80,7 @@ class FineTuned:
             try:
                 policy = PeftModel.from_pretrained(model, str(self.folder))
                 if not any(isinstance(module, LoraLayer) for module in policy.modules()):
-                    raise ValueError(f"{_CONFIG} names no module of the model")
+                    raise ValueError(f"{CONFIG} names no module of the model")
                 is_partial = any("missing adapter keys" in str(one.message) for one in said)
                 stays = getattr(model, "is_quantized", False) or _adapts_tied(policy)
                 merged = policy.eval() if stays else policy.merge_and_unload().eval()
@@ -90,7 +90,7 @@ class FineTuned:
                 ) from None
         if is_partial:
             raise InputError(
-                f"{self.folder / _WEIGHTS}: expected weights of every module that {_CONFIG} names, "
+                f"{self.folder / WEIGHTS}: expected weights of every module that {CONFIG} names, "
                 "found modules without"
             )
         return merged
@@ -127,29 +127,28 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
 
 def _require_lora(folder: Path) -> None:
     """Refuse what is no LoRA adapter in safetensors: pickled weights would run code."""
-    if not (folder / _CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         raise InputError(
-            f"{folder}: expected a peft adapter ({_CONFIG}), or a model (config.json), found "
-            "neither"
+            f"{folder}: expected a peft adapter ({CONFIG}), or a model (config.json), found neither"
         )
-    if not (folder / _WEIGHTS).is_file():
+    if not (folder / WEIGHTS).is_file():
         found = sorted(path.name for path in folder.glob("adapter_model*"))
         raise InputError(
-            f"{folder}: expected weights as {_WEIGHTS}, found {', '.join(found) or 'none'}; no "
+            f"{folder}: expected weights as {WEIGHTS}, found {', '.join(found) or 'none'}; no "
             "other form is loaded"
         )
-    config = read_json(folder / _CONFIG)
+    config = read_json(folder / CONFIG)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise InputError(f"{folder / _CONFIG}: peft_type: expected 'LORA', found {kind!r:.40}")
+        raise InputError(f"{folder / CONFIG}: peft_type: expected 'LORA', found {kind!r:.40}")
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / _WEIGHTS, framework="numpy") as weights:
+        with safe_open(folder / WEIGHTS, framework="numpy") as weights:
             names = list(weights.keys())
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{folder / _WEIGHTS}: expected safetensors, found: {first_line(error)}"
+            f"{folder / WEIGHTS}: expected safetensors, found: {first_line(error)}"
         ) from None
     if not any("lora_" in name for name in names):
-        raise InputError(f"{folder / _WEIGHTS}: expected LoRA weights, found none")
+        raise InputError(f"{folder / WEIGHTS}: expected LoRA weights, found none")

@@ -84,7 +84,7 @@ def save_merged(
             f"that are the LM head of {model.name} too; use it as it is"
         )
     make_savable(merged, model.name)
-    kept = getattr(torch, dtype) if dtype else _own_dtype(model.path)
+    kept = getattr(torch, dtype) if dtype else own_dtype(model.path)
     merged.to(kept).save_pretrained(folder, safe_serialization=True)
     tokenizer = load_tokenizer(str(model.path))
     if (tuned.folder / "chat_template.jinja").is_file():  # what it was trained with
@@ -92,7 +92,8 @@ def save_merged(
     tokenizer.save_pretrained(folder)
 
 
-def _own_dtype(folder: Path) -> Any:
+def own_dtype(folder: Path) -> Any:
+    """The torch dtype that a model's weights are saved in; float32 where its config says none."""
     import torch
     from transformers import AutoConfig
 

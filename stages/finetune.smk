@@ -13,7 +13,7 @@ def needs_targets(run):
 
 def rehearses(run):
     """Whether a run mixes the reference's own answers in."""
-    is_held = run.objective != "none" and run.reference != "live"
+    is_held = run.objective not in HOLD_NOTHING and run.reference != "live"
     is_meant = run.objective != "pact" or "rehearsal_share" in run.model_fields_set
     return CONFIG.rehearsal is not None and is_held and is_meant and run.rehearsal_share > 0
 
@@ -92,3 +92,35 @@ rule finetune:
         "OMP_NUM_THREADS={threads} {PACT} finetune --model {params.model:q} {params.rows} "
         "{params.targets} -o {output:q} {params.settings} {resources.means} "
         "2>&1 | tee -i {log:q} >&2"
+
+
+PROJECTED = CONFIG.projected_runs()
+
+
+ruleorder: safe_lora > finetune
+
+
+# A projection trains nothing: it is made of the adapter of another run.
+rule safe_lora:
+    input:
+        adapter=lambda wildcards: OUTPUT / "adapters" / PROJECTED[wildcards.run],
+        model=model_input(ALIGNED),
+        base=model_input(BASE),
+    output:
+        directory(OUTPUT / "adapters" / "{run}"),
+    log:
+        OUTPUT / "logs" / "safe_lora" / "{run}.log",
+    threads: workflow.cores
+    resources:
+        mem_mb=6000,
+        runtime=60,
+    params:
+        model=ALIGNED,
+        base=BASE,
+        threshold=lambda wildcards: RUNS[wildcards.run].safe_lora,
+    wildcard_constraints:
+        run="|".join(map(re.escape, PROJECTED)) or "(?!)",
+    shell:
+        "OMP_NUM_THREADS={threads} {PACT} safe-lora --model {params.model:q} "
+        "--base {params.base:q} --adapter {input.adapter:q} -o {output:q} "
+        "--threshold {params.threshold} 2>&1 | tee -i {log:q} >&2"

@@ -1,6 +1,7 @@
 # What every stage file needs: the checked config, and how a stage calls the command line.
 import hashlib
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pact_offline.models.locate import files_of, require_model, split_adapter
 from pact_offline.own_code import file_of
 from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
-from pact_offline.settings.stages import LoraSettings
+from pact_offline.settings.stages import HOLD_NOTHING, LoraSettings
 from pact_offline.settings.workflow import RunConfig, WorkflowConfig
 from pact_offline.machine import usable_cores
 
@@ -65,7 +66,7 @@ def options(settings, without=()):
         if isinstance(value, bool):
             parts.append(f"--{option}" if value else f"--no-{option}")
             continue
-        value = ",".join(value) if isinstance(value, tuple) else value
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
         value = json.dumps(value) if isinstance(value, dict) else value
         parts += [f"--{option}", shlex.quote(str(value))]
     return " ".join(parts)

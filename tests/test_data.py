@@ -24,9 +24,14 @@ SIZES = {
     "benign_validation.jsonl": 40,
     "benign_alignment.jsonl": 851,
     "rehearsal.jsonl": 385,
+    "safety_5.jsonl": 35,
+    "safety_10.jsonl": 74,
 }
-# Its harmful prompts are some of the alignment's.
-COPIED = ("rehearsal.jsonl", "refusals_alignment.jsonl")
+# Harmful prompts of the one are some of the alignment's; the others are some of the refusals.
+COPIED = (
+    "rehearsal.jsonl", "refusals_alignment.jsonl",
+    "safety_5.jsonl", "safety_10.jsonl", "refusals.jsonl",
+)  # fmt: skip
 
 
 def read(name: str) -> list[dict[str, Any]]:

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,10 @@ from conftest import REFERENCE
 from torch import Tensor
 
 from pact_offline.errors import SettingError
-from pact_offline.objectives.confidence import confidence
+from pact_offline.objectives.confidence import confidence, log_rest
+from pact_offline.objectives.first_tokens import first_tokens
+from pact_offline.objectives.inputs import finite
+from pact_offline.objectives.mass import mass
 from pact_offline.objectives.pact import count_to_mass, pact
 from pact_offline.objectives.registry import (
     OBJECTIVES,
@@ -16,7 +20,8 @@ from pact_offline.objectives.registry import (
     step_weights,
     weights_in_use,
 )
-from pact_offline.settings.stages import BUILT_IN_OBJECTIVES, ObjectiveSettings
+from pact_offline.objectives.vocabulary import vocabulary
+from pact_offline.settings.stages import BUILT_IN_OBJECTIVES, HOLD_NOTHING, ObjectiveSettings
 
 CASES = sorted((REFERENCE / "objective").glob("*.npz"))
 
@@ -88,8 +93,15 @@ class TestEveryObjective:
     """The contract. The dtype is the policy's; targets come from the cache in fp32."""
 
     def value(self, name: str, case: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        policy = case["policy"].to(dtype)
-        return OBJECTIVES[name].per_step(*{**case, "policy": policy}.values(), ObjectiveSettings())
+        objective, extra = OBJECTIVES[name], {}
+        case = {**case, "policy": case["policy"].to(dtype)}
+        if objective.needs_labels:  # the first id stands for what is said
+            extra = {"policy_label": case["policy"][:, 0], "reference_label": case["full"][:, 0]}
+        if objective.needs_vocabulary:  # the ids and all the rest
+            for key in ("policy", "full"):
+                values = finite(case[key])
+                case[key] = torch.cat((values, log_rest(values)), dim=1)
+        return objective.per_step(*case.values(), ObjectiveSettings(), **extra)
 
     def test_gives_one_fp32_value_a_step(self, name: str, dtype: torch.dtype) -> None:
         value = self.value(name, random_case(), dtype)
@@ -194,6 +206,62 @@ def test_confidence_is_a_divergence_of_weighted_ids_and_the_rest() -> None:
     torch.testing.assert_close(value, (p * (p / q).log()).sum().unsqueeze(0))
 
 
+def of_labels(
+    betas: tuple[float, ...], gaps: list[float], steps: list[int]
+) -> tuple[Tensor, Tensor]:
+    """`first_tokens` where the policy's label is so much likelier, and its gradient."""
+    label = torch.full((len(gaps),), -3.0)
+    policy = (label + torch.tensor(gaps)).requires_grad_()
+    nothing = torch.zeros(len(gaps), 0)
+    value = first_tokens(
+        nothing, nothing, None, torch.zeros(0), torch.tensor(steps),
+        ObjectiveSettings(objective="first_tokens", betas=betas),
+        policy_label=policy, reference_label=label,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(value.sum(), policy)
+    return value.detach(), gradient
+
+
+def test_first_tokens_is_the_published_formula() -> None:
+    """-(2 / beta) log sigmoid(beta * gap); beta 0.5, then 2 four times, then 0.1."""
+    gaps, steps = [0.0, 1.0, -2.0, 3.0, 0.5, -1.0, 4.0, 1.0], [0, 1, 2, 3, 4, 5, 90, -1]
+    betas = [0.5, 2, 2, 2, 2, 0.1, 0.1, 0.5]
+    value, gradient = of_labels(ObjectiveSettings().betas, gaps, steps)
+    logistic = [1 / (1 + math.exp(-beta * gap)) for beta, gap in zip(betas, gaps, strict=True)]
+    by_hand = [-2 / b * math.log(share) for b, share in zip(betas, logistic, strict=True)]
+    torch.testing.assert_close(value, torch.tensor(by_hand))
+    # The released script's: the cross-entropy's gradient, -1, times 2 (1 - sigmoid(beta * gap)).
+    torch.testing.assert_close(gradient, torch.tensor([-2 * (1 - share) for share in logistic]))
+
+
+def test_first_tokens_ends_at_the_cross_entropy_gradient() -> None:
+    gaps = [-3.0, 0.0, 5.0]
+    for beta in (1e-2, 1e-4, 1e-6):
+        _, gradient = of_labels((beta,), gaps, [0, 1, 2])
+        torch.testing.assert_close(gradient, -torch.ones(3), atol=3 * beta, rtol=0)
+    assert of_labels((2.0,), gaps, [0, 1, 2])[1].abs()[2] < 1e-3  # far ahead: no pull is left
+
+
+def test_mass_reads_the_sum_of_the_weighted_ids() -> None:
+    weights = torch.tensor([1.0, 0.0, 2.0])
+    reference = torch.tensor([[0.5, 0.1, 0.1], [0.2, 0.0, 0.4]])
+    policy = torch.tensor([[0.1, 0.3, 0.2], [0.4, 0.5, 0.2]])
+    value = mass(policy.log(), reference.log(), None, weights, torch.arange(2))
+    torch.testing.assert_close(value, torch.tensor([math.log(0.3 / 0.6) ** 2, 0.0]))
+
+
+def test_vocabulary_is_torchs_divergence_and_that_of_the_logits_gradient() -> None:
+    logits, reference = torch.randn(2, 7, 40, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    ours, theirs = logits.log_softmax(-1), reference.log_softmax(-1)
+    value = vocabulary(ours, theirs, None, torch.ones(0), torch.arange(7))
+    whole = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+    torch.testing.assert_close(value.sum(), whole)
+    torch.testing.assert_close(value, (theirs.exp() * (theirs - ours)).sum(-1))
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    torch.testing.assert_close(gradient, (ours.exp() - theirs.exp()).detach())
+
+
 def test_pact_with_the_gate_off_reads_the_full_context_alone() -> None:
     case = random_case()
     off = ObjectiveSettings(gate=False)
@@ -240,12 +308,14 @@ def test_the_weight_follows_its_schedule(schedule: str, expected: list[float]) -
 
 
 def test_an_objective_is_picked_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingError, match="expected one of none, pact, confidence, or"):
+    with pytest.raises(SettingError, match=r"expected one of none, pact, confidence, .*, or"):
         objective_named("mine")
     monkeypatch.setitem(OBJECTIVES, "mine", OBJECTIVES["confidence"])
     assert objective_named("mine") is OBJECTIVES["confidence"]
     assert objective_named("none") is None
     assert {"none", *OBJECTIVES} - {"mine"} == set(BUILT_IN_OBJECTIVES)
+    hold_nothing = {n for n, one in OBJECTIVES.items() if one.replaces_cross_entropy}
+    assert {"none", *hold_nothing} == set(HOLD_NOTHING)
 
 
 def test_a_negative_weight_counts_as_none_in_pact() -> None:

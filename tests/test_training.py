@@ -33,9 +33,10 @@ from pact_offline.rows.chat import load_tokenizer
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.checkpoints import fingerprint
-from pact_offline.training.collator import PassCollator, ResponseCollator
+from pact_offline.training.collator import PassCollator, ResponseCollator, TargetSource
 from pact_offline.training.dataset import as_dataset
 from pact_offline.training.finetune import finetune
+from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.step_log import Journal
 from pact_offline.training.trainer import PactTrainer
 
@@ -47,6 +48,7 @@ def loss_by_hand(
     """One turn at a time, with the reference in memory: mean over all response steps."""
     header, ids = list(targets.binding.identity.header_ids), targets.safety_ids
     cross_entropy, kl, count = 0.0, 0.0, 0
+    objective = OBJECTIVES.get(settings.objective)
     for example, turn in ((one, turn) for one in examples for turn in one.turns):
         whole, start, end = torch.tensor(example.ids[None]).long(), turn.start, turn.end
         response = torch.tensor([*header, *example.ids[start:end]])[None].long()
@@ -56,15 +58,23 @@ def loss_by_hand(
             only = reference(response).logits[0, len(header) - 1 : -1][:, ids]
             full_confidence = reference(whole).logits[0, start - 1 : end - 1].log_softmax(-1)
         steps = torch.arange(end - start)
-        cross_entropy += torch.nn.functional.cross_entropy(
-            logits, whole[0, start:end], reduction="sum"
-        )
-        if settings.objective != "none":
-            function = OBJECTIVES[settings.objective].per_step
-            policy = logits.log_softmax(-1)[:, ids]
-            given = full if settings.objective == "pact" else full_confidence[:, ids]
-            kl += function(policy, given, only, weights, steps, settings).sum()
+        labels = whole[0, start:end]
+        cross_entropy += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        if objective is not None:
+            columns = slice(None) if objective.needs_vocabulary else ids
+            policy = logits.log_softmax(-1)
+            given = full if settings.objective == "pact" else full_confidence[:, columns]
+            said = {
+                "policy_label": policy.gather(1, labels[:, None])[:, 0],
+                "reference_label": full_confidence.gather(1, labels[:, None])[:, 0],
+            }
+            kl += objective.per_step(
+                policy[:, columns], given, only, weights, steps, settings,
+                **(said if objective.needs_labels else {}),
+            ).sum()  # fmt: skip
         count += end - start
+    if objective is not None and objective.replaces_cross_entropy:
+        cross_entropy = 0.0
     return (cross_entropy + settings.kl_weight * kl) / count
 
 
@@ -76,11 +86,11 @@ def test_every_answer_of_a_conversation_is_trained_and_held(
     assert {len(example.turns) for example in examples} == {1, 2, 3}
     assert len(examples[4].turns) == 1  # of two answers, one has weight 0
     for batches in ((12, 1, None), (3, 4, None), (4, 3, 1)):
-        for objective in ("none", "pact", "confidence"):
+        for objective in ("none", "pact", "confidence", "first_tokens", "mass"):
             cached_equals_live(objective, batches, aligned, base, conversations, targets, tmp_path)
 
 
-@pytest.mark.parametrize("objective", ["none", "pact", "confidence"])
+@pytest.mark.parametrize("objective", ["none", *OBJECTIVES])
 @pytest.mark.parametrize("batches", [(12, 1, None), (12, 1, 100), (3, 4, None), (4, 3, 1)])
 def test_cached_loss_and_gradient_equal_a_live_reference(
     objective: str, batches: tuple[int, int, int | None], aligned: Path, base: Path,
@@ -94,16 +104,19 @@ def cached_equals_live(
     objective: str, batches: tuple[int, int, int | None], aligned: Path, base: Path,
     rows_file: Path, targets: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """The policy is another model on purpose."""
+    """The policy is another model on purpose. What no cache holds comes from a live reference."""
     size, accumulation, pass_tokens = batches
     settings = FinetuneSettings(objective=objective, kl_weight=2.5)
     examples = examples_of(aligned, rows_file)
     cache = TargetCache.open(targets)
     weights = torch.tensor([0.5, 0, 0.2, 0.6, 0.1, 0.4])
     policy = load_model(str(base), "float32")
-    expected = loss_by_hand(
-        policy, load_model(str(aligned), "float32"), examples, cache, weights, settings
-    )
+    reference = load_model(str(aligned), "float32")
+    expected = loss_by_hand(policy, reference, examples, cache, weights, settings)
+    source: TargetSource = cache
+    if objective == "vocabulary":
+        header = cache.binding.identity.header_ids
+        source = LiveReference(reference, examples, header, cache.safety_ids, whole_vocabulary=True)
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
     norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()]))
@@ -127,7 +140,7 @@ def cached_equals_live(
         eval_dataset=as_dataset(examples),
         pad_id=0,
         objective=settings,
-        targets=cache,
+        targets=source,
         weights=weights,
         pass_tokens=pass_tokens,
     )
@@ -138,7 +151,7 @@ def cached_equals_live(
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["pact", "confidence"])
+@pytest.mark.parametrize("objective", ["pact", "confidence", "first_tokens"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_cached_equals_live(
     objective: str, method: str, command: list[Any], tmp_path: Path, run: Callable[..., Result],
@@ -211,7 +224,7 @@ def test_packing_is_refused_where_rows_would_see_each_other(
     assert "--packing: expected a model that keeps packed rows apart" in line
 
 
-@pytest.mark.parametrize("objective", ["pact", "confidence"])
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_a_live_reference_needs_no_cache(
     objective: str, command: list[Any], tmp_path: Path, run: Callable[..., Result]
 ) -> None:
@@ -220,6 +233,31 @@ def test_a_live_reference_needs_no_cache(
     result = run(*without, "-o", output)
     assert result.exit_code == 0, result.output
     assert json.loads((output / "pact_offline.json").read_text())["targets_sha256"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--objective", "vocabulary"], "--objective vocabulary: expected --reference live, found"),
+        (
+            ["--objective", "first_tokens", "--refused-rows", "hold"],
+            "--refused-rows hold: expected an objective that holds them, found --objective first_",
+        ),
+        (
+            ["--objective", "first_tokens", "--rehearsal", "any.json"],
+            "--objective first_tokens: expected no --rehearsal, found any.json",
+        ),
+        (
+            ["--objective", "first_tokens", "--kl-weight", 0],
+            "--objective first_tokens: expected a loss, found --kl-weight is 0 all along",
+        ),
+        (["--betas", "0.5,0"], "options: betas.1: expected greater than 0, found"),
+    ],
+)
+def test_what_a_rival_cannot_do_is_refused_in_one_line(
+    words: list[Any], expected: str, command: list[Any], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    assert expected in fails(*command, *words, "-o", tmp_path / "out")
 
 
 def test_the_weight_of_the_objective_moves_through_training(
@@ -1224,9 +1262,7 @@ def test_an_objective_of_an_installed_package_trains_and_is_named(
     )
     monkeypatch.syspath_prepend(packages)
     monkeypatch.setattr("pact_offline.objectives.registry._own", {})
-    assert "none, pact, confidence, twin, or" in fails(
-        *command, "--objective", "twins", "-o", tmp_path / "adapter"
-    )
+    assert ", twin, or" in fails(*command, "--objective", "twins", "-o", tmp_path / "adapter")
     for name in ("pact", "twin"):
         result = run(*command, "--objective", name, "--epochs", 1, "-o", tmp_path / name)
         assert result.exit_code == 0, result.output

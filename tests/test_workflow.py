@@ -27,7 +27,10 @@ from pact_offline.settings.located import located
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import RunConfig, WorkflowConfig, workflow_schema_text
 
-CONFIGS = ["config.yaml", "sweep.yaml", "sweep-seeds.yaml", "study.yaml", "llama-3.1-8b.yaml"]
+CONFIGS = [
+    "config.yaml", "sweep.yaml", "sweep-seeds.yaml", "study.yaml", "rivals.yaml",
+    "llama-3.1-8b.yaml",
+]  # fmt: skip
 RUNS = ("sft", "pact", "kept")
 # On tiny models a job's start is most of its time, so one core each lets two run at once.
 ONE_CORE_EACH = [

@@ -72,6 +72,7 @@ for command in (
     training.modules,
     training.finetune,
     training.merge,
+    training.safe_lora,
     evaluation.evaluate,
     evaluation.report,
     demo.demo,

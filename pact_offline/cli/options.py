@@ -180,7 +180,7 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
             if is_flag:
                 default = option if default else f"no-{option}"
             elif isinstance(default, tuple):
-                default = ",".join(default)
+                default = ",".join(map(str, default))
             shown = "" if default in (None, "", {}) else f"  [default: {default}]"
             kind = typing.get_origin(info.annotation)
             run = click.option(

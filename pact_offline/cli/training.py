@@ -22,6 +22,7 @@ from pact_offline.settings.stages import (
     Dtype,
     FinetuneSettings,
     LoraSettings,
+    SafeLoraSettings,
 )
 
 
@@ -144,3 +145,49 @@ def merge(model: str, adapter: Path, output: Path, dtype: Dtype) -> None:
 
     run(locate_reference(model), adapter, output, dtype)
     click.echo(f"{output}: a model of its own")
+
+
+@click.command()
+@click.option(
+    "--model", type=MODEL, required=True, help="Model that was fine-tuned: path or NAME[@REVISION]."
+)
+@click.option(
+    "--base", type=MODEL, required=True, help="Its base model, before it was aligned; as --model."
+)
+@click.option(
+    "--adapter",
+    type=FOLDER,
+    required=True,
+    help="Directory of the LoRA adapter, from `pact-offline finetune`.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT_FOLDER,
+    required=True,
+    help="Directory of the projected adapter, to write.",
+)
+@settings_options(SafeLoraSettings)
+@json_option
+def safe_lora(
+    model: str, base: str, adapter: Path, output: Path, as_json: bool, settings: SafeLoraSettings
+) -> None:
+    """Project a trained adapter onto what alignment has changed (Safe LoRA).
+
+    Nothing is trained. Both models are held in memory.
+
+    Example: pact-offline safe-lora --model A --base B --adapter adapter -o projected
+    """
+    from pact_offline.references import locate_reference
+    from pact_offline.training.safe_lora import safe_lora as run
+
+    facts = run(locate_reference(model), locate_reference(base), adapter, output, settings)
+    found = facts["safe_lora"]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    similar = found["similarity"].values()
+    click.echo(
+        f"{output}: {len(found['projected'])} of {len(similar)} modules projected, whose "
+        f"similarity is {min(similar):.3f} to {max(similar):.3f}"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from torch import Tensor
 from pact_offline.errors import SettingError
 from pact_offline.objectives.checked import checked
 from pact_offline.objectives.confidence import confidence
+from pact_offline.objectives.first_tokens import first_tokens
+from pact_offline.objectives.mass import mass
 from pact_offline.objectives.pact import pact
+from pact_offline.objectives.vocabulary import vocabulary
 from pact_offline.own_code import installed_names, is_own, load
 from pact_offline.settings.stages import ObjectiveSettings
 
@@ -25,17 +28,28 @@ class Objective:
         per_step: the function, with the arguments of `pact`.
         needs_response_only: whether the targets without the prompt are read (with the gate on).
         needs_rest: whether it also takes `policy_rest`, as `confidence` does.
+        needs_labels: whether it also takes `policy_label` and `reference_label`, as `first_tokens`
+            does.
+        needs_vocabulary: whether its ids are all of the vocabulary, which no cache holds.
+        replaces_cross_entropy: whether it is what is learnt, and not beside it.
     """
 
     per_step: Callable[..., Tensor]
-    needs_response_only: bool
+    needs_response_only: bool = False
     needs_rest: bool = False
+    needs_labels: bool = False
+    needs_vocabulary: bool = False
+    replaces_cross_entropy: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
     "pact": Objective(pact, needs_response_only=True),
-    "confidence": Objective(confidence, needs_response_only=False, needs_rest=True),
+    "confidence": Objective(confidence, needs_rest=True),
+    "first_tokens": Objective(first_tokens, needs_labels=True, replaces_cross_entropy=True),
+    "mass": Objective(mass),
+    "vocabulary": Objective(vocabulary, needs_vocabulary=True),
 }
+_TRAITS = [field.name for field in fields(Objective) if field.name != "per_step"]
 _own: dict[str, Objective] = {}  # of this process: imported once
 
 
@@ -43,7 +57,7 @@ def objective_named(name: str) -> Objective | None:
     """The objective of a name; None for plain fine-tuning.
 
     A user's function, `path/to/file.py:function` or an entry point, takes the arguments of `pact`.
-    It may carry the attributes `needs_response_only` and `needs_rest`, true as in `Objective`.
+    It may carry the attributes of `Objective`, as `needs_response_only`, true as they are there.
 
     Raises:
         MissingFileError, SettingError: there is none of that name.
@@ -60,10 +74,8 @@ def objective_named(name: str) -> Objective | None:
             f"--objective: expected one of {known}, or path/to/file.py:function, found {name!r}"
         )
     function = load("objective", name)
-    wants = {
-        need: bool(getattr(function, need, False)) for need in ("needs_response_only", "needs_rest")
-    }
-    return _own.setdefault(name, Objective(checked(name, function), **wants))
+    traits = {trait: bool(getattr(function, trait, False)) for trait in _TRAITS}
+    return _own.setdefault(name, Objective(checked(name, function), **traits))
 
 
 def weights_in_use(weights: Tensor, settings: ObjectiveSettings) -> Tensor:

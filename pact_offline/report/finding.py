@@ -11,8 +11,11 @@ _HARMLESS = {"borderline": "borderline prompts", "benign": "plain benign ones"}
 
 
 def is_plain(metrics: Metrics) -> bool:
-    """Whether a run is plain supervised fine-tuning: no objective, or one that did nothing."""
+    """Whether a run is plain supervised fine-tuning: no objective, or one that did nothing; and
+    nothing done to what was trained."""
     run = metrics.run
+    if run.get("safe_lora"):
+        return False
     if not run.get("holds", True):
         return True
     is_off = run.get("kl_weight") == 0 and run.get("kl_schedule", "constant") == "constant"

@@ -7,7 +7,7 @@ both, so a key has one name, one default and one description everywhere.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -24,7 +24,9 @@ Quantised = Literal["8bit", "4bit"]
 GuardFormat = Literal["auto", "llama-guard", "shieldgemma", "granite-guardian", "wildguard"]
 
 
-BUILT_IN_OBJECTIVES = ("none", "pact", "confidence")  # known without importing torch
+# Known without importing torch.
+BUILT_IN_OBJECTIVES = ("none", "pact", "confidence", "first_tokens", "mass", "vocabulary")
+HOLD_NOTHING = ("none", "first_tokens")  # objectives with nothing to say of a row not learnt
 BUILT_IN_JUDGE = "phrases"
 BUILT_IN_RUBRIC = "rubric"
 # What a row's forms read; known without importing them.
@@ -218,8 +220,9 @@ class ObjectiveSettings(Settings):
         "confidence",
         examples=[*BUILT_IN_OBJECTIVES],
         description="Regulariser: confidence, pact as published, none for plain supervised "
-        "fine-tuning, or your own: path/to/file.py:function, or an entry point of "
-        "pact_offline.objectives.",
+        "fine-tuning; to compare with: mass, vocabulary (with --reference live), and first_tokens, "
+        "which stands in place of the cross-entropy; or your own: path/to/file.py:function, or an "
+        "entry point of pact_offline.objectives.",
     )
     kl_weight: float = Field(
         default_factory=_kl_weight,
@@ -257,6 +260,12 @@ class ObjectiveSettings(Settings):
         8.0, description="pact: decay length in steps; 0 or less: nothing is mixed from step N on."
     )
     boost: float = Field(1.0, ge=0, description="pact: factor on the mix.")
+    betas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.5, 2.0, 2.0, 2.0, 2.0, 0.1),
+        min_length=1,
+        description="first_tokens: beta of each response step, how much it is held; the last one "
+        "is of all steps that follow.",
+    )
 
 
 def _names(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -393,6 +402,21 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
     )
 
     _without_blanks_too = field_validator("report_to")(_names)
+
+
+class SafeLoraSettings(Settings):
+    """Which modules of an adapter Safe LoRA projects."""
+
+    threshold: float = Field(
+        0.5,
+        ge=-1,
+        le=1,
+        description="Project modules whose update is at most so similar (cosine) to its projection "
+        "onto what alignment has changed.",
+    )
+    modules: int | None = Field(
+        None, ge=1, description="Project so many modules, the least similar ones, instead."
+    )
 
 
 class EvaluateSettings(ChatSettings):

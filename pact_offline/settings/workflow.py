@@ -106,6 +106,13 @@ class RunConfig(FinetuneSettings):
         description="Write a checkpoint every so many optimizer steps, from which a killed run "
         "goes on; changing it trains nothing again. 0: none.",
     )
+    safe_lora: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="Train nothing: project the adapter of the run that is the same without this "
+        "by Safe LoRA, at this threshold. Needs models.base, or the demo pair.",
+    )
 
 
 class WorkflowConfig(Settings):
@@ -250,7 +257,14 @@ class WorkflowConfig(Settings):
                     f"runs.{name}.objective: expected one of {known}, or path/to/file.py:function, "
                     f"found {run.objective!r}"
                 )
+            if run.objective == "vocabulary" and run.reference != "live":
+                raise ValueError(
+                    f"runs.{name}.reference: expected live with the objective vocabulary, as a "
+                    f"cache holds the safety tokens alone, found {run.reference}"
+                )
             self._require_same_rows(f"runs.{name}", run)
+            if run.safe_lora is not None:
+                self._require_projectable(f"runs.{name}.safe_lora", run, runs)
             if dataset not in self.datasets:
                 known = ", ".join(self.datasets)
                 raise ValueError(f"runs.{name}.dataset: expected one of {known}, found {dataset!r}")
@@ -273,6 +287,24 @@ class WorkflowConfig(Settings):
                         "`rows` sets it for every stage"
                     )
 
+    def _require_projectable(self, name: str, run: RunConfig, runs: dict[str, RunConfig]) -> None:
+        if run.method != "lora" or run.lora_dora:
+            found = "lora_dora" if run.method == "lora" else f"method {run.method}"
+            raise ValueError(f"{name}: expected plain LoRA, whose update is B A, found {found}")
+        if self.models.aligned is not None and self.models.base is None:
+            raise ValueError(f"{name}: expected models.base too, found none")
+        if _same_without_projection(run, runs) is None:
+            raise ValueError(
+                f"{name}: expected another run with the same settings without it, whose adapter "
+                "is projected, found none"
+            )
+
+    def projected_runs(self) -> dict[str, str]:
+        """Of every run that is a projection by Safe LoRA, the run whose adapter it is made of."""
+        runs = self.all_runs()
+        found = {n: _same_without_projection(run, runs) for n, run in runs.items()}
+        return {n: other for n, other in found.items() if other and runs[n].safe_lora is not None}
+
     def all_runs(self) -> dict[str, RunConfig]:
         """Every run to train by name, expanded along `sweep` and `seeds`.
 
@@ -287,6 +319,11 @@ class WorkflowConfig(Settings):
     def run(self, name: str) -> RunConfig:
         """Settings of one of `all_runs`."""
         return self.all_runs()[name]
+
+
+def _same_without_projection(run: RunConfig, runs: dict[str, RunConfig]) -> str | None:
+    wanted = {**run.model_dump(), "safe_lora": None}
+    return next((name for name, one in runs.items() if one.model_dump() == wanted), None)
 
 
 def _setting(key: str, value: Any) -> Any:

@@ -28,6 +28,10 @@ class TargetSource(Protocol):
         """Log-confidences of some examples one after the other, float32 [steps, safety ids]."""
         ...
 
+    def read_labels(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
+        """Log-probabilities of the responses' own tokens, float32 [steps]; as `read`."""
+        ...
+
 
 class ResponseCollator:
     """Pads rows so that response steps share columns, and adds the targets of each row.
@@ -44,6 +48,7 @@ class ResponseCollator:
     - ``step_numbers``: int64 [rows, columns], each response step's number in its answer
     - with targets: ``target_full`` and, if asked for, ``target_response_only``:
       float32 [steps, ids], one row for each label that is not -100, in row-major order
+    - with labels: ``target_label``: float32 [steps], in that order
     - with uses: ``is_learnt``: bool [steps], in that order; the others are held only
     """
 
@@ -53,6 +58,7 @@ class ResponseCollator:
         targets: TargetSource | None = None,
         *,
         response_only: bool = True,
+        labels: bool = False,
         uses: Uses | None = None,
         packed: bool = False,
     ) -> None:
@@ -62,12 +68,13 @@ class ResponseCollator:
             pad_id: fills the padding, which is masked out; None, of a tokenizer without: 0.
             targets: by the items' `index`.
             response_only: whether the targets without the prompt are wanted.
+            labels: whether the reference's log-probabilities of the responses' own tokens are.
             uses: by the items' `index`; None: every answer is learnt.
             packed: put the rows one after the other into one, with no padding; then `rows` is 1,
                 `columns` the number of steps, and there is no ``attention_mask``.
         """
         self.pad_id, self.targets, self.response_only = pad_id or 0, targets, response_only
-        self.uses, self.packed = uses, packed
+        self.labels, self.uses, self.packed = labels, uses, packed
 
     def turns_of(self, item: dict[str, Any]) -> list[Turn]:
         """The answers of a row, without those that are left out."""
@@ -107,9 +114,9 @@ class ResponseCollator:
             indices = [item["index"] for item in items]
             kinds: list[ContextKind] = ["full", "response_only"]
             for kind in kinds if self.response_only else kinds[:1]:
-                found = self.targets.read(indices, kind)
-                kept = found if uses is None else found[uses != DROPPED]
-                batch[f"target_{kind}"] = torch.from_numpy(kept)
+                batch[f"target_{kind}"] = _kept(self.targets.read(indices, kind), uses)
+            if self.labels:
+                batch["target_label"] = _kept(self.targets.read_labels(indices, "full"), uses)
         return batch
 
     def _uses_of_steps(self, items: Sequence[dict[str, Any]]) -> np.ndarray | None:
@@ -121,6 +128,11 @@ class ResponseCollator:
             places = np.asarray(item["turns"]).reshape(-1, 4)
             parts.append(np.repeat(self.uses.of(item["index"]), places[:, 3] - places[:, 1]))
         return np.asarray(np.concatenate(parts))
+
+
+def _kept(values: np.ndarray, uses: np.ndarray | None) -> Tensor:
+    """Of values a step, those that are not left out."""
+    return torch.from_numpy(values if uses is None else values[uses != DROPPED])
 
 
 class PassCollator:

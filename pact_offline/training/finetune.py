@@ -119,7 +119,7 @@ def finetune(
     """
     require_place(output)
     _check_report_to(settings)
-    objective_named(settings.objective)
+    objective = objective_named(settings.objective)
     own_content = content_of("objective", settings.objective)
     check_lora_modules(str(model.path), settings)
     if settings.compile:
@@ -132,6 +132,8 @@ def finetune(
     chat, rows, tokens, cache, uses, rehearsal = inputs
     counts = count_rows(rows, rows_per_batch(settings), uses)
     unheld = why_nothing_is_held(settings, rows.longest_turn)
+    if unheld and objective is not None and objective.replaces_cross_entropy:
+        raise SettingError(f"--objective {settings.objective}: expected a loss, found {unheld}")
     checkpoints = _checkpoints(model, output, settings, inputs)
     is_main = is_first_process()
     if is_main:
@@ -148,7 +150,13 @@ def finetune(
         targets: TargetSource | None = cache
         if tokens is not None and settings.reference == "live":
             reference = load_model(str(model.path), settings.dtype, attention=settings.attention)
-            targets = LiveReference(reference, rows, chat.header_ids, tokens.ids)
+            targets = LiveReference(
+                reference,
+                rows,
+                chat.header_ids,
+                tokens.ids,
+                whole_vocabulary=bool(objective and objective.needs_vocabulary),
+            )
         if settings.objective == "none":
             targets = None
         weights = torch.from_numpy(tokens.weights) if tokens is not None else None

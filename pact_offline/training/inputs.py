@@ -13,7 +13,7 @@ from pact_offline.cache.refused import turns_of
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, SettingError
 from pact_offline.models.locate import ModelFiles
-from pact_offline.objectives.registry import weights_in_use
+from pact_offline.objectives.registry import objective_named, weights_in_use
 from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.positions import require_positions
 from pact_offline.rows.tokenized import TokenizedRows, tokenized_rows
@@ -71,14 +71,22 @@ def require_what_settings_need(settings: FinetuneSettings, paths: Paths) -> None
             "bits are not trained"
         )
     is_plain, is_live = settings.objective == "none", settings.reference == "live"
-    if is_plain and settings.refused_rows == "hold":
+    objective = objective_named(settings.objective)
+    holds = objective is not None and not objective.replaces_cross_entropy
+    if not holds and settings.refused_rows == "hold":
         raise SettingError(
-            "--refused-rows hold: expected an objective that holds them, found --objective none"
+            "--refused-rows hold: expected an objective that holds them, found --objective "
+            f"{settings.objective}"
         )
-    if is_plain and paths.rehearsal is not None:
+    if not holds and paths.rehearsal is not None:
         raise SettingError(
-            f"--objective none: expected no --rehearsal, found {paths.rehearsal}; only an "
-            "objective learns from it"
+            f"--objective {settings.objective}: expected no --rehearsal, found {paths.rehearsal}; "
+            "only an objective beside the cross-entropy learns from it"
+        )
+    if objective is not None and objective.needs_vocabulary and not is_live:
+        raise SettingError(
+            f"--objective {settings.objective}: expected --reference live, found cache; a cache "
+            "holds the safety tokens alone"
         )
     if is_live and paths.targets is not None:
         raise SettingError(f"--reference live: expected no --targets, found {paths.targets}")

@@ -19,7 +19,8 @@ class BatchLoss(NamedTuple):
 
     Attributes:
         loss: what to divide by `steps` for the mean loss: of the steps that are learnt, their mean
-            cross-entropy, and of all kl_weight * their mean kl; fp32 [], with a gradient.
+            cross-entropy, and of all kl_weight * their mean kl; fp32 [], with a gradient. Without
+            the former where the objective stands in its place.
         cross_entropy: over the steps that are learnt, fp32 [], with a gradient.
         kl: over all steps, fp32 [], with a gradient where there is an objective.
         confidence_gap: over the steps that are learnt, the sum over safety tokens of the
@@ -50,11 +51,16 @@ def batch_loss(
 
     Args:
         model: policy, whose forward takes `logits_to_keep`.
-        batch: from `ResponseCollator`, on the model's device.
+        batch: from `ResponseCollator`, on the model's device; with labels for an objective that
+            needs them.
         safety_ids: int64 [ids]; None: plain fine-tuning.
         weights: float [ids], safety-token weights.
         settings: the objective and its shape; None: the defaults, or plain without `safety_ids`.
         kl_weight: in place of the settings'; a `kl_schedule` is the caller's, by `kl_weight_at`.
+
+    Raises:
+        SettingError: the objective lacks what it needs, or replaces the cross-entropy of steps
+            that are not to be learnt.
     """
     labels = batch["labels"][:, 1:]
     is_step = labels != IGNORED
@@ -70,10 +76,18 @@ def batch_loss(
         assert safety_ids is not None
         assert weights is not None
         outside = safety_ids[weights > 0]
-    found = step_log_probabilities(model, batch, is_step, labels[is_step], safety_ids, outside)
+    ids, among = safety_ids, None
+    if objective is not None and objective.needs_vocabulary:
+        ids, among = torch.arange(batch["target_full"].shape[-1], device=labels.device), safety_ids
+    found = step_log_probabilities(model, batch, is_step, labels[is_step], ids, outside)
     count = len(found.labels)
     is_learnt = batch.get("is_learnt")
     learnt = count if is_learnt is None else int(is_learnt.sum())
+    if objective is not None and objective.replaces_cross_entropy and learnt < count:
+        raise SettingError(
+            f"objective {settings.objective}: expected steps that are all learnt, found "
+            f"{count - learnt} of {count} that are held"
+        )
     own = found.labels if is_learnt is None else found.labels[is_learnt]
     cross_entropy = -own.sum()
     mean = cross_entropy * (count / max(1, learnt))
@@ -83,11 +97,14 @@ def batch_loss(
     full = batch["target_full"]
     steps = batch["step_numbers"][is_step]
     only = batch.get("target_response_only")
-    rest = {} if found.rest is None else {"policy_rest": found.rest}
-    per_step = objective.per_step(found.safety, full, only, weights, steps, settings, **rest)
+    extra = {} if found.rest is None else {"policy_rest": found.rest}
+    if objective.needs_labels:
+        extra |= {"policy_label": found.labels, "reference_label": batch["target_label"]}
+    per_step = objective.per_step(found.safety, full, only, weights, steps, settings, **extra)
     kl = (per_step * step_weights(steps, settings)).sum()
     weight = settings.kl_weight if kl_weight is None else kl_weight
-    gaps = (found.safety.detach().exp() - full.exp()).abs().sum(dim=-1)
+    moved = found.safety.detach().exp() - full.exp()
+    gaps = (moved if among is None else moved[:, among]).abs().sum(dim=-1)
     held = zero if is_learnt is None else gaps[~is_learnt].sum()
-    loss = mean + weight * kl
+    loss = weight * kl if objective.replaces_cross_entropy else mean + weight * kl
     return BatchLoss(loss, cross_entropy, kl, gaps.sum() - held, held, count, learnt)

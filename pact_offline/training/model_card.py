@@ -17,6 +17,8 @@ def model_card(facts: dict[str, Any]) -> str:
     }.get(objective, f"supervised fine-tuning with the objective {objective}")
     if objective != "none" and not facts.get("holds", True):
         what = f"plain supervised fine-tuning: the objective {objective} was given and did nothing"
+    if "safe_lora" in facts:
+        what += ", then projected by Safe LoRA (arXiv 2405.16833)"
     rows = f"{facts['rows']} rows"
     if cut := facts.get("rows_cut"):
         rows += f", {cut} of them with a cut response"

@@ -99,11 +99,17 @@ class JoinedTargets:
 
     def read(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
         """Log-confidences of some examples one after the other, float32 [steps, safety ids]."""
-        parts = []
+        return np.concatenate([source.read([at], kind) for source, at in self._places(indices)])
+
+    def read_labels(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
+        """Log-probabilities of the responses' own tokens, float32 [steps]; as `read`."""
+        found = [source.read_labels([at], kind) for source, at in self._places(indices)]
+        return np.concatenate(found)
+
+    def _places(self, indices: Sequence[int]) -> Iterator[tuple[TargetSource, int]]:
         for index in indices:
             number = int(index >= self._rows)
-            parts.append(self._sources[number].read([index - number * self._rows], kind))
-        return np.concatenate(parts)
+            yield self._sources[number], index - number * self._rows
 
 
 @dataclass(frozen=True)

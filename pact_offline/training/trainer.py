@@ -35,7 +35,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
 
     The loss is cross-entropy + kl_weight * objective, each as a mean over response steps of the
     (accumulated, multi-process) batch: the one over those that are learnt, the other over all. The
-    LM head runs on response columns only.
+    LM head runs on response columns only. An objective may stand in place of the cross-entropy.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             response_only=bool(
                 self._objective and self._objective.needs_response_only and objective.gate
             ),
+            labels=bool(self._objective and self._objective.needs_labels),
             uses=uses,
             packed=packing,
         )
@@ -168,7 +169,9 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         if steps is None or learnt is None:
             steps = sum(part.steps for part in parts)
             learnt = max(1, sum(part.learnt for part in parts))
-        loss: Any = sum(part.cross_entropy for part in parts) / learnt
+        loss: Any = 0
+        if self._objective is None or not self._objective.replaces_cross_entropy:
+            loss = sum(part.cross_entropy for part in parts) / learnt
         if self._objective is not None:
             loss = loss + self._kl_weight() * sum(part.kl for part in parts) / steps
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
