@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_report import Page, make_drift, make_metrics, reference, render, sft
 from torch import Tensor
 
 from pact_offline.errors import InputError
@@ -20,6 +21,7 @@ from pact_offline.evaluation.drift import (
     divergences_by_step,
     safety_classes,
 )
+from pact_offline.evaluation.metrics import Metrics
 from pact_offline.models.load import load_model
 from pact_offline.objectives.confidence import confidence
 from pact_offline.rows.chat import load_tokenizer
@@ -118,3 +120,31 @@ def test_a_table_that_is_padded_to_another_length_is_compared(
     after = divergences_by_step(model, contexts, kept, [5], 6, 4)
     assert np.isfinite(after.vocabulary).all()
     assert before.vocabulary.max() == 0
+
+
+def moved(name: str, safety: list[float], whole: list[float]) -> Metrics:
+    drift = make_drift().model_copy(
+        update={
+            "kl_safety": safety,
+            "kl_vocabulary": whole,
+            "kl_safety_mean": sum(safety) / len(safety),
+            "kl_vocabulary_mean": sum(whole) / len(whole),
+        }
+    )
+    return sft(name=name, drift=drift)
+
+
+def test_divergences_are_a_table_and_curves_with_their_text(tmp_path: Path) -> None:
+    runs = [moved("plain", [4.0, 2.0], [5.0, 3.5]), moved("held", [0.01, 0.00002], [0.5, 0.25])]
+    page = Page(render(tmp_path, [reference(), *runs, make_metrics("unmeasured")]))
+    assert "Run Safety tokens, nats All ids, nats plain 3.00 4.25 held 0.00501 0.375" in page.text
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    safety, whole = (label for label in labels if "KL divergence" in label)
+    assert "plain: 4.00 nats at step 0, 4.00 at most; held: 0.01 nats at step 0" in safety
+    assert "All ids. plain: 5.00 nats" in whole
+
+
+def test_without_divergences_there_is_no_table_of_them(tmp_path: Path) -> None:
+    page = Page(render(tmp_path, [reference(), sft()]))
+    assert "Confidence on safety tokens" in page.text
+    assert "KL divergence" not in page.text

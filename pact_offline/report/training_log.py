@@ -80,7 +80,7 @@ def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]
         runs = {name: log for name, log in logs.items() if log.curves[curve]}
         if not runs:
             continue
-        top = _round_above(max(max(log.curves[curve]) for log in runs.values()))
+        top = round_above(max(max(log.curves[curve]) for log in runs.values()))
         last = max(log.steps for log in runs.values())
         panels.append(
             Panel(
@@ -102,7 +102,7 @@ def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]
     return panels
 
 
-def _round_above(value: float) -> float:
+def round_above(value: float) -> float:
     """The next of 1, 2 and 5 times a power of ten."""
     step = 1e-6
     while True:
