@@ -101,6 +101,8 @@ def write_report(
         divergence_panels=divergence_panels(models, styles),
         training=training_panels(logs, styles),
         trained=[styles[name] for name in logs],
+        watched_gap=any(log.curves["held_gap"] for log in logs.values()),
+        watched=any(log.shares for log in logs.values()),
         screenings=screenings,
         safety_tokens=safety_tokens,
         token_groups=_token_groups(safety_tokens),
