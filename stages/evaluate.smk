@@ -2,6 +2,12 @@
 EVALUATED = OUTPUT / "evaluation"
 SETS = CONFIG.evaluation.sets
 PROMPTS = {n: value for n, value in CONFIG.evaluation if n != "sets" and value}
+PROMPT_OPTIONS = " ".join(
+    [
+        *(repeated(f"--{name}", [value]) for name, value in PROMPTS.items()),
+        *(repeated("--set", [f"{name}={value}"]) for name, value in SETS.items()),
+    ]
+)
 JUDGED_BY = dict(
     prompts=local_files([*PROMPTS.values(), *(v for v in SETS.values() if v != "hub")]),
     guard=model_input(CONFIG.evaluate.guard),
@@ -33,12 +39,7 @@ rule evaluate_reference:
         means=f"--batch-size {CONFIG.evaluate.batch_size}",
     params:
         model=ALIGNED,
-        prompts=" ".join(
-            [
-                *(repeated(f"--{name}", [value]) for name, value in PROMPTS.items()),
-                *(repeated("--set", [f"{name}={value}"]) for name, value in SETS.items()),
-            ]
-        ),
+        prompts=PROMPT_OPTIONS,
         settings=options(CONFIG.evaluate, without=["batch_size"]),
     shell:
         EVALUATE + "--name reference 2>&1 | tee -i {log:q} >&2"

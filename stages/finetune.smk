@@ -52,6 +52,18 @@ def targets_option(wildcards):
     return " ".join(repeated(option, [path]) for option, path in given.items())
 
 
+def watched_files(wildcards):
+    """The prompts, and the judge's file, of a run that answers prompts while it trains."""
+    is_watched = RUNS[wildcards.run].evaluate_steps > 0
+    return [*JUDGED_BY["prompts"], *JUDGED_BY["code"]] if is_watched else []
+
+
+def watched_options(wildcards):
+    if RUNS[wildcards.run].evaluate_steps == 0:
+        return ""
+    return f"{PROMPT_OPTIONS} --judge {shlex.quote(CONFIG.evaluate.judge)}"
+
+
 def finetune_means(wildcards):
     """What changes no adapter: how often it is saved, and that a remote cache may be read."""
     run = RUNS[wildcards.run]
@@ -68,6 +80,7 @@ rule finetune:
         tokens=run_tokens,
         model=model_input(ALIGNED),
         code=lambda wildcards: own_code(RUNS[wildcards.run]),
+        watched=watched_files,
     output:
         directory(OUTPUT / "adapters" / "{run}"),
     log:
@@ -85,12 +98,13 @@ rule finetune:
         rows=lambda wildcards: repeated("--rows", CONFIG.datasets[RUNS[wildcards.run].dataset]),
         targets=targets_option,
         scored=lambda wildcards: SCORE_VALUES if needs_targets(RUNS[wildcards.run]) else "",
+        watched=watched_options,
         settings=lambda wildcards: options(
             RUNS[wildcards.run], without=["dataset", "save_steps"]
         ),
     shell:
         "OMP_NUM_THREADS={threads} {PACT} finetune --model {params.model:q} {params.rows} "
-        "{params.targets} -o {output:q} {params.settings} {resources.means} "
+        "{params.targets} -o {output:q} {params.settings} {params.watched} {resources.means} "
         "2>&1 | tee -i {log:q} >&2"
 
 

@@ -69,6 +69,9 @@ def test_a_run_equal_to_the_reference_shows_no_drift(
     assert same.drift is not None
     assert same.drift.total_policy == pytest.approx(same.drift.total_reference, abs=1e-5)
     assert all(curve.weight > 0 for curve in same.drift.tokens)
+    steps = len(same.drift.total_reference)
+    assert same.drift.kl_safety == same.drift.kl_vocabulary == [0] * steps
+    assert same.drift.kl_safety_mean == same.drift.kl_vocabulary_mean == 0
     answers = [
         json.loads(x) for x in (tmp_path / "same" / "answers.jsonl").read_text().splitlines()
     ]
@@ -228,6 +231,25 @@ def test_what_is_no_whole_reference_is_refused(
     assert "format_version: expected 3, found 1; run `pact-offline evaluate` again" in line
 
 
+def test_a_whole_model_whose_reference_is_gone_has_no_divergence(
+    command: list[Any], tuned: dict[str, Path], aligned: Path, tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    moved = Path(shutil.copytree(aligned, tmp_path / "moved"))
+    words = replaced(command, "--model", moved)
+    assert run(*words, "--name", "reference", "-o", tmp_path / "reference").exit_code == 0
+    shutil.rmtree(moved)
+    words = replaced(command, "--model", tuned["merged"])
+    words += ["--name", "sft", "--reference", tmp_path / "reference", "-o", tmp_path / "sft"]
+    result = run(*words)
+    assert result.exit_code == 0
+    assert f"{moved}: is not there as it was evaluated, so no KL divergence" in result.stderr
+    drift = evaluated(tmp_path / "sft").drift
+    assert drift is not None
+    assert drift.total_policy
+    assert drift.kl_safety is drift.kl_vocabulary is drift.kl_vocabulary_mean is None
+
+
 def test_a_run_without_a_reference_is_no_reference(
     command: list[Any], tuned: dict[str, Path], tmp_path: Path, run: Callable[..., Result]
 ) -> None:
@@ -266,6 +288,10 @@ def test_a_whole_model_is_evaluated_as_a_run_like_its_adapter(
         assert ours is not None
         assert theirs is not None
         assert ours.total_policy == pytest.approx(theirs.total_policy, abs=1e-4)
+        assert ours.kl_safety == pytest.approx(theirs.kl_safety, abs=1e-4)
+        assert ours.kl_vocabulary == pytest.approx(theirs.kl_vocabulary, abs=1e-4)
+        assert ours.kl_vocabulary_mean is not None
+        assert ours.kl_vocabulary_mean > 0.01
         assert answers_of(tmp_path / one) == answers_of(tmp_path / two)
     full = found["adapter full"].drift
     assert full is not None
@@ -539,24 +565,45 @@ def test_drift_equals_a_pass_answer_by_answer_through_both_models(
     tokenizer, tokens = load_tokenizer(str(aligned)), SafetyTokens.load(tokens_file)
     answers = [a for a in answers_of(reference) if a["prompts"] == "harmful"]
 
-    def by_hand(model: Any) -> np.ndarray:
-        """Mean over answers of each id's probability, at every step that one of them reaches."""
-        steps: dict[int, list[np.ndarray]] = {}
+    def by_hand(model: Any) -> list[np.ndarray]:
+        """Of each answer, every id's probability at its first 12 steps."""
+        found = []
         for answer in answers:
             chat = [{"role": "user", "content": answer["prompt"]}]
             prompt = prompt_of(tokenizer, chat)
             response = tokenizer(answer["answer"], add_special_tokens=False).input_ids
             with torch.no_grad():
                 logits = model(torch.tensor([[*prompt, *response]])).logits[0].double()
-            values = logits.softmax(-1)[len(prompt) - 1 :, tokens.ids].numpy()
-            for step, value in enumerate(values[:12]):
-                steps.setdefault(step, []).append(value)
-        return np.array([np.mean(values, axis=0) for values in steps.values()])
+            found.append(logits.softmax(-1)[len(prompt) - 1 :][:12].numpy())
+        return found
+
+    def by_step(values: list[np.ndarray]) -> np.ndarray:
+        """Mean over the answers that reach a step."""
+        steps = range(max(map(len, values)))
+        return np.array([np.mean([v[t] for v in values if len(v) > t], axis=0) for t in steps])
+
+    def classes(values: np.ndarray) -> np.ndarray:
+        """Weighted safety ids, and all others together."""
+        ids = np.array(tokens.ids)[weighted]
+        others = np.delete(values, ids, axis=1).sum(axis=1, keepdims=True)
+        return np.concatenate((values[:, ids], others), axis=1)
+
+    def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        return (p * np.log(p / q)).sum(axis=1)
 
     weighted = tokens.weights > 0
-    before = by_hand(load_model(str(aligned), "float32"))
+    theirs = by_hand(load_model(str(aligned), "float32"))
     policy = PeftModel.from_pretrained(load_model(str(aligned), "float32"), tuned["adapter"])
-    after = by_hand(policy)
+    ours = by_hand(policy)
+    before, after = (by_step([v[:, tokens.ids] for v in values]) for values in (theirs, ours))
+    pairs = list(zip(theirs, ours, strict=True))
+    whole = by_step([kl(p, q) for p, q in pairs])
+    safety = by_step([kl(classes(p), classes(q)) for p, q in pairs])
+    assert drift.kl_vocabulary == pytest.approx(whole, rel=1e-3, abs=1e-5)
+    assert drift.kl_safety == pytest.approx(safety, rel=1e-3, abs=1e-5)
+    assert drift.kl_vocabulary_mean == pytest.approx(whole.mean(), rel=1e-3)
+    assert drift.kl_safety_mean == pytest.approx(safety.mean(), rel=1e-3)
+    assert 0 < safety.mean() < whole.mean()
     assert drift.total_reference == pytest.approx(before[:, weighted].sum(1), abs=1e-5)
     assert drift.total_policy == pytest.approx(after[:, weighted].sum(1), abs=1e-5)
     assert np.abs(after - before)[:, weighted].max() > 1e-3

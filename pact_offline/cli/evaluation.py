@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -13,18 +12,11 @@ from pact_offline.cli.options import (
     MODEL,
     OUTPUT_FILE,
     OUTPUT_FOLDER,
-    ROW_SOURCES,
-    ROWS,
-    F,
     json_option,
+    prompt_options,
     settings_options,
 )
-from pact_offline.evaluation.published_sets import PUBLISHED_SETS
 from pact_offline.settings.stages import EvaluateSettings
-
-
-def prompts_option(name: str, description: str) -> Callable[[F], F]:
-    return click.option(f"--{name}", type=ROWS, help=f"{description}: {ROW_SOURCES}.")
 
 
 @click.command()
@@ -35,19 +27,7 @@ def prompts_option(name: str, description: str) -> Callable[[F], F]:
     type=FOLDER,
     help="Directory from `pact-offline finetune` or `merge`: an adapter, or a whole model.",
 )
-@prompts_option("harmful", "Held-out harmful prompts")
-@prompts_option("borderline", "Benign prompts that look harmful")
-@prompts_option("benign", "Plain benign prompts")
-@prompts_option("task", "Test rows of the task, with their right responses")
-@click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="NAME[:KIND][=SOURCE]",
-    help=f"A further set of prompts; may be repeated. A published one by its name "
-    f"({', '.join(PUBLISHED_SETS)}), from the hub or from =FILE as its repository ships it; your "
-    "own as NAME:refuse=FILE, NAME:answer=FILE or NAME:task=FILE.",
-)
+@prompt_options
 @click.option(
     "--safety-tokens",
     type=FILE,

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pact_offline.errors import InputError, SettingError
+from pact_offline.evaluation.published_sets import PUBLISHED_SETS
 from pact_offline.files import (
     check_output_folder,
     parse_json,
@@ -90,6 +91,35 @@ rows_option = click.option(
     "prompt and response or completion; instruction and output; question and answer; input and "
     "output; or what --columns names.",
 )
+
+
+def prompts_option(name: str, description: str) -> Callable[[F], F]:
+    return click.option(f"--{name}", type=ROWS, help=f"{description}: {ROW_SOURCES}.")
+
+
+def prompt_options(command: F) -> F:
+    """`--harmful`, `--borderline`, `--benign`, `--task` and `--set`, which comes as `sets`."""
+    for option in reversed(
+        (
+            prompts_option("harmful", "Held-out harmful prompts"),
+            prompts_option("borderline", "Benign prompts that look harmful"),
+            prompts_option("benign", "Plain benign prompts"),
+            prompts_option("task", "Test rows of the task, with their right responses"),
+            click.option(
+                "--set",
+                "sets",
+                multiple=True,
+                metavar="NAME[:KIND][=SOURCE]",
+                help=f"A further set of prompts; may be repeated. A published one by its name "
+                f"({', '.join(PUBLISHED_SETS)}), from the hub or from =FILE as its repository "
+                "ships it; your own as NAME:refuse=FILE, NAME:answer=FILE or NAME:task=FILE.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 safety_tokens_option = click.option(
     "--safety-tokens",
     type=FILE,

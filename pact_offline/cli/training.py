@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,15 +16,21 @@ from pact_offline.cli.options import (
     adapter_option,
     cache_option,
     json_option,
+    prompt_options,
     rows_option,
     settings_options,
 )
+from pact_offline.errors import SettingError
 from pact_offline.settings.stages import (
+    BUILT_IN_JUDGE,
     Dtype,
     FinetuneSettings,
     LoraSettings,
     SafeLoraSettings,
 )
+
+if TYPE_CHECKING:
+    from pact_offline.evaluation.watch import PromptWatch
 
 
 @click.command()
@@ -40,6 +47,12 @@ from pact_offline.settings.stages import (
     "--rehearsal", type=FILE, help="targets.json from `pact-offline rehearse`, to mix in."
 )
 @cache_option
+@prompt_options
+@click.option(
+    "--judge",
+    default=BUILT_IN_JUDGE,
+    help="What a refusal is, with --evaluate-steps; as of `pact-offline evaluate`.",
+)
 @click.option(
     "-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the adapter, to write."
 )
@@ -53,13 +66,20 @@ def finetune(
     safety_tokens: Path | None,
     rehearsal: Path | None,
     cache: str | None,
+    harmful: str | None,
+    borderline: str | None,
+    benign: str | None,
+    task: str | None,
+    sets: tuple[str, ...],
+    judge: str,
     output: Path,
     as_json: bool,
     settings: FinetuneSettings,
 ) -> None:
     """Fine-tune from cached targets.
 
-    No reference model is loaded (but see --reference).
+    No reference model is loaded (but see --reference). Prompts (--harmful and the like) are
+    answered while the policy trains, with --evaluate-steps.
 
     Example: pact-offline finetune --model A --rows train.jsonl --targets targets.json
     --safety-tokens tokens.json --rehearsal rehearsal.json -o adapter
@@ -68,8 +88,11 @@ def finetune(
     from pact_offline.training.finetune import finetune as run
     from pact_offline.training.finetune import is_first_process
 
+    files = locate_reference(model)
+    prompts = {"harmful": harmful, "borderline": borderline, "benign": benign, "task": task}
+    watch = _watch(files.path, prompts, sets, judge, settings)
     facts = run(
-        locate_reference(model),
+        files,
         rows,
         output,
         settings,
@@ -77,6 +100,7 @@ def finetune(
         tokens_path=safety_tokens,
         rehearsal_path=rehearsal,
         cache_place=cache,
+        watch=watch,
     )
     if not is_first_process():
         return
@@ -85,6 +109,25 @@ def finetune(
     else:
         shown = (f"{name} {value:.4g}" for name, value in facts["metrics"].items())
         click.echo(f"{output}: {', '.join(shown)}")
+
+
+def _watch(
+    model: Path,
+    prompts: dict[str, str | None],
+    sets: tuple[str, ...],
+    judge: str,
+    settings: FinetuneSettings,
+) -> PromptWatch | None:
+    if not settings.evaluate_steps:
+        given = [f"--{name}" for name, source in prompts.items() if source]
+        given += [f"--set {text}" for text in sets]
+        if given:
+            raise SettingError(f"{given[0]}: expected --evaluate-steps above 0 too, found 0")
+        return None
+    from pact_offline.evaluation.prompt_sets import parse_set
+    from pact_offline.evaluation.watch import watch_of
+
+    return watch_of(model, prompts, [parse_set(text) for text in sets], judge, settings)
 
 
 @click.command()

@@ -99,7 +99,7 @@ def answer_all(
     attacks: Sequence[Attack],
     settings: EvaluateSettings,
     judge: Judge,
-    kept: KeptAnswers,
+    kept: KeptAnswers | None = None,
 ) -> list[Answer]:
     """Greedy answers to every prompt, in order, and what is said of them.
 
@@ -121,8 +121,8 @@ def answer_all(
                 batch_size=settings.batch_size,
                 end_of_turn=chat.end_of_turn,
                 progress=progress.update,
-                known=kept.of(one.name, attack),
-                made=partial(kept.add, one.name, attack),
+                known=kept.of(one.name, attack) if kept else None,
+                made=partial(kept.add, one.name, attack) if kept else None,
             )
             answers += [
                 _judged(one, row, text, judge, attack, chat)

@@ -1,7 +1,8 @@
 """`evaluate`: one model's answers, judged and counted.
 
 The reference's own answers to the harmful prompts are kept in `answers.jsonl`; a run's drift is
-measured on them, so the reference is evaluated first.
+measured on them, so the reference is evaluated first. It reads them once more when the run's own
+model is out of memory, for what would be too much to keep: its probabilities of all ids.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,15 @@ import numpy as np
 from pact_offline.errors import InputError
 from pact_offline.evaluation.answers import Answer, KeptAnswers, answer_all
 from pact_offline.evaluation.attacks import Attack, attacks_of
-from pact_offline.evaluation.drift import compare, confidences_by_step
+from pact_offline.evaluation.drift import (
+    Context,
+    Divergences,
+    KeptLogProbabilities,
+    answer_contexts,
+    compare,
+    confidences_by_step,
+    divergences_by_step,
+)
 from pact_offline.evaluation.endpoint import EndpointJudge, load_endpoint
 from pact_offline.evaluation.guards import Guard, find_guard
 from pact_offline.evaluation.judged import Judged, agreement_of_judges, judge_all
@@ -39,6 +49,7 @@ from pact_offline.evaluation.subject import Subject, find_subject
 from pact_offline.files import to_disk
 from pact_offline.folders import output_aside, require_place
 from pact_offline.made_from import MadeFrom, rows_sha256
+from pact_offline.models.load import load_model
 from pact_offline.provenance import provenance
 from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.read import tell_unread
@@ -91,14 +102,18 @@ def evaluate(
         log.warning("%s: goes on with the %d answers that it has", output, kept.count)
     model = plan.subject.load(settings.dtype)
     answers = answer_all(model, plan.chat, plan.sets, plan.attacks, settings, plan.judge, kept)
-    confidences = _confidences(model, plan, answers, settings)
-    del model
+    contexts = _contexts(plan, answers, settings)
+    with closing(KeptLogProbabilities(output.parent)) as policy:
+        confidences = _confidences(model, plan, contexts, settings, policy)
+        del model
+        divergences = _divergences(plan, contexts, settings, policy)
     judged = judge_all(answers, plan.guard, plan.endpoint, settings.dtype)
-    harmful = _plain_harmful(answers)
     drift = None
     if confidences is not None and plan.tokens is not None and plan.baseline is not None:
         assert plan.baseline.confidences is not None
-        drift = compare(plan.baseline.confidences, confidences, plan.tokens, len(harmful))
+        drift = compare(
+            plan.baseline.confidences, confidences, plan.tokens, len(contexts), divergences
+        )
     files = _files(answers, confidences, judged)
     metrics = Metrics(
         name=name,
@@ -139,7 +154,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is evaluated, on what and by what: all of it checked, nothing loaded."""
+    """What is evaluated, on what and by what: all of it checked, nothing loaded.
+
+    `reference` is where the model is that KL divergences are measured against; None: they are not.
+    """
 
     subject: Subject
     chat: Chat
@@ -152,6 +170,7 @@ class _Plan:
     endpoint: EndpointJudge | None
     made_from: MadeFrom
     baseline: Reference | None
+    reference: Path | None
 
 
 def _prepare(
@@ -205,8 +224,29 @@ def _prepare(
             "measured",
             subject.tuned.folder,
         )
+    folder = None
+    if baseline is not None and tokens and "harmful" in sets:
+        folder = subject.find_reference(baseline.model)
+        if folder is None:
+            log.warning(
+                "%s: is not there as it was evaluated, so no KL divergence from it is measured; "
+                "give it as --model and %s as --adapter",
+                baseline.model,
+                model,
+            )
     return _Plan(
-        subject, chat, sets, attacks, tokens, judge, rates, guard, endpoint, made_from, baseline
+        subject,
+        chat,
+        sets,
+        attacks,
+        tokens,
+        judge,
+        rates,
+        guard,
+        endpoint,
+        made_from,
+        baseline,
+        folder,
     )
 
 
@@ -227,19 +267,52 @@ def _plain_harmful(answers: Sequence[Answer]) -> list[Answer]:
     return [one for one in answers if one.prompts == "harmful" and one.attack is None]
 
 
-def _confidences(
-    model: Any, plan: _Plan, answers: Sequence[Answer], settings: EvaluateSettings
-) -> np.ndarray | None:
-    """On the reference's answers, or else the model's own; None where they cannot be measured."""
+def _contexts(plan: _Plan, answers: Sequence[Answer], settings: EvaluateSettings) -> list[Context]:
+    """Harmful prompts with the reference's answers, or else the model's own."""
     harmful = _plain_harmful(answers)
-    if plan.tokens is None or not harmful:
-        return None
-    return confidences_by_step(
-        model,
+    return answer_contexts(
         plan.chat.tokenizer,
         [plan.chat.prompt_ids(answer.row) for answer in harmful],
         plan.baseline.answers if plan.baseline else [answer.text for answer in harmful],
+        settings.drift_steps,
+    )
+
+
+def _confidences(
+    model: Any,
+    plan: _Plan,
+    contexts: Sequence[Context],
+    settings: EvaluateSettings,
+    kept: KeptLogProbabilities,
+) -> np.ndarray | None:
+    """As `confidences_by_step`; None where they cannot be measured."""
+    if plan.tokens is None or not contexts:
+        return None
+    return confidences_by_step(
+        model,
+        contexts,
         plan.tokens.ids,
+        settings.drift_steps,
+        settings.batch_size,
+        kept if plan.reference else None,
+    )
+
+
+def _divergences(
+    plan: _Plan,
+    contexts: Sequence[Context],
+    settings: EvaluateSettings,
+    policy: KeptLogProbabilities,
+) -> Divergences | None:
+    """Of a policy that is no longer in memory: the reference is loaded in its place."""
+    if plan.reference is None or plan.tokens is None or not contexts:
+        return None
+    log.info("loading the reference, for the KL divergence from it")
+    return divergences_by_step(
+        load_model(str(plan.reference), settings.dtype),
+        contexts,
+        policy,
+        [token.id for token in plan.tokens.tokens if token.weight > 0],
         settings.drift_steps,
         settings.batch_size,
     )

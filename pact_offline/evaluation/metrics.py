@@ -62,12 +62,20 @@ class Drift(_Frozen):
         prompts: answers averaged over.
         total_reference, total_policy: mean summed probability of the weighted safety ids by step.
         tokens: the most confident safety tokens, by step.
+        kl_safety: KL(reference || policy) in nats by step, as a mean over the answers, over the
+            weighted safety ids and one class for all others; None: not measured, as in all four.
+        kl_vocabulary: the same over all ids.
+        kl_safety_mean, kl_vocabulary_mean: means over the steps.
     """
 
     prompts: int
     total_reference: list[float]
     total_policy: list[float]
     tokens: list[TokenCurve]
+    kl_safety: list[float] | None = None
+    kl_vocabulary: list[float] | None = None
+    kl_safety_mean: float | None = None
+    kl_vocabulary_mean: float | None = None
 
 
 class AskedSet(_Frozen):

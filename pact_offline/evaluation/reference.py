@@ -21,12 +21,14 @@ class Reference:
     """What a run is measured against.
 
     Attributes:
+        model: its name.
         sha256: `answers_sha256` of its metrics.
         answers: its own, to the harmful prompts.
         confidences: float64 [reached steps, ids], mean probability of each safety id at each
             response step of these answers; None where they were not measured.
     """
 
+    model: str
     sha256: str
     answers: list[str]
     confidences: np.ndarray | None
@@ -66,6 +68,7 @@ def read_reference(folder: Path, run: MadeFrom) -> Reference:
         )
     lines = [line for _, line in read_json_lines(folder / ANSWERS_FILE)]
     return Reference(
+        metrics.model,
         metrics.answers_sha256,
         [line["answer"] for line in lines if line["prompts"] == "harmful" and "attack" not in line],
         None if confidences is None else np.array(read_json(place)["mean_probability"]),

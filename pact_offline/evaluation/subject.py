@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import ModelError, TargetsMismatchError
+from pact_offline.errors import ModelError, PactError, TargetsMismatchError
 from pact_offline.fine_tuned import FineTuned, read_facts
 from pact_offline.models.load import load_model
 from pact_offline.references import locate_reference
@@ -74,6 +74,21 @@ class Subject:
             return load_model(str(self.tuned.folder), dtype)
         load_in = self.run.get("load_in")
         return self.tuned.added_to(load_model(str(self.folder), dtype, load_in=load_in))
+
+    def find_reference(self, name: str) -> Path | None:
+        """The folder of the model before fine-tuning; None: it is not there, or is another now.
+
+        Args:
+            name: its name in the reference's evaluation; looked up where the subject is a whole
+                model that was given without the one that it was made from.
+        """
+        if self.tuned is None or self.tuned.folder != self.folder:
+            return self.folder
+        try:
+            files = locate_reference(name)
+        except PactError:
+            return None
+        return files.path if files.identity == self.identity else None
 
 
 def find_subject(model: str, adapter: Path | None) -> Subject:

@@ -23,6 +23,7 @@ from pact_offline.report.answer_browser import (
 from pact_offline.report.answers import Answer
 from pact_offline.report.columns import columns_of, further_columns, kinds_of_sets
 from pact_offline.report.contents import with_contents
+from pact_offline.report.drift import divergence_panels, divergences
 from pact_offline.report.finding import finding
 from pact_offline.report.grouped import grouped
 from pact_offline.report.inputs import Screened
@@ -97,8 +98,12 @@ def write_report(
         scatter=plots.scatter(models, styles),
         totals=plots.total_panels(models, styles),
         token_curves=plots.token_panels(models, styles),
+        divergences=divergences(models, styles),
+        divergence_panels=divergence_panels(models, styles),
         training=training_panels(logs, styles),
         trained=[styles[name] for name in logs],
+        watched_gap=any(log.curves["held_gap"] for log in logs.values()),
+        watched=any(log.shares for log in logs.values()),
         screenings=screenings,
         safety_tokens=safety_tokens,
         token_groups=_token_groups(safety_tokens),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 from pact_offline.errors import InputError, MissingFileError
 from pact_offline.files import read_text
+from pact_offline.report.numbers import share
 from pact_offline.report.plots import Line, Panel, Style, Tick, trace
 
-LOG = "training.jsonl"
+LOG, EVALUATIONS = "training.jsonl", "evaluations.jsonl"
 _POINTS = 60
+_WATCHED = {"refused": "{} prompts refused", "accuracy": "{} accuracy"}
 _CURVES = {
     "cross_entropy": "Cross-entropy of what is learnt",
     "held_gap": "Confidence gap of held and rehearsed answers",
@@ -27,10 +29,12 @@ class TrainingLog:
     Attributes:
         steps: optimizer steps.
         curves: by name, over the whole training.
+        shares: of answers that were made while it trained: by title, step and share in 0..1.
     """
 
     steps: int
     curves: dict[str, list[float]]
+    shares: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
 def read_training_logs(adapters: Path, names: Sequence[str]) -> dict[str, TrainingLog]:
@@ -48,7 +52,11 @@ def read_training_logs(adapters: Path, names: Sequence[str]) -> dict[str, Traini
         raise MissingFileError(f"{adapters}: no such directory")
     # Looked up among what is there: no name of a run becomes a path.
     logs = {place.name: place / LOG for place in sorted(adapters.iterdir()) if place.is_dir()}
-    return {name: _read(logs[name]) for name in names if name in logs and logs[name].is_file()}
+    found = {name: _read(logs[name]) for name in names if name in logs and logs[name].is_file()}
+    return {
+        name: replace(log, shares=_read_shares(logs[name].with_name(EVALUATIONS)))
+        for name, log in found.items()
+    }
 
 
 def _read(path: Path) -> TrainingLog:
@@ -67,6 +75,32 @@ def _read(path: Path) -> TrainingLog:
     return TrainingLog(len(lines), {name: _thinned(values) for name, values in found.items()})
 
 
+def _read_shares(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Refused and right answers of every set by step, and broken ones of all sets together."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    lines = read_text(path).splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            step, rates = int(entry["step"]), entry["rates"]
+            shares = {
+                _WATCHED[what].format(prompts.capitalize()): float(rate["value"])
+                for name, rate in rates.items()
+                for prompts, _, what in [name.rpartition("_")]
+                if what in _WATCHED and name != "task_refused"
+            }
+            broken = [rate for name, rate in rates.items() if name.endswith("_broken")]
+            if total := sum(int(rate["total"]) for rate in broken):
+                shares["Broken answers"] = sum(int(rate["count"]) for rate in broken) / total
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise InputError(
+                f"{path}:{number}: expected answers while a run trained, found {line!r:.40}"
+            ) from None
+        for title, value in shares.items():
+            found.setdefault(title, []).append((step, value))
+    return found
+
+
 def _thinned(values: Sequence[float]) -> list[float]:
     count = min(len(values), _POINTS)
     ends = [number * len(values) // count for number in range(count + 1)] if count else []
@@ -80,7 +114,7 @@ def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]
         runs = {name: log for name, log in logs.items() if log.curves[curve]}
         if not runs:
             continue
-        top = _round_above(max(max(log.curves[curve]) for log in runs.values()))
+        top = round_above(max(max(log.curves[curve]) for log in runs.values()))
         last = max(log.steps for log in runs.values())
         panels.append(
             Panel(
@@ -99,10 +133,38 @@ def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]
                 "By optimizer step",
             )
         )
+    return panels + _share_panels(logs, styles)
+
+
+def _share_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]) -> list[Panel]:
+    panels = []
+    for title in dict.fromkeys(title for log in logs.values() for title in log.shares):
+        runs = {name: log.shares[title] for name, log in logs.items() if title in log.shares}
+        last = max(log.steps for log in logs.values()) or 1
+        panels.append(
+            Panel(
+                title,
+                None,
+                [Line(styles[name], _points(shares, last)) for name, shares in runs.items()],
+                "",
+                [Tick(0, "0"), Tick(50, str(last // 2)), Tick(100, str(last))],
+                [Tick(100 * (1 - at), share(at)) for at in (0, 0.5, 1)],
+                "; ".join(
+                    f"{name}: "
+                    + ", ".join(f"{share(value)} at step {step}" for step, value in found)
+                    for name, found in runs.items()
+                ),
+                "By optimizer step",
+            )
+        )
     return panels
 
 
-def _round_above(value: float) -> float:
+def _points(shares: Sequence[tuple[int, float]], last: int) -> str:
+    return " ".join(f"{100 * step / last:.2f},{100 * (1 - value):.2f}" for step, value in shares)
+
+
+def round_above(value: float) -> float:
     """The next of 1, 2 and 5 times a power of ten."""
     step = 1e-6
     while True:

@@ -376,6 +376,16 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
         description="Write a checkpoint every so many optimizer steps; after a kill, the same "
         "command goes on from the last. 0: none.",
     )
+    evaluate_steps: int = Field(
+        0,
+        ge=0,
+        description="Let the policy answer prompts every so many optimizer steps, before the first "
+        "and after the last: how refusals go while it trains. 0: never.",
+    )
+    evaluate_prompts: int = Field(
+        20, ge=1, description="How many prompts of each set are answered then, from the first."
+    )
+    evaluate_tokens: int = Field(64, ge=1, description="Longest answer then, in tokens.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )

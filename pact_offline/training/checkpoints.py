@@ -23,7 +23,10 @@ from pact_offline.training.step_log import STEP_LOG
 
 log = logging.getLogger(__name__)
 
-_MEANS = {"save_steps", "report_to", "gap_warns", "gap_stops"}  # decide no weight
+_MEANS = {
+    *("save_steps", "report_to", "gap_warns", "gap_stops"),
+    *("evaluate_steps", "evaluate_prompts", "evaluate_tokens"),
+}  # decide no weight
 _EPOCH = "epoch_start.safetensors"  # written last: a checkpoint without it is not whole
 
 

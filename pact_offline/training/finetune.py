@@ -54,6 +54,12 @@ from pact_offline.training.checkpoints import (
 )
 from pact_offline.training.collator import TargetSource
 from pact_offline.training.dataset import as_dataset, memory_mapped
+from pact_offline.training.evaluations import (
+    EVALUATIONS,
+    Evaluations,
+    Watch,
+    require_whole_policy,
+)
 from pact_offline.training.gauge import Gauge
 from pact_offline.training.inputs import (
     Inputs,
@@ -95,6 +101,7 @@ def finetune(
     tokens_path: Path | None = None,
     rehearsal_path: Path | None = None,
     cache_place: str | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train a policy and write it, whole or not at all, to `output`.
 
@@ -109,6 +116,7 @@ def finetune(
         tokens_path: the safety tokens.
         rehearsal_path: targets.json of `pact-offline rehearse`.
         cache_place: the `cache` of `TargetCache.open`.
+        watch: asks the policy prompts every `evaluate_steps`.
 
     Returns:
         what is written to `pact_offline.json`: settings, targets hash, metrics and provenance;
@@ -179,6 +187,7 @@ def finetune(
             output,
             uses=uses,
             rehearsal=rehearsal,
+            watch=watch,
         )
         facts = {
             "model": model.name,
@@ -248,8 +257,9 @@ def train(
     *,
     uses: Uses | None = None,
     rehearsal: Rehearsal | None = None,
+    watch: Watch | None = None,
 ) -> tuple[PactTrainer, dict[str, float]]:
-    """Train a policy in place; `training.jsonl` goes to `folder`.
+    """Train a policy in place; `training.jsonl`, and `evaluations.jsonl`, go to `folder`.
 
     Args:
         policy: from `prepare_policy`.
@@ -263,6 +273,7 @@ def train(
         output: where the result will be in the end; names the run in TensorBoard and the like.
         uses: what each answer of the rows is for; None: every one is learnt.
         rehearsal: rows that are mixed in and held.
+        watch: asks the policy prompts every `evaluate_steps`.
 
     Returns:
         the trainer, and the metrics of the end of training.
@@ -305,15 +316,24 @@ def train(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and output:
             callback.logging_dir = str(output.parent / "tensorboard" / output.name)
+    evaluations = None
+    if watch is not None and settings.evaluate_steps:
+        require_whole_policy(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        evaluations = Evaluations(
+            scratch / EVALUATIONS, settings.evaluate_steps, watch, trainer.leave_out
+        )
+        trainer.add_callback(evaluations)
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
         journal.close()
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - started - (evaluations.seconds if evaluations else 0)
     before = step_of(resumed) if resumed else 0
     if trainer.is_world_process_zero():
         shutil.copy(scratch / STEP_LOG, folder / STEP_LOG)
+        if evaluations is not None:
+            shutil.copy(scratch / EVALUATIONS, folder / EVALUATIONS)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return trainer, _final_metrics(trainer, trainer.state.global_step - before, seconds)
 

@@ -206,6 +206,10 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         )
         return self.lr_scheduler
 
+    def leave_out(self, seconds: float) -> None:
+        """Take time that was not spent on training out of the rate that is logged next."""
+        self._logged += seconds
+
     def _kl_weight(self) -> float:
         last = max(1, self.state.max_steps - 1)
         return kl_weight_at(self.state.global_step / last, self._settings)

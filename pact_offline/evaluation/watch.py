@@ -1,0 +1,109 @@
+"""What is asked of a policy while it trains: the first prompts of each set, judged as ever."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pact_offline.evaluation.answers import answer_all
+from pact_offline.evaluation.judges import Judge, load_judge
+from pact_offline.evaluation.prompt_sets import PromptSet, read_prompts
+from pact_offline.evaluation.rates import count_rates
+from pact_offline.made_from import rows_sha256
+from pact_offline.rows.chat import Chat, chat_of
+from pact_offline.settings.stages import EvaluateSettings, FinetuneSettings
+
+_TOLD = ("refused", "accuracy", "broken")
+
+
+@dataclass(frozen=True)
+class PromptWatch:
+    """Asks a policy some prompts, and counts as `evaluate` does.
+
+    Attributes:
+        chat: template and tokenizer.
+        sets: the prompts, by name of their set.
+        judge: of refusals.
+        settings: lengths and batches.
+        digest: over what decides the verdicts; 64 hex digits.
+    """
+
+    chat: Chat
+    sets: dict[str, PromptSet]
+    judge: Judge
+    settings: EvaluateSettings
+    digest: str
+
+    def __call__(self, policy: Any) -> dict[str, Any]:
+        """The rates of `metrics.json`, and every answer that they are counted from."""
+        answers = answer_all(policy, self.chat, self.sets, [], self.settings, self.judge)
+        return {
+            "rates": {
+                name: {"count": rate.count, "total": rate.total, "value": rate.value}
+                for name, rate in count_rates(answers).items()
+            },
+            "answers": [
+                {
+                    "prompts": answer.prompts,
+                    "prompt": answer.prompt,
+                    "answer": answer.text,
+                    "refused": answer.refused,
+                    "broken": answer.broken is not None,
+                    **({"correct": answer.correct} if answer.kind == "task" else {}),
+                }
+                for answer in answers
+            ],
+        }
+
+    def describe(self, found: dict[str, Any]) -> str:
+        """The rates in a few words; broken answers where there are some."""
+        parts = []
+        for name, rate in found["rates"].items():
+            prompts, _, what = name.rpartition("_")
+            if what in _TOLD and (rate["count"] or what != "broken"):
+                parts.append(f"{prompts} {what} {rate['count']}/{rate['total']}")
+        return ", ".join(parts)
+
+
+def watch_of(
+    model: Path,
+    sources: Mapping[str, str | Path | None],
+    further: Sequence[tuple[str, str]],
+    judge: str,
+    settings: FinetuneSettings,
+) -> PromptWatch:
+    """The prompts that a run is asked while it trains, checked and read.
+
+    Args:
+        model: folder of the model that the run starts from.
+        sources, further: as of `read_prompts`; the first `evaluate_prompts` of each are asked.
+        judge: its name.
+        settings: of the run; rows of the sets have its `columns`.
+
+    Raises:
+        SettingError, MissingFileError, InputError: no such prompts or judge.
+    """
+    verdicts = load_judge(judge)
+    chat = chat_of(str(model), settings)
+    count = settings.evaluate_prompts
+    sets = {
+        name: replace(one, rows=one.rows[:count])
+        for name, one in read_prompts(sources, further, settings.columns).items()
+    }
+    for one in sets.values():
+        for row in one.rows:
+            chat.prompt_ids(row)  # what the template refuses is refused now
+    decides = [
+        {name: [one.kind, rows_sha256(one.rows)] for name, one in sets.items()},
+        verdicts.content,
+        chat.template_sha256,
+        settings.chat_template_kwargs,
+        settings.evaluate_tokens,
+    ]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    lengths = EvaluateSettings(max_new_tokens=settings.evaluate_tokens)
+    return PromptWatch(chat, sets, verdicts, lengths, digest)

@@ -1,0 +1,82 @@
+"""How far runs have moved from the reference, as numbers and by response step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pact_offline.evaluation.metrics import Metrics
+from pact_offline.report.plots import Line, Panel, Style, Tick, trace
+from pact_offline.report.training_log import round_above
+
+_KINDS = {"kl_safety": "Safety tokens", "kl_vocabulary": "All ids"}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Mean KL divergence of a run from the reference in nats, as text and as shares of a bar."""
+
+    style: Style
+    safety: str
+    vocabulary: str
+    safety_share: float
+    vocabulary_share: float
+
+
+def divergences(models: Sequence[Metrics], styles: Mapping[str, Style]) -> list[Divergence]:
+    """A row for each run whose divergence was measured, in the order of the models."""
+    found = [
+        (styles[m.name], m.drift.kl_safety_mean, m.drift.kl_vocabulary_mean)
+        for m in models
+        if m.drift
+    ]
+    rows = [(style, s, v) for style, s, v in found if s is not None and v is not None]
+    largest = max((value for _, s, v in rows for value in (s, v)), default=0.0) or 1.0
+    return [
+        Divergence(style, nats(safety), nats(whole), safety / largest, whole / largest)
+        for style, safety, whole in rows
+    ]
+
+
+def divergence_panels(models: Sequence[Metrics], styles: Mapping[str, Style]) -> list[Panel]:
+    """One panel a kind of divergence, with a line for each run that has it."""
+    panels = []
+    for key, title in _KINDS.items():
+        curves = {m.name: getattr(m.drift, key) for m in models if m.drift}
+        curves = {name: values for name, values in curves.items() if values}
+        if not curves:
+            continue
+        top = round_above(max(map(max, curves.values())))
+        last = max(map(len, curves.values())) - 1
+        panels.append(
+            Panel(
+                title,
+                None,
+                [
+                    Line(
+                        styles[name],
+                        trace(values, top, 100 * (len(values) - 1) / last if last else 100),
+                    )
+                    for name, values in curves.items()
+                ],
+                "",
+                [
+                    Tick(round(100 * step / max(last, 1), 2), str(step))
+                    for step in sorted({0, last // 2, last})
+                ],
+                [Tick(100 * (1 - at), f"{top * at:.3g}") for at in (0, 0.5, 1)],
+                "; ".join(
+                    f"{name}: {nats(values[0])} nats at step 0, {nats(max(values))} at most"
+                    for name, values in curves.items()
+                ),
+                "KL divergence from the reference by response step",
+            )
+        )
+    return panels
+
+
+def nats(value: float) -> str:
+    """A divergence with three significant digits; `< 0.0001` below that."""
+    if 0 < value < 1e-4:
+        return "< 0.0001"
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
