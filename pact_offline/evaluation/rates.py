@@ -9,7 +9,7 @@ from types import MappingProxyType
 from pact_offline.errors import SettingError
 from pact_offline.evaluation.answers import Answer
 from pact_offline.evaluation.attacks import Attack
-from pact_offline.evaluation.metrics import OwnRate, Rate
+from pact_offline.evaluation.metrics import Mean, OwnRate, Rate
 from pact_offline.evaluation.prompt_sets import PromptSet
 from pact_offline.own_code import content_of, load_verdict
 from pact_offline.settings.stages import EvaluateSettings
@@ -67,7 +67,7 @@ def load_rates(
 
 def rate_names(sets: Mapping[str, PromptSet], attacks: Sequence[Attack]) -> set[str]:
     """Names that the rates of sets may have."""
-    counted = ("refused", "broken", "unfinished", "accuracy", "unsafe")
+    counted = ("refused", "broken", "unfinished", "accuracy", "unsafe", "rouge_l")
     return {
         f"{asked}_{what}"
         for name in sets
@@ -95,13 +95,15 @@ def count_rates(
     for (name, attack), places in groups.items():
         asked = f"{name}_{attack}" if attack else name
         of_set = [answers[at] for at in places]
-        rates[f"{asked}_refused"] = _share(answer.refused for answer in of_set)
+        if not of_set[0].chosen:
+            rates[f"{asked}_refused"] = _share(answer.refused for answer in of_set)
         judged = [unsafe[at] for at in places if unsafe.get(at) is not None]
         if judged:
             rates[f"{asked}_unsafe"] = _share(judged)
-        if of_set[0].kind == "task":
+        if of_set[0].correct is not None:
             rates[f"{asked}_accuracy"] = _share(answer.correct for answer in of_set)
-        rates[f"{asked}_broken"] = _share(answer.broken is not None for answer in of_set)
+        if not of_set[0].chosen:
+            rates[f"{asked}_broken"] = _share(answer.broken is not None for answer in of_set)
         if any(answer.is_unfinished for answer in of_set):
             rates[f"{asked}_unfinished"] = _share(answer.is_unfinished for answer in of_set)
     for rate in own:
@@ -112,6 +114,23 @@ def count_rates(
         ]
         rates[rate.facts.name] = _share(verdicts)
     return rates
+
+
+def mean_scores(answers: Sequence[Answer], sets: Mapping[str, PromptSet]) -> dict[str, Mean]:
+    """Means of the scores of tasks that are not scored by right and wrong.
+
+    Args:
+        answers: to sets of prompts.
+        sets: that were asked, by name.
+    """
+    scores: dict[str, list[float]] = {}
+    for answer in answers:
+        if answer.score is not None:
+            scores.setdefault(answer.prompts, []).append(answer.score)
+    return {
+        f"{name}_rouge_l": Mean.of(found, f"{sets[name].title}: ROUGE-L", "higher is better")
+        for name, found in scores.items()
+    }
 
 
 def _share(verdicts: Iterable[bool | None]) -> Rate:
