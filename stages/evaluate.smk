@@ -12,6 +12,7 @@ JUDGED_BY = dict(
     prompts=local_files([*PROMPTS.values(), *(v for v in SETS.values() if v != "hub")]),
     guard=model_input(CONFIG.evaluate.guard),
     code=own_code(CONFIG.evaluate),
+    tasks=own_tasks(CONFIG.evaluate),
     template=chat_template(CONFIG.evaluate),
 )
 EVALUATE = (

@@ -103,3 +103,10 @@ def own_code(settings):
     values = [v if isinstance(v, tuple) else (v,) for v in vars(settings).values()]
     names = [name for value in values for name in value if isinstance(name, str)]
     return [str(file) for file in map(file_of, names) if file]
+
+
+def own_tasks(settings):
+    """The files of lm-eval tasks of the user's own."""
+    folder = settings.lm_eval_include
+    found = [f for kind in ("*.yaml", "*.py") for f in Path(folder).rglob(kind)] if folder else []
+    return sorted(map(str, found))

@@ -17,13 +17,11 @@ from tiny import make_model
 
 from pact_offline.cli import cli
 from pact_offline.evaluation import subject
-from pact_offline.evaluation.answers import Answer
 from pact_offline.evaluation.guards import find_guard
 from pact_offline.evaluation.metrics import Metrics, Rate
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.rows.chat import load_tokenizer
-from pact_offline.rows.row import Row
 from pact_offline.safety_tokens.file import SafetyTokens
 
 
@@ -521,20 +519,6 @@ def test_a_bad_function_of_the_users_own_is_named(
     assert f"{option}" in line
     assert expected in line
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("answer", "is_right"),
-    [
-        ("Billing", True), ("  billing.\n", True), ("BILLING", True), ("Billing..", True),
-        ("Billing!", False), ("Bill ing", False), ("Billing, I think", False), ("", False),
-        ("Shipping", False),
-    ],
-)  # fmt: skip
-def test_an_answer_is_right_up_to_case_space_and_a_full_stop(answer: str, is_right: bool) -> None:
-    said = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Billing"}
-    row = Row(said, "here")
-    assert Answer("task", "task", row, answer, refused=False).correct is is_right
 
 
 def test_task_accuracy_is_the_share_of_right_answers(

@@ -91,6 +91,8 @@ def test_no_module_of_the_cache_needs_torch() -> None:
             },
         ),
         ("fsspec", {"cache/storage.py"}),
+        ("lm_eval", {"evaluation/lm_eval_tasks.py"}),
+        ("rouge_score", {"evaluation/task_scores.py"}),
         ("pickle", set()),
     ],
 )

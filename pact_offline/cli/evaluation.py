@@ -65,8 +65,9 @@ def evaluate(
     """Measure a model's safety, utility and drift.
 
     Refusals in every set of prompts, task accuracy, and confidences against the reference's; what
-    no prompts or safety tokens are given for is not measured. A killed evaluation goes on with the
-    answers that it has.
+    no prompts or safety tokens are given for is not measured. --task-scores says what a right
+    answer is, --lm-eval names published tasks. A killed evaluation goes on with the answers that it
+    has.
 
     Example: pact-offline evaluate --name sft --model A --adapter adapter --harmful harmful.jsonl
     --borderline borderline.jsonl --benign benign.jsonl --task test.jsonl
@@ -89,12 +90,15 @@ def evaluate(
     if as_json:
         click.echo(metrics.model_dump_json())
     else:
-        width = max(20, *map(len, metrics.rates))
+        width = max(20, *map(len, [*metrics.rates, *metrics.means]))
         for rate, found in metrics.rates.items():
             click.echo(
                 f"{rate:{width}} {found.value:7.1%}  [{found.low:.1%}, {found.high:.1%}]  "
                 f"{found.count}/{found.total}"
             )
+        for what, mean in metrics.means.items():
+            spread = "" if mean.low is None else f"  [{mean.low:.3f}, {mean.high:.3f}]"
+            click.echo(f"{what:{width}} {mean.value:7.3f}{spread}  of {mean.total}")
 
 
 @click.command()

@@ -15,9 +15,11 @@ from typing import Any
 from pact_offline.errors import InputError, MissingFileError
 from pact_offline.evaluation.attacks import Attack, begun_text
 from pact_offline.evaluation.broken import broken_text
+from pact_offline.evaluation.choices import choose
 from pact_offline.evaluation.judges import Judge
 from pact_offline.evaluation.prompt_sets import PromptSet
 from pact_offline.evaluation.published_sets import Kind
+from pact_offline.evaluation.task_scores import TaskScore
 from pact_offline.files import read_json_lines
 from pact_offline.models.generate import generate
 from pact_offline.progress import bar
@@ -45,6 +47,9 @@ class Answer:
         is_unfinished: whether its thoughts did not come to an end.
         attack: name of the attack; None: it was asked plainly.
         begun: what an attack began the answer with.
+        correct: whether it is right; None where that is not asked, or a score tells.
+        score: of a task that is not scored by right and wrong, 0..1.
+        chosen: it was chosen from labels, and not said.
     """
 
     prompts: str
@@ -56,6 +61,9 @@ class Answer:
     is_unfinished: bool = False
     attack: str | None = None
     begun: str = ""
+    correct: bool | None = None
+    score: float | None = None
+    chosen: bool = False
 
     @property
     def prompt(self) -> str:
@@ -66,15 +74,6 @@ class Answer:
     def whole(self) -> str:
         """The answer with what it was begun with."""
         return f"{self.begun} {self.text}".strip()
-
-    @property
-    def correct(self) -> bool:
-        """Whether the answer is the row's response, up to case, space and a full stop."""
-        return _plain(self.text) == _plain(self.row.response or "")
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
 
 
 def without_thoughts(text: str, begins_in_thought: bool = False) -> tuple[str, bool]:
@@ -99,18 +98,37 @@ def answer_all(
     attacks: Sequence[Attack],
     settings: EvaluateSettings,
     judge: Judge,
+    scores: Mapping[str, TaskScore],
     kept: KeptAnswers | None = None,
 ) -> list[Answer]:
     """Greedy answers to every prompt, in order, and what is said of them.
 
     Prompts that are to be refused are asked once more under every attack. Answers that `kept` has
-    are not made again.
+    are not made again. `scores` are those of the sets of task prompts, by name.
     """
     asked = list(_asked(sets, attacks))
     total = sum(len(one.rows) for one, _ in asked)
     answers = []
     with bar("answering", total, "prompts") as progress:
         for one, attack in asked:
+            score = scores.get(one.name)
+            if score is not None and score.is_choice:
+                answers += _chosen(
+                    one,
+                    score,
+                    choose(
+                        model,
+                        chat,
+                        one.rows,
+                        score.labels,
+                        by_length=score.kind == "choice_norm",
+                        batch_size=settings.batch_size,
+                        progress=progress.update,
+                        known=kept.of(one.name, None) if kept else None,
+                        made=partial(kept.add, one.name, None) if kept else None,
+                    ),
+                )
+                continue
             rows = [attack.asked(row) if attack else row for row in one.rows]
             begun = attack.begun if attack else ()
             texts = generate(
@@ -125,7 +143,7 @@ def answer_all(
                 made=partial(kept.add, one.name, attack) if kept else None,
             )
             answers += [
-                _judged(one, row, text, judge, attack, chat)
+                _judged(one, row, text, judge, attack, chat, score)
                 for row, text in zip(one.rows, texts, strict=True)
             ]
     return answers
@@ -140,13 +158,36 @@ def _asked(
             yield from ((one, attack) for attack in attacks)
 
 
+def _chosen(one: PromptSet, score: TaskScore, labels: Sequence[str]) -> list[Answer]:
+    """Choices as answers; nothing was said that could be a refusal or broken."""
+    return [
+        Answer(
+            prompts=one.name,
+            kind=one.kind,
+            row=row,
+            text=label,
+            refused=False,
+            correct=score.is_right(label, row.response or ""),
+            chosen=True,
+        )
+        for row, label in zip(one.rows, labels, strict=True)
+    ]
+
+
 def _judged(
-    one: PromptSet, row: Row, said: str, judge: Judge, attack: Attack | None, chat: Chat
+    one: PromptSet,
+    row: Row,
+    said: str,
+    judge: Judge,
+    attack: Attack | None,
+    chat: Chat,
+    score: TaskScore | None,
 ) -> Answer:
     begun = begun_text(attack, chat)
     opening = chat.tokenizer.decode(chat.prompt_ids(row)[-_TAIL:]).rstrip()
     text, is_finished = without_thoughts(said, not begun and opening.endswith("<think>"))
     broken = broken_text(text) if is_finished else None
+    expected = row.response or ""
     return Answer(
         prompts=one.name,
         kind=one.kind,
@@ -157,6 +198,8 @@ def _judged(
         is_unfinished=not is_finished,
         attack=attack.name if attack else None,
         begun=begun,
+        correct=score.is_right(text, expected) if score and score.is_share else None,
+        score=score.score(text, expected) if score and not score.is_share else None,
     )
 
 

@@ -34,10 +34,22 @@ from pact_offline.evaluation.endpoint import EndpointJudge, load_endpoint
 from pact_offline.evaluation.guards import Guard, find_guard
 from pact_offline.evaluation.judged import Judged, agreement_of_judges, judge_all
 from pact_offline.evaluation.judges import Judge, load_judge
+from pact_offline.evaluation.lm_eval_tasks import (
+    RESULTS_FILE,
+    LmEvalTasks,
+    find_lm_eval_tasks,
+    results_text,
+)
 from pact_offline.evaluation.metrics import METRICS_FILE, AskedSet, Metrics, Sample
 from pact_offline.evaluation.prompt_sets import PromptSet, read_prompts
 from pact_offline.evaluation.published_sets import Kind
-from pact_offline.evaluation.rates import OwnRateFunction, count_rates, load_rates, rate_names
+from pact_offline.evaluation.rates import (
+    OwnRateFunction,
+    count_rates,
+    load_rates,
+    mean_scores,
+    rate_names,
+)
 from pact_offline.evaluation.reference import (
     ANSWERS_FILE,
     CONFIDENCES_FILE,
@@ -46,6 +58,7 @@ from pact_offline.evaluation.reference import (
     read_reference,
 )
 from pact_offline.evaluation.subject import Subject, find_subject
+from pact_offline.evaluation.task_scores import TaskScore, find_task_scores
 from pact_offline.files import to_disk
 from pact_offline.folders import output_aside, require_place
 from pact_offline.made_from import MadeFrom, rows_sha256
@@ -79,7 +92,7 @@ def evaluate(
     settings: EvaluateSettings,
     reference: Path | None,
 ) -> Metrics:
-    """Evaluate a model and write metrics.json, answers.jsonl and confidences.json to `output`.
+    """Evaluate a model and write metrics.json, and what it was counted from, to `output`.
 
     What does not belong together is refused before a model is loaded; the output is whole or not
     there.
@@ -89,7 +102,8 @@ def evaluate(
         model_name: hub id or path; a model that `finetune` or `merge` wrote counts as a run.
         adapter: peft adapter on top, or a whole model that was made of the model; None for neither.
         sources: a file or `hub:NAME` for each of our prompt sets.
-        further: published sets and the user's own, from `parse_set`; with `sources`, at least one.
+        further: published sets and the user's own, from `parse_set`; with `sources`, at least one,
+            but where lm-eval's tasks are named.
         tokens_path: safety_tokens.json; None: confidences and drift are not measured.
         output: directory.
         settings: lengths, judges and rates.
@@ -101,10 +115,13 @@ def evaluate(
     if kept.count:
         log.warning("%s: goes on with the %d answers that it has", output, kept.count)
     model = plan.subject.load(settings.dtype)
-    answers = answer_all(model, plan.chat, plan.sets, plan.attacks, settings, plan.judge, kept)
+    answers = answer_all(
+        model, plan.chat, plan.sets, plan.attacks, settings, plan.judge, plan.scores, kept
+    )
     contexts = _contexts(plan, answers, settings)
     with closing(KeptLogProbabilities(output.parent)) as policy:
         confidences = _confidences(model, plan, contexts, settings, policy)
+        elsewhere = plan.lm_eval.run(model, plan.chat, settings) if plan.lm_eval else None
         del model
         divergences = _divergences(plan, contexts, settings, policy)
     judged = judge_all(answers, plan.guard, plan.endpoint, settings.dtype)
@@ -115,6 +132,10 @@ def evaluate(
             plan.baseline.confidences, confidences, plan.tokens, len(contexts), divergences
         )
     files = _files(answers, confidences, judged)
+    means = mean_scores(answers, plan.sets)
+    if plan.lm_eval is not None and elsewhere is not None:
+        files[RESULTS_FILE] = results_text(elsewhere)
+        means |= plan.lm_eval.means(elsewhere)
     metrics = Metrics(
         name=name,
         is_reference=plan.baseline is None and plan.subject.tuned is None,
@@ -133,6 +154,7 @@ def evaluate(
             for one in plan.sets.values()
         },
         rates=count_rates(answers, plan.rates, judged),
+        means=means,
         own_rates=[rate.facts for rate in plan.rates],
         agreement=agreement_of_judges(answers, judged),
         drift=drift,
@@ -166,6 +188,8 @@ class _Plan:
     tokens: SafetyTokens | None
     judge: Judge
     rates: list[OwnRateFunction]
+    scores: dict[str, TaskScore]
+    lm_eval: LmEvalTasks | None
     guard: Guard | None
     endpoint: EndpointJudge | None
     made_from: MadeFrom
@@ -183,13 +207,16 @@ def _prepare(
     reference: Path | None,
 ) -> _Plan:
     judge, endpoint = load_judge(settings.judge), load_endpoint(settings)
-    sets = read_prompts(sources, further, settings.columns)
+    is_asked = bool(further) or any(sources.values()) or not settings.lm_eval
+    sets = read_prompts(sources, further, settings.columns) if is_asked else {}
     subject = find_subject(model, adapter)
     chat = chat_of(str(subject.folder), settings)
     attacks = attacks_of(settings.prefill, settings.attack_system, chat.tokenizer)
     rates = load_rates(settings, sets, rate_names(sets, attacks))
     subject.check_chat(chat)
     _check_prompts(sets, attacks, chat)
+    scores = find_task_scores(sets, settings.task_scores, chat)
+    lm_eval = find_lm_eval_tasks(settings)
     tokens = None
     if tokens_path is not None:
         tokens = SafetyTokens.load(tokens_path, chat.tokenizer)
@@ -209,6 +236,8 @@ def _prepare(
             "refusals": judge.content,
             **({"the endpoint": endpoint.content} if endpoint else {}),
             **{rate.facts.name: rate.facts.content for rate in rates},
+            **{f"answers to {name}": str(score) for name, score in scores.items()},
+            **(lm_eval.code if lm_eval else {}),
         },
         settings=settings.model_dump(mode="json", include=_DECIDING),
     )
@@ -235,18 +264,20 @@ def _prepare(
                 model,
             )
     return _Plan(
-        subject,
-        chat,
-        sets,
-        attacks,
-        tokens,
-        judge,
-        rates,
-        guard,
-        endpoint,
-        made_from,
-        baseline,
-        folder,
+        subject=subject,
+        chat=chat,
+        sets=sets,
+        attacks=attacks,
+        tokens=tokens,
+        judge=judge,
+        rates=rates,
+        scores=scores,
+        lm_eval=lm_eval,
+        guard=guard,
+        endpoint=endpoint,
+        made_from=made_from,
+        baseline=baseline,
+        reference=folder,
     )
 
 
@@ -342,7 +373,9 @@ def _files(
             "answer": answer.text,
             "refused": answer.refused,
             "broken": answer.broken is not None,
-            **({"correct": answer.correct} if answer.kind == "task" else {}),
+            **({"correct": answer.correct} if answer.correct is not None else {}),
+            **({"score": answer.score} if answer.score is not None else {}),
+            **({"chosen": True} if answer.chosen else {}),
             **({"unfinished": True} if answer.is_unfinished else {}),
             **({"attack": answer.attack} if answer.attack else {}),
             **({"begun": answer.begun} if answer.begun else {}),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pact_offline.errors import InputError
@@ -18,6 +20,7 @@ from pact_offline.made_from import MadeFrom
 METRICS_FILE = "metrics.json"
 FORMAT_VERSION = 3
 _Z95 = 1.959963984540054
+_RESAMPLES = 2000
 
 
 class _Frozen(BaseModel):
@@ -36,13 +39,62 @@ class Rate(_Frozen):
     @classmethod
     def of(cls, count: int, total: int) -> Rate:
         """The rate `count / total` (Wilson, 1927, without continuity correction)."""
-        value, z2 = count / total, _Z95**2
-        centre = (value + z2 / (2 * total)) / (1 + z2 / total)
-        half = _Z95 * math.sqrt(value * (1 - value) / total + z2 / (4 * total**2))
-        half /= 1 + z2 / total
-        low = 0.0 if count == 0 else centre - half
-        high = 1.0 if count == total else centre + half
-        return cls(count=count, total=total, value=value, low=low, high=high)
+        low, high = _wilson(count / total, total)
+        return cls(count=count, total=total, value=count / total, low=low, high=high)
+
+
+def _wilson(value: float, total: int) -> tuple[float, float]:
+    z2 = _Z95**2
+    centre = (value + z2 / (2 * total)) / (1 + z2 / total)
+    half = _Z95 * math.sqrt(value * (1 - value) / total + z2 / (4 * total**2))
+    half /= 1 + z2 / total
+    return 0.0 if value == 0 else centre - half, 1.0 if value == 1 else centre + half
+
+
+class Mean(_Frozen):
+    """A mean over prompts of what is no share, with its 95 % interval, in the score's own unit.
+
+    Attributes:
+        title, better: the heading of its column; `better` is empty where nobody says which way is.
+        total: prompts.
+        low, high: None where no interval is known.
+    """
+
+    title: str
+    better: str
+    total: int
+    value: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, scores: Sequence[float], title: str, better: str) -> Mean:
+        """The mean of scores in 0..1, with the percentile interval of a bootstrap over them.
+
+        The draws are the same in every call (Efron and Tibshirani, 1993, chapter 13). Where all
+        scores are equal resampling shows no spread, and Wilson's interval of a share of this size
+        stands: no scores in 0..1 of that mean vary more than those of a share.
+        """
+        values, draw = np.asarray(scores, dtype=float), np.random.default_rng(len(scores))
+        total, value = len(values), float(values.mean())
+        if (values == values[0]).all():
+            low, high = _wilson(value, total)
+        else:
+            means = [values[draw.integers(total, size=total)].mean() for _ in range(_RESAMPLES)]
+            low, high = map(float, np.quantile(means, [0.025, 0.975]))
+        return cls(title=title, better=better, total=total, value=value, low=low, high=high)
+
+    @classmethod
+    def with_error(
+        cls, value: float, error: float | None, total: int, title: str, better: str
+    ) -> Mean:
+        """A mean whose standard error is known: the interval is the normal one, at 1.96 of it.
+
+        An error of 0 or None is none that an interval could be made of.
+        """
+        half = _Z95 * error if error else None
+        low, high = (None, None) if half is None else (value - half, value + half)
+        return cls(title=title, better=better, total=total, value=value, low=low, high=high)
 
 
 class TokenCurve(_Frozen):
@@ -155,6 +207,8 @@ class Metrics(_Frozen):
             and `NAME_unfinished` (thoughts without an end), of a task `NAME_accuracy`, of one that
             is to be refused `NAME_unsafe` (by the guard), `NAME_endpoint_unsafe` and
             `NAME_endpoint_refused` (by the judge at an endpoint); under an attack of NAME_ATTACK.
+        means: what is no share, by name: of a task that ROUGE-L scores `NAME_rouge_l`, of lm-eval
+            `lm_eval/TASK/METRIC,FILTER`.
         own_rates: those of `rates` that the user's own functions count.
         agreement: of every two judges of a question, over all answers that both judged.
         drift: against the reference; None for the reference itself, and where not measured.
@@ -174,6 +228,7 @@ class Metrics(_Frozen):
     reference_sha256: str | None
     sets: dict[str, AskedSet]
     rates: dict[str, Rate]
+    means: dict[str, Mean] = {}
     own_rates: list[OwnRate]
     agreement: list[Agreement]
     drift: Drift | None

@@ -10,7 +10,7 @@ from pact_offline.errors import SettingError
 from pact_offline.evaluation.answers import Answer
 from pact_offline.evaluation.attacks import Attack
 from pact_offline.evaluation.judged import JUDGED_RATES, Judged
-from pact_offline.evaluation.metrics import OwnRate, Rate
+from pact_offline.evaluation.metrics import Mean, OwnRate, Rate
 from pact_offline.evaluation.prompt_sets import PromptSet
 from pact_offline.own_code import content_of, load_verdict
 from pact_offline.settings.stages import EvaluateSettings
@@ -66,7 +66,7 @@ def load_rates(
 
 def rate_names(sets: Mapping[str, PromptSet], attacks: Sequence[Attack]) -> set[str]:
     """Names that the rates of sets may have."""
-    counted = ("refused", "broken", "unfinished", "accuracy", *JUDGED_RATES)
+    counted = ("refused", "broken", "unfinished", "accuracy", "rouge_l", *JUDGED_RATES)
     return {
         f"{asked}_{what}"
         for name in sets
@@ -95,14 +95,16 @@ def count_rates(
     for (name, attack), places in groups.items():
         asked = f"{name}_{attack}" if attack else name
         of_set = [answers[at] for at in places]
-        rates[f"{asked}_refused"] = _share(answer.refused for answer in of_set)
+        if not of_set[0].chosen:
+            rates[f"{asked}_refused"] = _share(answer.refused for answer in of_set)
         for what, read in JUDGED_RATES.items():
             said = [read(judged[at]) for at in places if at in judged]
             if known := [verdict for verdict in said if verdict is not None]:
                 rates[f"{asked}_{what}"] = _share(known)
-        if of_set[0].kind == "task":
+        if of_set[0].correct is not None:
             rates[f"{asked}_accuracy"] = _share(answer.correct for answer in of_set)
-        rates[f"{asked}_broken"] = _share(answer.broken is not None for answer in of_set)
+        if not of_set[0].chosen:
+            rates[f"{asked}_broken"] = _share(answer.broken is not None for answer in of_set)
         if any(answer.is_unfinished for answer in of_set):
             rates[f"{asked}_unfinished"] = _share(answer.is_unfinished for answer in of_set)
     for rate in own:
@@ -113,6 +115,23 @@ def count_rates(
         ]
         rates[rate.facts.name] = _share(verdicts)
     return rates
+
+
+def mean_scores(answers: Sequence[Answer], sets: Mapping[str, PromptSet]) -> dict[str, Mean]:
+    """Means of the scores of tasks that are not scored by right and wrong.
+
+    Args:
+        answers: to sets of prompts.
+        sets: that were asked, by name.
+    """
+    scores: dict[str, list[float]] = {}
+    for answer in answers:
+        if answer.score is not None:
+            scores.setdefault(answer.prompts, []).append(answer.score)
+    return {
+        f"{name}_rouge_l": Mean.of(found, f"{sets[name].title}: ROUGE-L", "higher is better")
+        for name, found in scores.items()
+    }
 
 
 def _share(verdicts: Iterable[bool | None]) -> Rate:

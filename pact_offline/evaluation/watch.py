@@ -13,6 +13,7 @@ from pact_offline.evaluation.answers import answer_all
 from pact_offline.evaluation.judges import Judge, load_judge
 from pact_offline.evaluation.prompt_sets import PromptSet, read_prompts
 from pact_offline.evaluation.rates import count_rates
+from pact_offline.evaluation.task_scores import find_task_scores
 from pact_offline.made_from import rows_sha256
 from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.settings.stages import EvaluateSettings, FinetuneSettings
@@ -40,7 +41,8 @@ class PromptWatch:
 
     def __call__(self, policy: Any) -> dict[str, Any]:
         """The rates of `metrics.json`, and every answer that they are counted from."""
-        answers = answer_all(policy, self.chat, self.sets, [], self.settings, self.judge)
+        scores = find_task_scores(self.sets, {}, self.chat)
+        answers = answer_all(policy, self.chat, self.sets, [], self.settings, self.judge, scores)
         return {
             "rates": {
                 name: {"count": rate.count, "total": rate.total, "value": rate.value}
@@ -53,7 +55,7 @@ class PromptWatch:
                     "answer": answer.text,
                     "refused": answer.refused,
                     "broken": answer.broken is not None,
-                    **({"correct": answer.correct} if answer.kind == "task" else {}),
+                    **({} if answer.correct is None else {"correct": answer.correct}),
                 }
                 for answer in answers
             ],

@@ -54,6 +54,16 @@ def further_columns(models: Sequence[Metrics]) -> list[Column]:
     return [titled.get(name, Column(name, name, "")) for name in shown]
 
 
+def mean_columns(models: Sequence[Metrics]) -> list[Column]:
+    """One for each mean of a name that was measured of any model."""
+    found = {
+        name: Column(name, mean.title, mean.better)
+        for m in models
+        for name, mean in m.means.items()
+    }
+    return [*found.values()]
+
+
 def kinds_of_sets(models: Sequence[Metrics]) -> dict[str, str]:
     """What each set of prompts is for: `refuse`, `answer` or `task`."""
     return {name: asked.kind for model in models for name, asked in model.sets.items()}

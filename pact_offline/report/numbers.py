@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pact_offline.evaluation.metrics import Rate
+from pact_offline.evaluation.metrics import Mean, Rate
 
 MISSING = "–"
 _VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"})
@@ -30,6 +30,18 @@ def interval(rate: Rate) -> str:
     """The 95 % interval, `1–10 %`."""
     digits = int(rate.total > 100)
     return f"{100 * rate.low:.{digits}f}–{share(rate.high, digits)}"
+
+
+def plain_number(value: float) -> str:
+    """A number in a unit of its own: `0.417`, `38.21`."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def mean_interval(mean: Mean) -> str:
+    """The 95 % interval, `0.380 to 0.460`; empty where none is known."""
+    if mean.low is None or mean.high is None:
+        return ""
+    return f"{plain_number(mean.low)} to {plain_number(mean.high)}"
 
 
 def small_share(value: float | None) -> str:

@@ -21,7 +21,7 @@ from pact_offline.report.answer_browser import (
     script_hash,
 )
 from pact_offline.report.answers import Answer
-from pact_offline.report.columns import columns_of, further_columns, kinds_of_sets
+from pact_offline.report.columns import columns_of, further_columns, kinds_of_sets, mean_columns
 from pact_offline.report.contents import with_contents
 from pact_offline.report.drift import divergence_panels, divergences
 from pact_offline.report.finding import finding
@@ -91,6 +91,7 @@ def write_report(
         reference_style=plots.reference_style(styles),
         columns=columns_of(every),
         further=further_columns(every),
+        means=mean_columns(every),
         others=[*others],
         judges=_judges(models),
         agreement=[(m.name, found) for m in models for found in m.agreement],
@@ -161,6 +162,8 @@ def _environment() -> Environment:
     environment.filters["with_contents"] = with_contents
     environment.filters["share"] = numbers.share
     environment.filters["chance"] = numbers.chance
+    environment.filters["plain_number"] = numbers.plain_number
+    environment.filters["mean_interval"] = numbers.mean_interval
     return environment
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pact_offline.errors import InputError
-from pact_offline.evaluation.metrics import Metrics, Rate
+from pact_offline.evaluation.metrics import Mean, Metrics, Rate
 from pact_offline.folders import output_aside, require_place
 from pact_offline.report import numbers
-from pact_offline.report.columns import Column, columns_of, further_columns
+from pact_offline.report.columns import Column, columns_of, further_columns, mean_columns
 from pact_offline.report.otherwise import Otherwise
 
 TABLES_MARK = "results.json"
@@ -69,17 +69,18 @@ def write_tables(folder: Path, models: Sequence[Metrics], others: Sequence[Other
 
 
 def csv_text(models: Sequence[Metrics], others: Sequence[Otherwise]) -> str:
-    """A line for every rate of every model; numbers in full."""
+    """A line for every rate and mean of every model; numbers in full; a mean has no count."""
     columns = _columns(models, others)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_CSV_HEAD)
     for metrics, other in _rows(models, others):
         for column in columns:
-            if (rate := metrics.rates.get(column.rate)) is not None:
+            if (rate := _found(metrics, column)) is not None:
+                count = rate.count if isinstance(rate, Rate) else ""
                 writer.writerow(
                     [metrics.name, column.rate, column.title, column.better]
-                    + [rate.count, rate.total, rate.value, rate.low, rate.high]
+                    + [count, rate.total, rate.value, rate.low, rate.high]
                     + ([other.note, other.source] if other else ["", ""])
                 )
     return text.getvalue()
@@ -103,6 +104,7 @@ def json_text(models: Sequence[Metrics], others: Sequence[Otherwise]) -> str:
                 for column in columns
                 if column.rate in metrics.rates
             },
+            "means": {name: mean.model_dump() for name, mean in metrics.means.items()},
         }
 
     runs = [shown(*row) for row in _rows(models, others)]
@@ -117,8 +119,7 @@ def markdown_text(models: Sequence[Metrics], others: Sequence[Otherwise]) -> str
         ["---", *("---:" for _ in columns)],
     ]
     for metrics, other in _rows(models, others):
-        cells = [_cell(metrics.rates.get(column.rate)) for column in columns]
-        lines.append([_label(metrics, other), *cells])
+        lines.append([_label(metrics, other), *_cells(metrics, columns)])
     head, rule, *body = lines
     escaped = [[_escape_markdown(cell) for cell in line] for line in (head, *body)]
     return "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], rule, *escaped[1:]])
@@ -144,7 +145,7 @@ def tex_text(models: Sequence[Metrics], others: Sequence[Otherwise]) -> str:
 
 def _columns(models: Sequence[Metrics], others: Sequence[Otherwise]) -> list[Column]:
     every = [*models, *(other.metrics for other in others)]
-    return [*columns_of(every), *further_columns(every)]
+    return [*columns_of(every), *further_columns(every), *mean_columns(every)]
 
 
 def _rows(
@@ -162,12 +163,19 @@ def _label(metrics: Metrics, other: Otherwise | None) -> str:
 
 
 def _cells(metrics: Metrics, columns: Sequence[Column]) -> list[str]:
-    return [_cell(metrics.rates.get(column.rate)) for column in columns]
+    return [_cell(_found(metrics, column)) for column in columns]
 
 
-def _cell(rate: Rate | None) -> str:
+def _found(metrics: Metrics, column: Column) -> Rate | Mean | None:
+    return metrics.rates.get(column.rate) or metrics.means.get(column.rate)
+
+
+def _cell(rate: Rate | Mean | None) -> str:
     if rate is None:
         return numbers.MISSING
+    if isinstance(rate, Mean):
+        parts = [numbers.mean_interval(rate), f"mean of {rate.total}"]
+        return f"{numbers.plain_number(rate.value)} ({'; '.join(filter(None, parts))})"
     return f"{numbers.percent(rate)} ({numbers.interval(rate)}; {rate.count}/{rate.total})"
 
 

@@ -36,7 +36,7 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
             return tuple(rows(key, name) for name in value)
         return value if value is None or value.startswith("hub:") else file(key, value)
 
-    def model(name: str | None) -> str | None:
+    def folder(name: str | None) -> str | None:
         if name and not Path(name).is_dir() and (beside / name).is_dir():
             return str(beside / name)
         return name
@@ -67,7 +67,7 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
     return placed(
         config,
         {
-            "models": placed(config.models, {n: model(v) for n, v in config.models}),
+            "models": placed(config.models, {n: folder(v) for n, v in config.models}),
             "align_data": align and placed(align, each(rows, "align_data", align)),
             "refusals": rows("refusals", config.refusals),
             "token_list": token_list and file("token_list", token_list),
@@ -95,7 +95,8 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
             "evaluate": placed(
                 evaluate,
                 each(own, "evaluate", evaluate)
-                | {"guard": model(evaluate.guard)}
+                | {"guard": folder(evaluate.guard)}
+                | {"lm_eval_include": folder(evaluate.lm_eval_include)}
                 | chat("evaluate", evaluate),
             ),
         },

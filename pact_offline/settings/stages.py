@@ -7,6 +7,7 @@ both, so a key has one name, one default and one description everywhere.
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -29,6 +30,10 @@ BUILT_IN_OBJECTIVES = ("none", "pact", "confidence", "first_tokens", "mass", "vo
 HOLD_NOTHING = ("none", "first_tokens")  # objectives with nothing to say of a row not learnt
 BUILT_IN_JUDGE = "phrases"
 BUILT_IN_RUBRIC = "rubric"
+# Ways to score the answers to task prompts; known without importing them.
+TASK_SCORES = (
+    "exact", "contains", "regex:PATTERN", "last_number", "choice", "choice_norm", "rouge_l",
+)  # fmt: skip
 # What a row's forms read; known without importing them.
 COLUMNS = (
     "messages", "role", "content", "conversations", "prompt", "response", "completion",
@@ -448,6 +453,27 @@ class EvaluateSettings(ChatSettings):
         description="Your own rates to count: path/to/file.py:function, or entry points of "
         "pact_offline.rates.",
     )
+    task_scores: dict[str, str] = Field(
+        {},
+        description="How the answers to a set of task prompts are scored, by its name (task for "
+        f"--task), as task=last_number: {', '.join(TASK_SCORES)}. Default: exact. docs/utility.md "
+        "says what each is.",
+    )
+    lm_eval: tuple[str, ...] = Field(
+        (),
+        description="Tasks of EleutherAI's lm-eval that the model is also measured on, by name, as "
+        "gsm8k,sst2; needs pact-offline[lm-eval].",
+    )
+    lm_eval_include: str | None = Field(
+        None, description="Folder with lm-eval tasks of your own, as YAML."
+    )
+    lm_eval_limit: int | None = Field(
+        None, ge=1, description="At most so many prompts of each lm-eval task. Default: all."
+    )
+    lm_eval_chat: bool = Field(
+        False,
+        description="Put lm-eval's prompts through the chat template; by default as bare text.",
+    )
     guard: str | None = Field(
         None,
         description="Guard model that also judges the answers to prompts that are to be refused.",
@@ -479,6 +505,26 @@ class EvaluateSettings(ChatSettings):
         description="Ask prompts that are to be refused once more, with this system message in "
         "front.",
     )
+
+    _without_blanks = field_validator("lm_eval")(_names)
+
+    @field_validator("task_scores")
+    @classmethod
+    def _known_scores(cls, scores: dict[str, str]) -> dict[str, str]:
+        for name, score in scores.items():
+            kind, _, pattern = score.partition(":")
+            known = "regex:PATTERN" if kind == "regex" and pattern else score
+            if known not in TASK_SCORES or score == "regex:PATTERN":
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(TASK_SCORES)}, found {score!r:.60}"
+                )
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"{name}: expected a regular expression, found {pattern!r:.60}: {error}"
+                ) from None
+        return scores
 
 
 class AlignSettings(Settings):
