@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import Result
 from conftest import write_rows
 from safetensors.torch import load_file
 from test_report import Page, save, sft
+from test_workflow import few_rows, plan
 
 from pact_offline.models.load import load_model
 from pact_offline.training.evaluations import ask
@@ -168,3 +170,23 @@ def test_the_report_draws_answers_by_step(
     assert not any("Task prompts refused. sft: 50 % at" in label for label in labels)
     (folder / "evaluations.jsonl").write_text("[]\n")
     assert "evaluations.jsonl:1: expected answers while a run trained" in fails(*words)
+
+
+@pytest.mark.workflow
+def test_the_workflow_gives_a_run_its_prompts_and_the_judge(tmp_path: Path) -> None:
+    config = few_rows(tmp_path)
+    (tmp_path / "own.py").write_text("def never(prompt, answer): return False\n")
+    config["evaluate"]["judge"] = "own.py:never"
+    config["runs"] = {"seen": {"objective": "none", "evaluate_steps": 5}, "unseen": {}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    planned = plan(path, "--printshellcmds", "--cores", "1")
+    seen, unseen = (
+        next(x for x in planned.splitlines() if " finetune " in x and f"/adapters/{run}'" in x)
+        for run in ("seen", "unseen")
+    )
+    assert "--evaluate-steps 5" in seen
+    assert "--harmful harmful.jsonl" in seen
+    assert "--judge own.py:never" in seen
+    assert "--harmful" not in unseen
+    assert "--judge" not in unseen
