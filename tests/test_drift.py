@@ -139,7 +139,7 @@ def test_divergences_are_a_table_and_curves_with_their_text(tmp_path: Path) -> N
     page = Page(render(tmp_path, [reference(), *runs, make_metrics("unmeasured")]))
     assert "Run Safety tokens, nats All ids, nats plain 3.00 4.25 held 0.00501 0.375" in page.text
     labels = [value for name, value in page.attributes if name == "aria-label"]
-    safety, whole = (label for label in labels if "KL divergence" in label)
+    safety, whole = (label for label in labels if "by response step" in label and "KL" in label)
     assert "plain: 4.00 nats at step 0, 4.00 at most; held: 0.01 nats at step 0" in safety
     assert "All ids. plain: 5.00 nats" in whole
 

@@ -14,13 +14,11 @@ _KINDS = {"kl_safety": "Safety tokens", "kl_vocabulary": "All ids"}
 
 @dataclass(frozen=True)
 class Divergence:
-    """Mean KL divergence of a run from the reference in nats, as text and as shares of a bar."""
+    """Mean KL divergence of a run from the reference in nats, as text."""
 
     style: Style
     safety: str
     vocabulary: str
-    safety_share: float
-    vocabulary_share: float
 
 
 def divergences(models: Sequence[Metrics], styles: Mapping[str, Style]) -> list[Divergence]:
@@ -30,11 +28,10 @@ def divergences(models: Sequence[Metrics], styles: Mapping[str, Style]) -> list[
         for m in models
         if m.drift
     ]
-    rows = [(style, s, v) for style, s, v in found if s is not None and v is not None]
-    largest = max((value for _, s, v in rows for value in (s, v)), default=0.0) or 1.0
     return [
-        Divergence(style, nats(safety), nats(whole), safety / largest, whole / largest)
-        for style, safety, whole in rows
+        Divergence(style, nats(safety), nats(whole))
+        for style, safety, whole in found
+        if safety is not None and whole is not None
     ]
 
 
