@@ -139,6 +139,27 @@ def test_the_page_fits_is_silent_and_can_be_read(
     assert {kind: ratio for kind, ratio in ratios.items() if ratio < 4.5} == {}
 
 
+@pytest.mark.parametrize("width", [*WIDTHS, 720, 760])
+def test_plots_can_be_read_and_have_the_page_s_colours(
+    width: int, page: Path, read: Callable[..., Reader]
+) -> None:
+    open_page = read(page, width, color_scheme="dark").page
+    drawn = open_page.locator("svg[role=img]:visible")
+    assert drawn.evaluate_all("all => all.filter(one => one.closest('.wide, .narrow')).length") == 1
+    heights = drawn.locator("text").evaluate_all(
+        "all => all.map(one => parseFloat(getComputedStyle(one).fontSize) * one.getScreenCTM().a)"
+    )
+    assert len(heights) > 20
+    assert 10 <= min(heights) <= max(heights) <= 24
+    colours = drawn.locator("text").evaluate_all(
+        "all => all.map(one => getComputedStyle(one).fill)"
+    )
+    assert "rgb(164, 172, 182)" in colours  # the quiet one, of ticks
+    assert "rgb(232, 234, 237)" in colours  # the text's, of the reference's name
+    ids = open_page.evaluate("[...document.querySelectorAll('[id]')].map(one => one.id)")
+    assert len(ids) == len(set(ids))
+
+
 # By selector, how much lighter one of text and background is than the other (WCAG 2.2).
 CONTRAST = """() => {
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);

@@ -93,6 +93,7 @@ def test_no_module_of_the_cache_needs_torch() -> None:
         ("fsspec", {"cache/storage.py"}),
         ("lm_eval", {"evaluation/lm_eval_tasks.py"}),
         ("rouge_score", {"evaluation/task_scores.py"}),
+        ("matplotlib", {"report/drawing.py"}),
         ("pickle", set()),
     ],
 )
@@ -107,7 +108,8 @@ def test_a_library_is_imported_in_its_home_only(library: str, homes: set[str]) -
 
 def test_the_command_line_starts_without_heavy_libraries() -> None:
     code = (
-        "import sys, pact_offline.cli; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+        "import sys, pact_offline.cli; "
+        "print({'torch', 'vllm', 'transformers', 'matplotlib'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

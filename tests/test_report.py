@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import Result
+from conftest import ROOT
 
 from pact_offline.errors import InputError
 from pact_offline.evaluation.metrics import (
@@ -25,10 +30,12 @@ from pact_offline.evaluation.metrics import (
 )
 from pact_offline.evaluation.prompt_sets import OUR_SETS
 from pact_offline.made_from import MadeFrom
+from pact_offline.report.drawing import draw_key
 from pact_offline.report.finding import finding
 from pact_offline.report.page import headline, write_report
-from pact_offline.report.plots import nice_ticks, styles_of
+from pact_offline.report.plots import share_ticks
 from pact_offline.report.stage_costs import read_stage_costs
+from pact_offline.report.styles import Style, styles_of
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 
 HOSTILE = "</pre><script>alert('x')</script><img src=http://evil.example/a.png>"
@@ -221,9 +228,7 @@ def test_an_axis_is_said_to_start_elsewhere_only_where_it_does(
 
 def test_the_reference_comes_first_and_runs_keep_their_order(tmp_path: Path) -> None:
     metrics = [make_metrics("zeta"), reference(), make_metrics("alpha")]
-    names = re.findall(
-        r'<span class="name">.*?</svg></svg> (\w+)</span>', render(tmp_path, metrics)
-    )
+    names = re.findall(r'<span class="name">.*?</svg> (\w+)</span>', render(tmp_path, metrics))
     assert names[:3] == ["reference", "zeta", "alpha"]
 
 
@@ -241,7 +246,7 @@ def test_no_drift_leaves_the_confidence_plots_out(tmp_path: Path) -> None:
 
 
 def test_the_reference_line_has_a_key_where_only_runs_were_evaluated(tmp_path: Path) -> None:
-    keys = re.findall(r"<li>.*</svg></svg> (\w+)</li>", render(tmp_path, [sft()]))
+    keys = re.findall(r"<li>.*</svg> (\w+)</li>", render(tmp_path, [sft()]))
     assert keys == ["reference", "reference", "sft"]
 
 
@@ -456,6 +461,11 @@ def test_how_runs_trained_is_drawn(
     assert "sft: 0.0101 at the end; held: 0.0101 at the end" in loss
     assert "held: 0.199 at the end" in gap
     assert "sft" not in gap
+    assert "Cross-entropy of what is learnt held 1.22 0." in page.text
+    diverged = tmp_path / "adapters" / "held" / "training.jsonl"
+    diverged.write_text('{"cross_entropy": 2.5}\n{"cross_entropy": NaN}\n{"held_gap": Infinity}\n')
+    assert run(*command).exit_code == 0
+    assert "held: nan at the end" in output.read_text()
     broken = tmp_path / "adapters" / "sft" / "training.jsonl"
     broken.write_text(broken.read_text() + "[1\n")
     assert f"{broken}:201: expected a step of a training" in fails(*command)
@@ -465,7 +475,7 @@ def test_how_runs_trained_is_drawn(
     ("low", "high"), [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.88, 0.881), (0.739, 0.926)]
 )
 def test_ticks_enclose_the_values_in_few_round_steps(low: float, high: float) -> None:
-    ticks = nice_ticks(low, high)
+    ticks = share_ticks(low, high)
     assert 2 <= len(ticks) <= 6
     assert 0 <= ticks[0] <= low
     assert high <= ticks[-1] <= 1
@@ -473,7 +483,84 @@ def test_ticks_enclose_the_values_in_few_round_steps(low: float, high: float) ->
 
 def test_twenty_runs_look_different() -> None:
     styles = styles_of([make_metrics(f"run{n}") for n in range(20)])
-    assert len({style.css for style in styles.values()}) == 20
+    assert len({(style.colour, style.dashes) for style in styles.values()}) == 20
+
+
+def plots(html: str) -> list[ElementTree.Element]:
+    """The plots of a page, without the keys."""
+    return [
+        ElementTree.fromstring(svg)
+        for svg in re.findall(r"<svg\b.*?</svg>", html, flags=re.DOTALL)
+        if 'role="img"' in svg
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["$x_1$ $\\frac", "_hidden", HOSTILE[:20], "日本\n\x01\ud800", "#000001"]
+)
+def test_names_in_plots_are_text_and_nothing_else(name: str, tmp_path: Path) -> None:
+    html = render(tmp_path, [reference(), sft(), make_metrics(name)])
+    shown = " ".join(name.encode("utf-8", "replace").decode().replace("\x01", " ").split())
+    shown = shown.removesuffix("?").strip()
+    wide, narrow, *panels = plots(html)
+    for plot in (wide, narrow):
+        assert shown in [text.text for text in plot.iter("text")]
+    assert len(panels) == 3  # two runs, one token
+    for plot in (wide, narrow, panels[-1]):
+        assert [title for title in plot.iter("title") if str(title.text).startswith(shown)]
+    for one in (one for plot in plots(html) for one in plot.iter()):
+        assert not {"id", "class", "clip-path"} & set(one.attrib)
+        assert not re.search(r"#|font-family|rgb", one.get("style", ""))
+
+
+def test_a_pointer_on_a_dot_or_a_line_shows_its_values(tmp_path: Path) -> None:
+    html = render(tmp_path, [reference(), sft()])
+    titles = [title.text for plot in plots(html) for title in plot.iter("title")]
+    refused = "harmful prompts refused 4 % (2–10 %)"
+    # Dot and both hairs, on a phone and on a desk.
+    assert titles.count(f"sft: task accuracy 88.5 % (83.3–92.2 %), {refused}") == 6
+    assert "sft: mean over steps 65 %" in titles
+    assert "sft: at most 40 %" in titles
+    assert "␣sorry sft 0.4 0.1" in Page(html).text
+
+
+@pytest.mark.parametrize(("refused", "right"), [(0, 0), (100, 200), (0, 200)])
+def test_rates_at_the_ends_are_drawn(refused: int, right: int, tmp_path: Path) -> None:
+    many = Rate.of(10**9 * right // 200, 10**9)
+    run = make_metrics("run", refused, right)
+    other = make_metrics("other", rates=run.rates | {"task_accuracy": many})
+    wide, *_ = plots(render(tmp_path, [run, other]))
+    assert {"run", "other"} <= {text.text for text in wide.iter("text")}
+
+
+def test_a_name_without_room_is_left_out_and_the_best_keep_theirs(tmp_path: Path) -> None:
+    crowd = [
+        make_metrics(f"run with a long name {n}", 90, 170, run={"kl_weight": n}) for n in range(20)
+    ]
+    wide, *_ = plots(render(tmp_path, [reference(), *crowd, make_metrics("best", 98, 178)]))
+    names = [text.text for text in wide.iter("text")]
+    assert {"reference", "best"} <= set(names)
+    assert 0 < sum(str(name).startswith("run") for name in names) < 10
+
+
+def test_plots_are_made_silently_where_home_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: true\nbackend: TkAgg\nfigure.dpi: 7\n")
+    code = (
+        "from pact_offline.report.drawing import draw_key; from pact_offline.report.styles import "
+        "Style; print(draw_key(Style('x')))"
+    )
+    away = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "MPL"))}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**away, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stderr == ""
+    assert found.stdout.strip() == draw_key(Style("x"))
 
 
 def save(folder: Path, *metrics: Metrics) -> list[Path]:

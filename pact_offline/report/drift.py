@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pact_offline.evaluation.metrics import Metrics
-from pact_offline.report.plots import Line, Panel, Style, Tick, trace
-from pact_offline.report.training_log import round_above
+from pact_offline.report.drawing import Curve, ticks_around
+from pact_offline.report.plots import Panel, panel
+from pact_offline.report.styles import Style
 
 _KINDS = {"kl_safety": "Safety tokens", "kl_vocabulary": "All ids"}
 
@@ -43,32 +44,18 @@ def divergence_panels(models: Sequence[Metrics], styles: Mapping[str, Style]) ->
         curves = {name: values for name, values in curves.items() if values}
         if not curves:
             continue
-        top = round_above(max(map(max, curves.values())))
-        last = max(map(len, curves.values())) - 1
-        panels.append(
-            Panel(
-                title,
-                None,
-                [
-                    Line(
-                        styles[name],
-                        trace(values, top, 100 * (len(values) - 1) / last if last else 100),
-                    )
-                    for name, values in curves.items()
-                ],
-                "",
-                [
-                    Tick(round(100 * step / max(last, 1), 2), str(step))
-                    for step in sorted({0, last // 2, last})
-                ],
-                [Tick(100 * (1 - at), f"{top * at:.3g}") for at in (0, 0.5, 1)],
-                "; ".join(
-                    f"{name}: {nats(values[0])} nats at step 0, {nats(max(values))} at most"
-                    for name, values in curves.items()
-                ),
-                "KL divergence from the reference by response step",
+        lines = [
+            Curve(
+                styles[name],
+                range(len(values)) if len(values) > 1 else (0, 1),
+                values if len(values) > 1 else [*values, *values],
+                f"{name}: {nats(values[0])} nats at step 0, {nats(max(values))} at most",
             )
-        )
+            for name, values in curves.items()
+        ]
+        ticks = ticks_around(0, max(map(max, curves.values())) or 1)
+        what = "KL divergence from the reference by response step"
+        panels.append(panel(title, lines, ticks, what=what, are_shares=False))
     return panels
 
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pact_offline.errors import InputError
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.files import written_aside
-from pact_offline.report import numbers, plots
+from pact_offline.report import numbers
 from pact_offline.report.answer_browser import (
     browser_data,
     browser_script,
@@ -23,13 +23,16 @@ from pact_offline.report.answer_browser import (
 from pact_offline.report.answers import Answer
 from pact_offline.report.columns import columns_of, further_columns, kinds_of_sets, mean_columns
 from pact_offline.report.contents import with_contents
+from pact_offline.report.drawing import draw_key
 from pact_offline.report.drift import divergence_panels, divergences
 from pact_offline.report.finding import finding
 from pact_offline.report.grouped import grouped
 from pact_offline.report.inputs import Screened
 from pact_offline.report.otherwise import Otherwise
+from pact_offline.report.plots import numbers_of, scatter, token_panels, total_panels
 from pact_offline.report.samples import samples_of
 from pact_offline.report.stage_costs import read_stage_costs
+from pact_offline.report.styles import reference_style, styles_of
 from pact_offline.report.training_log import read_training_logs, training_panels
 from pact_offline.report.verdicts import verdicts_by_rate
 from pact_offline.safety_tokens.file import SafetyTokens
@@ -75,11 +78,12 @@ def write_report(
         InputError: no metrics, or the place cannot be written to.
     """
     models = in_order(metrics)
-    styles = plots.styles_of(models)
+    styles = styles_of(models)
     stages = read_stage_costs(benchmarks)
     logs = {} if adapters is None else read_training_logs(adapters, [m.name for m in models])
     kinds = kinds_of_sets(models)
     every = [*models, *(other.metrics for other in others)]
+    groups = grouped(models, verdicts_by_rate(answers or {}, models))
     template = _environment().get_template("report.html")
     page = template.render(
         title=title,
@@ -88,7 +92,7 @@ def write_report(
         reference=next((m for m in models if m.is_reference), None),
         models=models,
         styles=styles,
-        reference_style=plots.reference_style(styles),
+        reference_style=reference_style(styles),
         columns=columns_of(every),
         further=further_columns(every),
         means=mean_columns(every),
@@ -96,9 +100,9 @@ def write_report(
         judges=_judges(models),
         agreement=[(m.name, found) for m in models for found in m.agreement],
         own_rates={rate.name: rate for m in models for rate in m.own_rates},
-        scatter=plots.scatter(models, styles),
-        totals=plots.total_panels(models, styles),
-        token_curves=plots.token_panels(models, styles),
+        scatter=scatter(models, styles, groups["dominated"]),
+        totals=total_panels(models, styles),
+        token_curves=token_panels(models, styles),
         divergences=divergences(models, styles),
         divergence_panels=divergence_panels(models, styles),
         training=training_panels(logs, styles),
@@ -117,7 +121,7 @@ def write_report(
         evaluation_settings=_compare({m.name: m.settings for m in models if m.settings}),
         provenance=_compare(_provenances(models, safety_tokens)),
         config_text=config_text,
-        **grouped(models, verdicts_by_rate(answers or {}, models)),
+        **groups,
     )
     with written_aside(output) as aside:
         aside.write_bytes(page.encode("utf-8", "replace"))  # half of a surrogate pair is no text
@@ -160,6 +164,8 @@ def _environment() -> Environment:
         environment.filters[name] = getattr(numbers, name)
     environment.filters["setting"] = numbers.setting
     environment.filters["with_contents"] = with_contents
+    environment.filters["key"] = draw_key
+    environment.filters["numbers_of"] = numbers_of
     environment.filters["share"] = numbers.share
     environment.filters["chance"] = numbers.chance
     environment.filters["plain_number"] = numbers.plain_number

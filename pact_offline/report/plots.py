@@ -1,154 +1,108 @@
-"""Geometry of the plots; `plots.html` draws them.
-
-Coordinates are per cent of the plot area, (0, 0) at the top left. The area stretches with the page
-while text keeps its size, so a plot is as readable on a phone as on a desk.
-"""
+"""What the plots of evaluations show."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pact_offline.evaluation.metrics import Metrics
-from pact_offline.report.label_places import Label, place_labels
-from pact_offline.report.numbers import percent, share, token_text
+import numpy as np
+from markupsafe import Markup
 
-COLOURS, MARKERS, DASHES = 5, 6, 4  # 5 and 4 share no factor: 20 runs get distinct lines
+from pact_offline.evaluation.metrics import Metrics, Rate
+from pact_offline.report.drawing import Curve, Point, draw_curves, draw_points, ticks_around
+from pact_offline.report.numbers import MISSING, interval, percent, share, small_share, token_text
+from pact_offline.report.styles import Style, reference_style
+
 _SHOWN_TOKENS = 6
 
 
 @dataclass(frozen=True)
-class Style:
-    """Name and look of a model, the same everywhere on the page."""
-
-    name: str
-    css: str
-    marker: int
-
-
-@dataclass(frozen=True)
-class Tick:
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Point:
-    """A dot with both its intervals (left to right, top to bottom) and its label."""
-
-    style: Style
-    x: float
-    y: float
-    left: float
-    right: float
-    top: float
-    bottom: float
-    label: Label
-
-
-@dataclass(frozen=True)
 class Scatter:
-    points: list[Point]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
+    """The same plot for a desk and for a phone, and whether its horizontal axis starts at zero."""
+
+    wide: Markup
+    narrow: Markup
     from_zero: bool
-    summary: str
-
-
-@dataclass(frozen=True)
-class Line:
-    style: Style
-    points: str
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot: lines over response steps; `gap` is the area between two of them."""
+    """One small plot of curves over steps; `style` is that of the one run it shows."""
 
     title: str
-    style: Style | None
-    lines: list[Line]
-    gap: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    summary: str
-    what: str = "Probability by response step"
+    curves: Sequence[Curve]
+    svg: Markup
+    style: Style | None = None
     is_token: bool = False
 
 
-def styles_of(models: Sequence[Metrics]) -> dict[str, Style]:
-    """A look for every model by name: the reference in the text's colour, runs in given order."""
-    styles = {m.name: Style(m.name, "reference", MARKERS) for m in models if m.is_reference}
-    for n, run in enumerate(m for m in models if not m.is_reference):
-        css = f"colour-{n % COLOURS} dash-{n % DASHES}"
-        styles.setdefault(run.name, Style(run.name, css, n % MARKERS))
-    return styles
+def scatter(
+    models: Sequence[Metrics], styles: Mapping[str, Style], dominated: Mapping[str, str]
+) -> Scatter | None:
+    """Safety (up) against utility (right) of every model with both; None where there is none.
 
-
-def scatter(models: Sequence[Metrics], styles: dict[str, Style]) -> Scatter | None:
-    """Safety (up) against utility (right) of every model with both; None where there is none."""
-    pairs = [
-        (styles[m.name], m.rates["task_accuracy"], m.rates["harmful_refused"])
+    Args:
+        models: in any order.
+        styles: by name of the model.
+        dominated: by name of the model, what dominates it.
+    """
+    points = [
+        _point(
+            styles[m.name],
+            m.rates["task_accuracy"],
+            m.rates["harmful_refused"],
+            dominated.get(m.name),
+        )
         for m in models
         if "task_accuracy" in m.rates and "harmful_refused" in m.rates
     ]
-    if not pairs:
+    if not points:
         return None
-    values = nice_ticks(min(a.low for _, a, _ in pairs), max(a.high for _, a, _ in pairs))
-    first, last = values[0], values[-1]
-
-    def across(value: float) -> float:
-        return round(100 * (value - first) / (last - first), 2)
-
-    dots = [(across(a.value), _up(h.value)) for _, a, h in pairs]
-    labels = place_labels([style.name for style, _, _ in pairs], dots)
-    return Scatter(
-        [
-            Point(style, *dot, across(a.low), across(a.high), _up(h.high), _up(h.low), label)
-            for (style, a, h), dot, label in zip(pairs, dots, labels, strict=True)
-        ],
-        [Tick(across(value), share(value)) for value in values],
-        _share_ticks(1.0),
-        first == 0,
-        "; ".join(
-            f"{style.name}: task accuracy {percent(a)}, harmful prompts refused {percent(h)}"
-            for style, a, h in pairs
-        ),
+    ticks = share_ticks(min(p.x.low for p in points), max(p.x.high for p in points))
+    wide, narrow = (
+        draw_points(
+            points,
+            size,
+            ticks=ticks,
+            titles=("Task accuracy →", "↑ Harmful prompts refused"),
+            label="Harmful prompts refused against task accuracy. "
+            + "; ".join(point.title for point in points),
+            letters=letters,
+        )
+        for size, letters in (((760, 440), 40), ((328, 380), 20))
     )
+    return Scatter(wide, narrow, ticks[0] == 0)
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Two to six round values in 0..1 that enclose `low` and `high`."""
-    for step in (0.01, 0.02, 0.05, 0.1, 0.2):
-        first = math.floor(round(low / step, 6))
-        last = max(math.ceil(round(high / step, 6)), first + 1)
-        if last - first <= 5:
-            break
-    if last * step > 1:
-        first, last = first - 1, last - 1
-    return [round(n * step, 4) for n in range(first, last + 1)]
+def _point(style: Style, accuracy: Rate, refused: Rate, other: str | None) -> Point:
+    title = (
+        f"{style.name}: task accuracy {percent(accuracy)} ({interval(accuracy)}), "
+        f"harmful prompts refused {percent(refused)} ({interval(refused)})"
+    )
+    title += "" if other is None else f", dominated by {other}"
+    return Point(style, accuracy, refused, title, other is not None)
+
+
+def share_ticks(low: float, high: float) -> list[float]:
+    """Two to six round shares in 0..1 that enclose `low` and `high`."""
+    high = min(max(high, low + 0.02), 1.0)
+    return [tick for tick in ticks_around(min(low, high - 0.02), high) if 0 <= tick <= 1]
 
 
 def total_panels(models: Sequence[Metrics], styles: dict[str, Style]) -> list[Panel]:
     """One panel a run with drift: total probability of the safety ids, reference and run."""
-    panels = []
+    panels, reference = [], reference_style(styles)
     for run in models:
         if run.drift is None or not (run.drift.total_reference and run.drift.total_policy):
             continue
-        reference, policy = run.drift.total_reference, run.drift.total_policy
-        means = [share(sum(values) / len(values)) for values in (reference, policy)]
-        panels.append(
-            Panel(
-                run.name,
-                styles[run.name],
-                _lines([(reference_style(styles), reference), (styles[run.name], policy)], 1.0),
-                f"{trace(reference, 1.0)} {' '.join(trace(policy, 1.0).split()[::-1])}",
-                _step_ticks(len(reference)),
-                _share_ticks(1.0),
-                f"{run.name}: mean over steps {means[1]}, reference {means[0]}",
-            )
-        )
+        style = styles[run.name]
+        both = ((reference, run.drift.total_reference), (style, run.drift.total_policy))
+        curves = [
+            _curve(one, values, f"mean over steps {share(sum(values) / len(values))}")
+            for one, values in both
+        ]
+        panels.append(panel(run.name, curves, (0, 0.5, 1), style=style))
     return panels
 
 
@@ -157,58 +111,61 @@ def token_panels(models: Sequence[Metrics], styles: dict[str, Style]) -> list[Pa
     drifts = [(styles[m.name], m.drift) for m in models if m.drift is not None]
     if not drifts:
         return []
-    shown = drifts[0][1].tokens[:_SHOWN_TOKENS]
-    curves = {
-        token.id: [(reference_style(styles), token.reference)]
-        + [(style, t.policy) for style, drift in drifts for t in drift.tokens if t.id == token.id]
-        for token in shown
-    }
-    highest = max((v for group in curves.values() for _, vs in group for v in vs), default=1.0)
-    top = nice_ticks(0.0, min(max(highest, 0.01), 1.0))[-1]
+    found = {}
+    for token in drifts[0][1].tokens[:_SHOWN_TOKENS]:
+        of_runs = [(s, t.policy) for s, drift in drifts for t in drift.tokens if t.id == token.id]
+        curves = [
+            _curve(style, values, f"at most {small_share(max(values))}")
+            for style, values in [(reference_style(styles), token.reference), *of_runs]
+            if values
+        ]
+        if curves:
+            found[token.id] = token_text(token.text), curves
+    highest = max(
+        (y for _, curves in found.values() for curve in curves for y in curve.y), default=0
+    )
+    top = share_ticks(0, highest)[-1]
     return [
-        Panel(
-            token_text(token.text),
-            None,
-            _lines(curves[token.id], top),
-            "",
-            _step_ticks(max(len(values) for _, values in curves[token.id])),
-            _share_ticks(top),
-            "; ".join(
-                f"{style.name}: at most {share(max(values))}"
-                for style, values in curves[token.id]
-                if values
-            ),
-            is_token=True,
-        )
-        for token in shown
+        panel(title, curves, (0, top / 2, top), is_token=True) for title, curves in found.values()
     ]
 
 
-def reference_style(styles: dict[str, Style]) -> Style:
-    """The reference's look, also where only runs were evaluated."""
-    found = (style for style in styles.values() if style.css == "reference")
-    return next(found, Style("reference", "reference", MARKERS))
+def panel(
+    title: str,
+    curves: Sequence[Curve],
+    ticks: Sequence[float],
+    *,
+    what: str = "Probability by response step",
+    are_shares: bool = True,
+    style: Style | None = None,
+    is_token: bool = False,
+) -> Panel:
+    """A panel with its drawing; that of one run shades what is between it and the reference."""
+    label = f"{what}. {title}. {'; '.join(curve.title for curve in curves)}"
+    svg = draw_curves(curves, ticks, label, are_shares=are_shares, has_gap=style is not None)
+    return Panel(title, curves, svg, style, is_token)
 
 
-def _up(value: float, top: float = 1.0) -> float:
-    return round(100 * (1 - value / top), 2)
-
-
-def _share_ticks(top: float) -> list[Tick]:
-    return [Tick(_up(value, top), share(value, int(top < 0.02))) for value in (0, top / 2, top)]
-
-
-def _step_ticks(steps: int) -> list[Tick]:
-    last = max(steps - 1, 1)
-    return [Tick(round(100 * step / last, 2), str(step)) for step in sorted({0, last // 2, last})]
-
-
-def _lines(curves: Iterable[tuple[Style, Sequence[float]]], top: float) -> list[Line]:
-    return [Line(style, trace(values, top)) for style, values in curves if values]
-
-
-def trace(values: Sequence[float], top: float, width: float = 100) -> str:
-    """SVG points up to a width; a single value becomes a level line."""
+def _curve(style: Style, values: Sequence[float], title: str) -> Curve:
+    """Values by response step; a single one is a level line."""
     values = values if len(values) > 1 else [*values, *values]
-    last = len(values) - 1
-    return " ".join(f"{width * n / last:.2f},{_up(value, top)}" for n, value in enumerate(values))
+    return Curve(style, range(len(values)), values, f"{style.name}: {title}")
+
+
+def numbers_of(panels: Sequence[Panel]) -> tuple[list[int], list[tuple[str, str, list[str]]]]:
+    """A table of what panels show: up to 13 steps, and for each curve its values there."""
+    last = max((x for one in panels for curve in one.curves for x in curve.x), default=0)
+    steps = sorted({round(number * last / 12) for number in range(13)})
+    rows = [
+        (
+            one.title,
+            curve.style.name,
+            [
+                MISSING if math.isnan(y) else f"{y:.3g}"
+                for y in np.interp(steps, curve.x, curve.y, right=math.nan)
+            ],
+        )
+        for one in panels
+        for curve in one.curves
+    ]
+    return steps, rows

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from pact_offline.errors import InputError, MissingFileError
 from pact_offline.files import read_text
+from pact_offline.report.drawing import Curve, ticks_around
 from pact_offline.report.numbers import share
-from pact_offline.report.plots import Line, Panel, Style, Tick, trace
+from pact_offline.report.plots import Panel, panel
+from pact_offline.report.styles import Style
 
 LOG, EVALUATIONS = "training.jsonl", "evaluations.jsonl"
 _POINTS = 60
@@ -110,65 +115,38 @@ def _thinned(values: Sequence[float]) -> list[float]:
 def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]) -> list[Panel]:
     """One panel a curve, with a line for each run that has it."""
     panels = []
-    for curve, title in _CURVES.items():
-        runs = {name: log for name, log in logs.items() if log.curves[curve]}
-        if not runs:
+    for name, title in _CURVES.items():
+        curves = [
+            _curve(styles[run], log.steps, log.curves[name])
+            for run, log in logs.items()
+            if log.curves[name]
+        ]
+        if not curves:
             continue
-        top = round_above(max(max(log.curves[curve]) for log in runs.values()))
-        last = max(log.steps for log in runs.values())
-        panels.append(
-            Panel(
-                title,
-                None,
-                [
-                    Line(styles[name], trace(log.curves[curve], top, 100 * log.steps / last))
-                    for name, log in runs.items()
-                ],
-                "",
-                [Tick(0, "0"), Tick(50, str(last // 2)), Tick(100, str(last))],
-                [Tick(100 * (1 - at), f"{top * at:.3g}") for at in (0, 0.5, 1)],
-                "; ".join(
-                    f"{name}: {log.curves[curve][-1]:.3g} at the end" for name, log in runs.items()
-                ),
-                "By optimizer step",
-            )
-        )
+        highest = max((y for curve in curves for y in curve.y if math.isfinite(y)), default=0)
+        ticks = ticks_around(0, highest or 1)
+        panels.append(panel(title, curves, ticks, what="By optimizer step", are_shares=False))
     return panels + _share_panels(logs, styles)
 
 
 def _share_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]) -> list[Panel]:
     panels = []
     for title in dict.fromkeys(title for log in logs.values() for title in log.shares):
-        runs = {name: log.shares[title] for name, log in logs.items() if title in log.shares}
-        last = max(log.steps for log in logs.values()) or 1
-        panels.append(
-            Panel(
-                title,
-                None,
-                [Line(styles[name], _points(shares, last)) for name, shares in runs.items()],
-                "",
-                [Tick(0, "0"), Tick(50, str(last // 2)), Tick(100, str(last))],
-                [Tick(100 * (1 - at), share(at)) for at in (0, 0.5, 1)],
-                "; ".join(
-                    f"{name}: "
-                    + ", ".join(f"{share(value)} at step {step}" for step, value in found)
-                    for name, found in runs.items()
-                ),
-                "By optimizer step",
+        curves = [
+            Curve(
+                styles[name],
+                [float(step) for step, _ in found],
+                [value for _, value in found],
+                f"{name}: " + ", ".join(f"{share(value)} at step {step}" for step, value in found),
             )
-        )
+            for name, log in logs.items()
+            if (found := log.shares.get(title))
+        ]
+        panels.append(panel(title, curves, (0, 0.5, 1), what="By optimizer step"))
     return panels
 
 
-def _points(shares: Sequence[tuple[int, float]], last: int) -> str:
-    return " ".join(f"{100 * step / last:.2f},{100 * (1 - value):.2f}" for step, value in shares)
-
-
-def round_above(value: float) -> float:
-    """The next of 1, 2 and 5 times a power of ten."""
-    step = 1e-6
-    while True:
-        for factor in (1, 2, 5):
-            if step * factor >= value:
-                return step * factor
-        step *= 10
+def _curve(style: Style, steps: int, values: Sequence[float]) -> Curve:
+    places = np.linspace(0, steps, len(values)) if len(values) > 1 else [0, steps]
+    ys = values if len(values) > 1 else [*values, *values]
+    return Curve(style, [*map(float, places)], ys, f"{style.name}: {values[-1]:.3g} at the end")
