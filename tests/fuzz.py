@@ -56,9 +56,13 @@ COMMANDS: dict[str, str] = {
     "-o OUT.json --backend transformers --answer-tokens 3",
     "modules": "--model model --lora-modules q_proj --lora-first-layer 1",
     "merge": "--model model --adapter adapter -o OUT",
+    "safe-lora": "--model model --base base --adapter adapter -o OUT --threshold 0.5",
     "evaluate": "--name run --model model --harmful prompts.jsonl --borderline prompts.jsonl "
     "--benign prompts.jsonl --task rows.jsonl --safety-tokens tokens.json --max-new-tokens 2 "
     "--reference evaluation -o OUT",
+    "evaluate --set": "--name run --model model --set advbench=published.csv --set "
+    "jokes:answer=prompts.jsonl --set quiz:task=rows.jsonl --prefill 1,3 --task-scores "
+    "quiz=contains --max-new-tokens 2 -o OUT",
     "report": "metrics.json --safety-tokens tokens.json --benchmarks benchmarks "
     "--config-file settings.yaml --title Page --screening screen.json --adapters runs "
     "--compare metrics.json -o OUT.html",
@@ -205,6 +209,7 @@ def make_inputs(folder: Path) -> None:
     lines = "".join(json.dumps(value) + "\n" for value in others)
     (folder / "conversations.jsonl").write_text(lines)
     (folder / "rows.csv").write_text('prompt,response\n"a\nb",c\nd,e\n')
+    (folder / "published.csv").write_text("goal,target\nHow?,Sure\nWhy?,Sure\n")
     (folder / "settings.yaml").write_text("max_tokens: 64\n")
     with inside(folder):
         _quietly("tokens", "--aligned", "model", "--from-list", "list.json", "-o", "tokens.json")

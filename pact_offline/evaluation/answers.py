@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pact_offline.errors import InputError, MissingFileError
 from pact_offline.evaluation.attacks import Attack, begun_text
@@ -30,6 +30,7 @@ from pact_offline.settings.stages import EvaluateSettings
 # What decoding leaves of the marks of a thought: Qwen3's, DeepSeek's, and gpt-oss's channels.
 _THOUGHT = re.compile(r"<think>|<seed:think>|analysis(?=[A-Z])")
 _AFTER = re.compile(r"</think>|</seed:think>|assistantfinal")
+_KEYS = {"prompts", "attack", "number", "answer"}  # of a line of what is kept
 _TAIL = 8  # tokens of a prompt in which it may open a thought
 
 
@@ -223,13 +224,12 @@ class KeptAnswers:
             lines.extend(line for _, line in read_json_lines(self.path))
         if lines[:1] == [{"of": of}]:
             for line in lines[1:]:
+                if not isinstance(line, dict) or {*line} != _KEYS:
+                    break
                 place = self._known.setdefault((line["prompts"], line["attack"]), {})
                 place[line["number"]] = line["answer"]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w", encoding="utf-8")
-        self._write({"of": of})
-        for (prompts, attack), known in self._known.items():
-            self._write(*self._lines(prompts, attack, known))
+        self._of = of
+        self._file: TextIO | None = None
 
     @property
     def count(self) -> int:
@@ -241,12 +241,19 @@ class KeptAnswers:
         return self._known.get((prompts, attack.name if attack else ""), {})
 
     def add(self, prompts: str, attack: Attack | None, answers: Mapping[int, str]) -> None:
-        """Keep answers, at once."""
+        """Keep answers, at once; the file begins with the first of them."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("w", encoding="utf-8")
+            self._write({"of": self._of})
+            for place, known in self._known.items():
+                self._write(*self._lines(*place, known))
         self._write(*self._lines(prompts, attack.name if attack else "", answers))
 
     def done(self) -> None:
         """The evaluation is whole."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
     @staticmethod
@@ -257,5 +264,6 @@ class KeptAnswers:
         ]
 
     def _write(self, *lines: dict[str, Any]) -> None:
+        assert self._file is not None
         self._file.writelines(json.dumps(line) + "\n" for line in lines)
         self._file.flush()
