@@ -233,6 +233,18 @@ def test_the_claim_of_one_seed_is_measured_in_part() -> None:
     assert acceptance([reference(), plain()], group_runs([plain()])) is None
 
 
+@pytest.mark.parametrize(
+    ("refused", "verdict"), [(50, "no"), (49, "not measured"), (0, "not measured")]
+)
+def test_what_the_reference_does_not_refuse_cannot_be_lost(refused: int, verdict: str) -> None:
+    def begun(metrics: Metrics, count: int) -> Metrics:
+        rates = {**metrics.rates, "harmful_prefill5_refused": Rate.of(count, 100)}
+        return metrics.model_copy(update={"rates": rates})
+
+    runs = begun(reference(), refused), plain(), begun(seeded("h", 1), 0)
+    assert claim(*runs)["prefill"] == verdict
+
+
 def test_one_seed_that_loses_refusals_is_a_no_across_seeds() -> None:
     def runs(last: int) -> list[Metrics]:
         return [reference(), *(seeded(f"h-seed-{n}", n, r) for n, r in enumerate((99, 98, last)))]
