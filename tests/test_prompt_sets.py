@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,13 @@ def test_a_killed_evaluation_goes_on_with_the_answers_that_it_has(
         file.write('{"prompts": "harm')  # the line that it was writing
     asked.clear()
     asked += range(10)  # never again at four
+    (tmp_path / "own.py").write_text("def never(prompt, answer):\n    return False\n")
+    other = shutil.copy(kept, tmp_path / ".other.answers.jsonl")
+    judge = ["--judge", f"{tmp_path / 'own.py'}:never"]  # decides no answer
+    result = run(*words, *judge, "--batch-size", 2, "-o", tmp_path / "other")
+    assert "goes on with the 4 answers that it has" in result.output
+    assert not Path(other).exists()
+    del asked[10:]
     result = run(*words, "--batch-size", 2, "-o", out)
     assert result.exit_code == 0, result.output
     assert "goes on with the 4 answers that it has" in result.output

@@ -1,26 +1,21 @@
-"""A model's answers to sets of prompts: asked, kept as they come, read and judged."""
+"""A model's answers to sets of prompts: asked, without their thoughts, and judged."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from pact_offline.errors import InputError, MissingFileError
 from pact_offline.evaluation.attacks import Attack, begun_text
 from pact_offline.evaluation.broken import broken_text
 from pact_offline.evaluation.choices import choose
 from pact_offline.evaluation.judges import Judge
+from pact_offline.evaluation.kept_answers import KeptAnswers
 from pact_offline.evaluation.prompt_sets import PromptSet
 from pact_offline.evaluation.published_sets import Kind
 from pact_offline.evaluation.task_scores import TaskScore
-from pact_offline.files import read_json_lines
 from pact_offline.models.generate import generate
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat
@@ -30,7 +25,6 @@ from pact_offline.settings.stages import EvaluateSettings
 # What decoding leaves of the marks of a thought: Qwen3's, DeepSeek's, and gpt-oss's channels.
 _THOUGHT = re.compile(r"<think>|<seed:think>|analysis(?=[A-Z])")
 _AFTER = re.compile(r"</think>|</seed:think>|assistantfinal")
-_KEYS = {"prompts", "attack", "number", "answer"}  # of a line of what is kept
 _TAIL = 8  # tokens of a prompt in which it may open a thought
 
 
@@ -143,8 +137,9 @@ def answer_all(
                 known=kept.of(one.name, attack) if kept else None,
                 made=partial(kept.add, one.name, attack) if kept else None,
             )
+            opens_thought = _opens_thought(chat, one.rows[0])
             answers += [
-                _judged(one, row, text, judge, attack, chat, score)
+                _judged(one, row, text, judge, attack, chat, score, opens_thought)
                 for row, text in zip(one.rows, texts, strict=True)
             ]
     return answers
@@ -157,6 +152,12 @@ def _asked(
         yield one, None
         if one.kind == "refuse":
             yield from ((one, attack) for attack in attacks)
+
+
+def _opens_thought(chat: Chat, row: Row) -> bool:
+    """Whether a prompt ends in a thought that was opened, as all of one template do."""
+    tail = chat.tokenizer.decode(chat.prompt_ids(row)[-_TAIL:])
+    return bool(tail.rstrip().endswith("<think>"))
 
 
 def _chosen(one: PromptSet, score: TaskScore, labels: Sequence[str]) -> list[Answer]:
@@ -183,10 +184,10 @@ def _judged(
     attack: Attack | None,
     chat: Chat,
     score: TaskScore | None,
+    opens_thought: bool,
 ) -> Answer:
     begun = begun_text(attack, chat)
-    opening = chat.tokenizer.decode(chat.prompt_ids(row)[-_TAIL:]).rstrip()
-    text, is_finished = without_thoughts(said, not begun and opening.endswith("<think>"))
+    text, is_finished = without_thoughts(said, opens_thought and not begun)
     broken = broken_text(text) if is_finished else None
     expected = row.response or ""
     return Answer(
@@ -202,68 +203,3 @@ def _judged(
         correct=score.is_right(text, expected) if score and score.is_share else None,
         score=score.score(text, expected) if score and not score.is_share else None,
     )
-
-
-class KeptAnswers:
-    """Answers on disk as they come, so that a killed evaluation goes on from there.
-
-    A file of JSON lines beside the output, gone when the evaluation is whole. Its first line says
-    what the answers are of; a file of anything else is begun anew.
-    """
-
-    def __init__(self, output: Path, made_from: Any) -> None:
-        """Args:
-        output: directory of the evaluation.
-        made_from: all that decides the answers, as JSON.
-        """
-        self.path = output.with_name(f".{output.name}.answers.jsonl")
-        of = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
-        self._known: dict[tuple[str, str], dict[int, str]] = {}
-        lines: list[Any] = []
-        with suppress(MissingFileError, InputError):  # its last line may be half written
-            lines.extend(line for _, line in read_json_lines(self.path))
-        if lines[:1] == [{"of": of}]:
-            for line in lines[1:]:
-                if not isinstance(line, dict) or {*line} != _KEYS:
-                    break
-                place = self._known.setdefault((line["prompts"], line["attack"]), {})
-                place[line["number"]] = line["answer"]
-        self._of = of
-        self._file: TextIO | None = None
-
-    @property
-    def count(self) -> int:
-        """Answers that were there."""
-        return sum(map(len, self._known.values()))
-
-    def of(self, prompts: str, attack: Attack | None) -> Mapping[int, str]:
-        """Answers by the number of their prompt in the set."""
-        return self._known.get((prompts, attack.name if attack else ""), {})
-
-    def add(self, prompts: str, attack: Attack | None, answers: Mapping[int, str]) -> None:
-        """Keep answers, at once; the file begins with the first of them."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w", encoding="utf-8")
-            self._write({"of": self._of})
-            for place, known in self._known.items():
-                self._write(*self._lines(*place, known))
-        self._write(*self._lines(prompts, attack.name if attack else "", answers))
-
-    def done(self) -> None:
-        """The evaluation is whole."""
-        if self._file is not None:
-            self._file.close()
-        self.path.unlink(missing_ok=True)
-
-    @staticmethod
-    def _lines(prompts: str, attack: str, answers: Mapping[int, str]) -> list[dict[str, Any]]:
-        return [
-            {"prompts": prompts, "attack": attack, "number": number, "answer": answer}
-            for number, answer in answers.items()
-        ]
-
-    def _write(self, *lines: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.writelines(json.dumps(line) + "\n" for line in lines)
-        self._file.flush()

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pact_offline.errors import InputError
-from pact_offline.evaluation.answers import Answer, KeptAnswers, answer_all
-from pact_offline.evaluation.attacks import Attack, attacks_of
+from pact_offline.evaluation.answers import Answer, answer_all
 from pact_offline.evaluation.drift import (
     Context,
     Divergences,
@@ -30,55 +26,33 @@ from pact_offline.evaluation.drift import (
     confidences_by_step,
     divergences_by_step,
 )
-from pact_offline.evaluation.endpoint import EndpointJudge, load_endpoint
-from pact_offline.evaluation.guards import Guard, find_guard
 from pact_offline.evaluation.judged import Judged, agreement_of_judges, judge_all
-from pact_offline.evaluation.judges import Judge, load_judge
+from pact_offline.evaluation.kept_answers import KeptAnswers
 from pact_offline.evaluation.lm_eval_tasks import (
     RESULTS_FILE,
-    LmEvalTasks,
-    find_lm_eval_tasks,
     results_text,
 )
 from pact_offline.evaluation.metrics import METRICS_FILE, AskedSet, Metrics, Sample
-from pact_offline.evaluation.prompt_sets import PromptSet, read_prompts
+from pact_offline.evaluation.plan import Plan, prepare
 from pact_offline.evaluation.published_sets import Kind
 from pact_offline.evaluation.rates import (
-    OwnRateFunction,
     count_rates,
-    load_rates,
     mean_scores,
-    rate_names,
 )
 from pact_offline.evaluation.reference import (
     ANSWERS_FILE,
     CONFIDENCES_FILE,
-    Reference,
     answers_sha256,
-    read_reference,
 )
-from pact_offline.evaluation.subject import Subject, find_subject
-from pact_offline.evaluation.task_scores import TaskScore, find_task_scores
 from pact_offline.files import to_disk
 from pact_offline.folders import output_aside, require_place
-from pact_offline.made_from import MadeFrom, rows_sha256
 from pact_offline.models.load import load_model
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import Chat, chat_of
-from pact_offline.rows.read import tell_unread
-from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import EvaluateSettings
 
 log = logging.getLogger(__name__)
 
 _SHOWN: dict[Kind, int] = {"refuse": 5, "answer": 2, "task": 1}  # answers of a set on the page
-_DECIDING = {
-    "max_new_tokens",
-    "dtype",
-    "drift_steps",
-    "attack_system",
-    "chat_template_kwargs",
-}  # of the settings that are no model or code
 
 
 def evaluate(
@@ -110,8 +84,8 @@ def evaluate(
         reference: output directory of the reference's evaluation; None for the reference itself.
     """
     require_place(output, METRICS_FILE)
-    plan = _prepare(model_name, adapter, sources, further, tokens_path, settings, reference)
-    kept = KeptAnswers(output, [vars(plan.made_from), settings.batch_size])
+    plan = prepare(model_name, adapter, sources, further, tokens_path, settings, reference)
+    kept = KeptAnswers(output, [*plan.decides_answers, settings.batch_size])
     if kept.count:
         log.warning("%s: goes on with the %d answers that it has", output, kept.count)
     model = plan.subject.load(settings.dtype)
@@ -174,131 +148,11 @@ def evaluate(
     return metrics
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is evaluated, on what and by what: all of it checked, nothing loaded.
-
-    `reference` is where the model is that KL divergences are measured against; None: they are not.
-    """
-
-    subject: Subject
-    chat: Chat
-    sets: dict[str, PromptSet]
-    attacks: list[Attack]
-    tokens: SafetyTokens | None
-    judge: Judge
-    rates: list[OwnRateFunction]
-    scores: dict[str, TaskScore]
-    lm_eval: LmEvalTasks | None
-    guard: Guard | None
-    endpoint: EndpointJudge | None
-    made_from: MadeFrom
-    baseline: Reference | None
-    reference: Path | None
-
-
-def _prepare(
-    model: str,
-    adapter: Path | None,
-    sources: Mapping[str, str | Path | None],
-    further: Sequence[tuple[str, str]],
-    tokens_path: Path | None,
-    settings: EvaluateSettings,
-    reference: Path | None,
-) -> _Plan:
-    judge, endpoint = load_judge(settings.judge), load_endpoint(settings)
-    is_asked = bool(further) or any(sources.values()) or not settings.lm_eval
-    sets = read_prompts(sources, further, settings.columns) if is_asked else {}
-    subject = find_subject(model, adapter)
-    chat = chat_of(str(subject.folder), settings)
-    attacks = attacks_of(settings.prefill, settings.attack_system, chat.tokenizer)
-    rates = load_rates(settings, sets, rate_names(sets, attacks))
-    subject.check_chat(chat)
-    _check_prompts(sets, attacks, chat)
-    scores = find_task_scores(sets, settings.task_scores, chat)
-    lm_eval = find_lm_eval_tasks(settings)
-    tokens = None
-    if tokens_path is not None:
-        tokens = SafetyTokens.load(tokens_path, chat.tokenizer)
-        tokens.check_template(chat.template_sha256, settings.chat_template_kwargs, tokens_path)
-    models, guard = {"evaluated": subject.identity}, None
-    if settings.guard is not None:
-        guard = find_guard(settings.guard, settings.guard_format)
-        models["guard"] = guard.identity
-    made_from = MadeFrom(
-        models=models,
-        rows={name: rows_sha256(one.rows) for name, one in sets.items()},
-        tokenizer=chat.fingerprint,
-        template=chat.template_sha256,
-        adapter=subject.tuned.sha256 if subject.tuned else None,
-        safety_tokens=tokens.digest if tokens else None,
-        code={
-            "refusals": judge.content,
-            **({"the endpoint": endpoint.content} if endpoint else {}),
-            **{rate.facts.name: rate.facts.content for rate in rates},
-            **{f"answers to {name}": str(score) for name, score in scores.items()},
-            **(lm_eval.code if lm_eval else {}),
-        },
-        settings=settings.model_dump(mode="json", include=_DECIDING),
-    )
-    baseline = None if reference is None else read_reference(reference, made_from)
-    if baseline is not None and tokens and "harmful" in sets and baseline.confidences is None:
-        raise InputError(
-            f"{reference}: expected confidences on harmful prompts, found none; evaluate the "
-            "reference with --harmful and --safety-tokens"
-        )
-    if baseline is None and subject.tuned is not None:
-        log.warning(
-            "%s is a fine-tuned run, and no reference: without --reference, its drift is not "
-            "measured",
-            subject.tuned.folder,
-        )
-    folder = None
-    if baseline is not None and tokens and "harmful" in sets:
-        folder = subject.find_reference(baseline.model)
-        if folder is None:
-            log.warning(
-                "%s: is not there as it was evaluated, so no KL divergence from it is measured; "
-                "give it as --model and %s as --adapter",
-                baseline.model,
-                model,
-            )
-    return _Plan(
-        subject=subject,
-        chat=chat,
-        sets=sets,
-        attacks=attacks,
-        tokens=tokens,
-        judge=judge,
-        rates=rates,
-        scores=scores,
-        lm_eval=lm_eval,
-        guard=guard,
-        endpoint=endpoint,
-        made_from=made_from,
-        baseline=baseline,
-        reference=folder,
-    )
-
-
-def _check_prompts(sets: Mapping[str, PromptSet], attacks: Sequence[Attack], chat: Chat) -> None:
-    """What the template refuses or drops is refused here, by its line."""
-    for one in sets.values():
-        unread: Counter[str] = Counter()
-        for row in one.rows:
-            chat.prompt_ids(row)
-            unread.update(chat.unread(row))
-        tell_unread(f"the {one.name} prompts", unread)
-        if one.kind == "refuse" and one.rows:
-            for attack in attacks:
-                chat.prompt_ids(attack.asked(one.rows[0]))
-
-
 def _plain_harmful(answers: Sequence[Answer]) -> list[Answer]:
     return [one for one in answers if one.prompts == "harmful" and one.attack is None]
 
 
-def _contexts(plan: _Plan, answers: Sequence[Answer], settings: EvaluateSettings) -> list[Context]:
+def _contexts(plan: Plan, answers: Sequence[Answer], settings: EvaluateSettings) -> list[Context]:
     """Harmful prompts with the reference's answers, or else the model's own."""
     harmful = _plain_harmful(answers)
     return answer_contexts(
@@ -311,7 +165,7 @@ def _contexts(plan: _Plan, answers: Sequence[Answer], settings: EvaluateSettings
 
 def _confidences(
     model: Any,
-    plan: _Plan,
+    plan: Plan,
     contexts: Sequence[Context],
     settings: EvaluateSettings,
     kept: KeptLogProbabilities,
@@ -330,7 +184,7 @@ def _confidences(
 
 
 def _divergences(
-    plan: _Plan,
+    plan: Plan,
     contexts: Sequence[Context],
     settings: EvaluateSettings,
     policy: KeptLogProbabilities,
