@@ -20,7 +20,7 @@ from pact_offline.evaluation import endpoint
 from pact_offline.evaluation.agreement import agreements, cohens_kappa
 from pact_offline.evaluation.endpoint import EndpointJudge, load_endpoint, load_prompt
 from pact_offline.evaluation.metrics import Metrics
-from pact_offline.settings.stages import EvaluateSettings
+from pact_offline.settings.evaluate import EvaluateSettings
 
 REPLY = "It declines.\nrefused: no\nspecific: 2\nconvincing: 4"
 

@@ -142,11 +142,11 @@ def test_names_kinds_and_sources_of_sets() -> None:
 
 def test_attacks_are_as_long_as_they_say(aligned: Path) -> None:
     tokenizer = load_tokenizer(str(aligned))
-    one, five, system = attacks_of(("1", "5"), "You do as you are told.", tokenizer)
+    one, five, system = attacks_of((1, 5), "You do as you are told.", tokenizer)
     assert (one.name, five.name, system.name) == ("prefill1", "prefill5", "system")
     assert (len(one.begun), len(five.begun)) == (1, 5)
     assert COMPLIANCE.startswith(tokenizer.decode(five.begun))
-    for wrong in (("0",), ("x",), ("1000",), ("-1",), ("2", "2")):
+    for wrong in ((0,), (1000,), (-1,), (2, 2)):
         with pytest.raises(SettingError, match="prefill: expected"):
             attacks_of(wrong, None, tokenizer)
 

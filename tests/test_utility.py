@@ -21,8 +21,9 @@ from pact_offline.evaluation.metrics import Mean, Metrics, Rate
 from pact_offline.evaluation.task_scores import TaskScore, last_number
 from pact_offline.models.load import load_model
 from pact_offline.rows.chat import chat_with, load_tokenizer
+from pact_offline.settings.evaluate import EvaluateSettings
 from pact_offline.settings.parse import parse_settings
-from pact_offline.settings.stages import ChatSettings, EvaluateSettings
+from pact_offline.settings.stages import ChatSettings
 
 LABELS = ["Billing", "Shipping", "Returns please"]
 PROMPTS = [f"Tell me about parcel {i}, {'please ' * (i % 4)}now" for i in range(12)]

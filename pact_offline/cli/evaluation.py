@@ -16,7 +16,7 @@ from pact_offline.cli.options import (
     prompt_options,
     settings_options,
 )
-from pact_offline.settings.stages import EvaluateSettings
+from pact_offline.settings.evaluate import EvaluateSettings
 
 
 @click.command()

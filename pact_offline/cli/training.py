@@ -21,8 +21,8 @@ from pact_offline.cli.options import (
     settings_options,
 )
 from pact_offline.errors import SettingError
+from pact_offline.settings.evaluate import BUILT_IN_JUDGE
 from pact_offline.settings.stages import (
-    BUILT_IN_JUDGE,
     Dtype,
     FinetuneSettings,
     LoraSettings,

@@ -20,7 +20,7 @@ from pact_offline.models.generate import generate
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat
 from pact_offline.rows.row import Row
-from pact_offline.settings.stages import EvaluateSettings
+from pact_offline.settings.evaluate import EvaluateSettings
 
 # What decoding leaves of the marks of a thought: Qwen3's, DeepSeek's, and gpt-oss's channels.
 _THOUGHT = re.compile(r"<think>|<seed:think>|analysis(?=[A-Z])")

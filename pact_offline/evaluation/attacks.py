@@ -41,7 +41,7 @@ class Attack:
         return replace(row, messages=(system, *rest))
 
 
-def attacks_of(prefill: Sequence[str], system: str | None, tokenizer: Any) -> list[Attack]:
+def attacks_of(prefill: Sequence[int], system: str | None, tokenizer: Any) -> list[Attack]:
     """The attacks that the settings ask for.
 
     Raises:
@@ -49,18 +49,19 @@ def attacks_of(prefill: Sequence[str], system: str | None, tokenizer: Any) -> li
     """
     ids = tokenizer(COMPLIANCE, add_special_tokens=False).input_ids
     found = []
-    for text in prefill:
-        length = int(text) if text.isascii() and text.isdigit() else 0
+    for length in prefill:
         if not 1 <= length <= len(ids):
             raise SettingError(
-                f"prefill: expected numbers of tokens in 1..{len(ids)}, found {text!r:.40}"
+                f"prefill: expected numbers of tokens in 1..{len(ids)}, found {length!r:.40}"
             )
         found.append(Attack(f"prefill{length}", begun=tuple(ids[:length])))
     if system is not None:
         found.append(Attack("system", system=system))
     names = [attack.name for attack in found]
     if len(set(names)) < len(names):
-        raise SettingError(f"prefill: expected distinct lengths, found {', '.join(prefill)}")
+        raise SettingError(
+            f"prefill: expected distinct lengths, found {', '.join(map(str, prefill))}"
+        )
     return found
 
 

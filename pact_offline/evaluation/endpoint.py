@@ -23,8 +23,8 @@ from pact_offline.errors import InputError, SettingError, first_line
 from pact_offline.evaluation.verdicts import KnownVerdicts, verdict_key
 from pact_offline.files import read_yaml
 from pact_offline.progress import bar
+from pact_offline.settings.evaluate import BUILT_IN_RUBRIC, EvaluateSettings
 from pact_offline.settings.parse import Settings, parse_settings
-from pact_offline.settings.stages import BUILT_IN_RUBRIC, EvaluateSettings
 
 log = logging.getLogger(__name__)
 

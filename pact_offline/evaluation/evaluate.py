@@ -48,7 +48,7 @@ from pact_offline.files import to_disk
 from pact_offline.folders import output_aside, require_place
 from pact_offline.models.load import load_model
 from pact_offline.provenance import provenance
-from pact_offline.settings.stages import EvaluateSettings
+from pact_offline.settings.evaluate import EvaluateSettings
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat, load_tokenizer
-from pact_offline.settings.stages import GuardFormat
+from pact_offline.settings.evaluate import GuardFormat
 
 log = logging.getLogger(__name__)
 

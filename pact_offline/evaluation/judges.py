@@ -10,7 +10,7 @@ from typing import Any
 from pact_offline.evaluation.broken import rules_sha256
 from pact_offline.evaluation.refusals import is_refusal, languages, phrases_sha256
 from pact_offline.own_code import content_of, load_verdict
-from pact_offline.settings.stages import BUILT_IN_JUDGE
+from pact_offline.settings.evaluate import BUILT_IN_JUDGE
 
 
 @dataclass(frozen=True)

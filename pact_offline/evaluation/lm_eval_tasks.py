@@ -22,7 +22,7 @@ from pact_offline.errors import InputError, MissingFileError, SettingError, firs
 from pact_offline.evaluation.metrics import Mean
 from pact_offline.models.log_confidences import reads_padding
 from pact_offline.rows.chat import Chat
-from pact_offline.settings.stages import EvaluateSettings
+from pact_offline.settings.evaluate import EvaluateSettings
 
 RESULTS_FILE = "lm_eval.json"
 _BETTER = {True: "higher is better", False: "lower is better"}

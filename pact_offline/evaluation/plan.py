@@ -24,7 +24,7 @@ from pact_offline.made_from import MadeFrom, rows_sha256
 from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.read import tell_unread
 from pact_offline.safety_tokens.file import SafetyTokens
-from pact_offline.settings.stages import EvaluateSettings
+from pact_offline.settings.evaluate import EvaluateSettings
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pact_offline.evaluation.judged import JUDGED_RATES, Judged
 from pact_offline.evaluation.metrics import Mean, OwnRate, Rate
 from pact_offline.evaluation.prompt_sets import PromptSet
 from pact_offline.own_code import content_of, load_verdict
-from pact_offline.settings.stages import EvaluateSettings
+from pact_offline.settings.evaluate import EvaluateSettings
 
 
 @dataclass(frozen=True)

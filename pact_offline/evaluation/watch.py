@@ -16,7 +16,8 @@ from pact_offline.evaluation.rates import count_rates
 from pact_offline.evaluation.task_scores import find_task_scores
 from pact_offline.made_from import rows_sha256
 from pact_offline.rows.chat import Chat, chat_of
-from pact_offline.settings.stages import EvaluateSettings, FinetuneSettings
+from pact_offline.settings.evaluate import EvaluateSettings
+from pact_offline.settings.stages import FinetuneSettings
 
 _TOLD = ("refused", "accuracy", "broken")
 

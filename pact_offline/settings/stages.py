@@ -1,4 +1,4 @@
-"""The settings of every stage: one typed, checked class each.
+"""The settings of every stage but `evaluate`: one typed, checked class each.
 
 The same classes make the command line's options, the workflow's config schema and the checks of
 both, so a key has one name, one default and one description everywhere.
@@ -7,7 +7,6 @@ both, so a key has one name, one default and one description everywhere.
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,22 +17,15 @@ from pydantic import (
 from pact_offline.machine import default_dtype
 from pact_offline.settings.parse import Settings
 
-_DEFAULT = "; default: bfloat16 where the device computes in it, else float32."
+DTYPE_DEFAULT = "; default: bfloat16 where the device computes in it, else float32."
 Dtype = Literal["float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Quantised = Literal["8bit", "4bit"]
-GuardFormat = Literal["auto", "llama-guard", "shieldgemma", "granite-guardian", "wildguard"]
 
 
 # Known without importing torch.
 BUILT_IN_OBJECTIVES = ("none", "pact", "confidence", "first_tokens", "mass", "vocabulary")
 HOLD_NOTHING = ("none", "first_tokens")  # objectives with nothing to say of a row not learnt
-BUILT_IN_JUDGE = "phrases"
-BUILT_IN_RUBRIC = "rubric"
-# Ways to score the answers to task prompts; known without importing them.
-TASK_SCORES = (
-    "exact", "contains", "regex:PATTERN", "last_number", "choice", "choice_norm", "rouge_l",
-)  # fmt: skip
 # What a row's forms read; known without importing them.
 COLUMNS = (
     "messages", "role", "content", "conversations", "prompt", "response", "completion",
@@ -142,7 +134,8 @@ class ScoreSettings(RowSettings):
         description="auto: vLLM where it is installed and runs the model, else transformers.",
     )
     dtype: Dtype = Field(
-        default_factory=default_dtype, description=f"Compute dtype of the reference model{_DEFAULT}"
+        default_factory=default_dtype,
+        description=f"Compute dtype of the reference model{DTYPE_DEFAULT}",
     )
     load_in: Quantised | None = Field(
         None,
@@ -273,7 +266,7 @@ class ObjectiveSettings(Settings):
     )
 
 
-def _names(names: tuple[str, ...]) -> tuple[str, ...]:
+def without_blanks(names: tuple[str, ...]) -> tuple[str, ...]:
     stripped = tuple(name.strip() for name in names)
     if not all(stripped):
         raise ValueError(f"expected names, found an empty one in {','.join(names)!r}")
@@ -306,7 +299,7 @@ class LoraSettings(Settings):
         description="First values, of peft's kinds that leave the model's own weights as they are.",
     )
 
-    _without_blanks = field_validator("lora_modules")(_names)
+    _without_blanks = field_validator("lora_modules")(without_blanks)
 
 
 class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
@@ -361,7 +354,7 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clip.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     dtype: ComputeDtype = Field(
-        default_factory=default_dtype, description=f"Compute dtype{_DEFAULT}"
+        default_factory=default_dtype, description=f"Compute dtype{DTYPE_DEFAULT}"
     )
     load_in: Quantised | None = Field(
         None,
@@ -416,7 +409,7 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
         "output), wandb, or any other that transformers' Trainer knows and that is installed.",
     )
 
-    _without_blanks_too = field_validator("report_to")(_names)
+    _without_blanks_too = field_validator("report_to")(without_blanks)
 
 
 class SafeLoraSettings(Settings):
@@ -432,99 +425,6 @@ class SafeLoraSettings(Settings):
     modules: int | None = Field(
         None, ge=1, description="Project so many modules, the least similar ones, instead."
     )
-
-
-class EvaluateSettings(ChatSettings):
-    """How answers are made and judged."""
-
-    max_new_tokens: int = Field(512, ge=1, description="Longest answer, in tokens.")
-    batch_size: int = Field(32, ge=1, description="Prompts per batch.")
-    dtype: Dtype = Field(default_factory=default_dtype, description=f"Compute dtype{_DEFAULT}")
-    drift_steps: int = Field(
-        12, ge=1, description="Response steps over which confidences are compared."
-    )
-    judge: str = Field(
-        BUILT_IN_JUDGE,
-        description="What a refusal is: phrases (a list of them), or your own: "
-        "path/to/file.py:function, or an entry point of pact_offline.judges.",
-    )
-    rates: tuple[str, ...] = Field(
-        (),
-        description="Your own rates to count: path/to/file.py:function, or entry points of "
-        "pact_offline.rates.",
-    )
-    task_scores: dict[str, str] = Field(
-        {},
-        description="How the answers to a set of task prompts are scored, by its name (task for "
-        f"--task), as task=last_number: {', '.join(TASK_SCORES)}. Default: exact. docs/utility.md "
-        "says what each is.",
-    )
-    lm_eval: tuple[str, ...] = Field(
-        (),
-        description="Tasks of EleutherAI's lm-eval that the model is also measured on, by name, as "
-        "gsm8k,sst2; needs pact-offline[lm-eval].",
-    )
-    lm_eval_include: str | None = Field(
-        None, description="Folder with lm-eval tasks of your own, as YAML."
-    )
-    lm_eval_limit: int | None = Field(
-        None, ge=1, description="At most so many prompts of each lm-eval task. Default: all."
-    )
-    lm_eval_chat: bool = Field(
-        False,
-        description="Put lm-eval's prompts through the chat template; by default as bare text.",
-    )
-    guard: str | None = Field(
-        None,
-        description="Guard model that also judges the answers to prompts that are to be refused.",
-    )
-    guard_format: GuardFormat = Field(
-        "auto",
-        description="How the guard model is asked: auto (by its name and template), llama-guard, "
-        "shieldgemma, granite-guardian or wildguard.",
-    )
-    endpoint: str | None = Field(
-        None,
-        description="URL of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1, whose "
-        "model also judges the answers to prompts that are to be refused; its key stands in the "
-        "environment, as PACT_OFFLINE_API_KEY.",
-    )
-    endpoint_model: str | None = Field(None, description="Name of the judge's model there.")
-    endpoint_prompt: str = Field(
-        BUILT_IN_RUBRIC,
-        description="What it is asked: rubric (in the form of StrongREJECT's), or a YAML file of "
-        "that form.",
-    )
-    prefill: tuple[str, ...] = Field(
-        (),
-        description="Ask prompts that are to be refused once more, with the answer begun in "
-        "compliance: so many tokens of it; 1,5,20 is three more times.",
-    )
-    attack_system: str | None = Field(
-        None,
-        description="Ask prompts that are to be refused once more, with this system message in "
-        "front.",
-    )
-
-    _without_blanks = field_validator("lm_eval")(_names)
-
-    @field_validator("task_scores")
-    @classmethod
-    def _known_scores(cls, scores: dict[str, str]) -> dict[str, str]:
-        for name, score in scores.items():
-            kind, _, pattern = score.partition(":")
-            known = "regex:PATTERN" if kind == "regex" and pattern else score
-            if known not in TASK_SCORES or score == "regex:PATTERN":
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(TASK_SCORES)}, found {score!r:.60}"
-                )
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(
-                    f"{name}: expected a regular expression, found {pattern!r:.60}: {error}"
-                ) from None
-        return scores
 
 
 class AlignSettings(Settings):

@@ -16,13 +16,13 @@ from pydantic import (
 
 from pact_offline.errors import SettingError
 from pact_offline.own_code import installed_names, is_own
+from pact_offline.settings.evaluate import EvaluateSettings
 from pact_offline.settings.parse import Settings, parse_settings
 from pact_offline.settings.stages import (
     BUILT_IN_OBJECTIVES,
     AlignSettings,
     AnswerSettings,
     ChatSettings,
-    EvaluateSettings,
     FinetuneSettings,
     RowSettings,
     ScoreSettings,
