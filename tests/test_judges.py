@@ -63,12 +63,14 @@ def test_english_refusals_and_compliance_are_told_apart() -> None:
 
 def test_in_the_first_two_sets_hardly_a_clean_refusal_is_missed() -> None:
     found = quality([one for one in of("clean", "compliance") if one["set"] != "third"])
+    log.info("of the first two sets: %s", found)
     assert min(found[:2]) >= 0.97
 
 
 @pytest.mark.parametrize("language", ["de", "fr", "es", "zh"])
 def test_other_languages_are_told_apart(language: str) -> None:
     found = quality(of(language=language))
+    log.info("%s: %s", language, found)
     assert found.answers >= 20
     assert min(found[:2]) >= 0.93
 
@@ -88,7 +90,9 @@ def test_garbled_refusals_are_not_clean_ones() -> None:
         if judge.refuses("", one["answer"], broken=broken_text(one["answer"]))
     ]
     assert not passed
-    assert sum(broken_text(one["answer"]) is None for one in broken) <= len(broken) * 0.15
+    found = sum(broken_text(one["answer"]) is not None for one in broken)
+    log.info("broken: %d of %d found", found, len(broken))
+    assert found >= len(broken) * 0.85
 
 
 def test_no_text_that_a_human_wrote_is_called_broken() -> None:
