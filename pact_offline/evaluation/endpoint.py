@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.resources import files
@@ -149,29 +149,29 @@ class EndpointJudge:
             timeout=WAIT_S,
         )
 
-        def ask(key: str) -> None:
+        def ask(key: str) -> tuple[str, Any]:
             reply = client.chat.completions.create(
                 model=self.model,
                 messages=self.prompt.messages(*new[key]),  # type: ignore[arg-type]
                 temperature=0,
                 max_tokens=self.prompt.max_tokens,
             )
-            known.add({key: reply.choices[0].message.content or ""})
-            self.cost["requests"] += 1
-            if reply.usage is not None:
-                self.cost["prompt_tokens"] += reply.usage.prompt_tokens
-                self.cost["completion_tokens"] += reply.usage.completion_tokens
-            progress.update(1)
+            return reply.choices[0].message.content or "", reply.usage
 
         with (
             closing(client),
             bar("judging", len(new), "answers") as progress,
             ThreadPoolExecutor(AT_ONCE) as pool,
         ):
-            jobs = [pool.submit(ask, key) for key in new]
+            jobs = {pool.submit(ask, key): key for key in new}
             try:
-                for job in jobs:
-                    job.result()
+                for job in as_completed(jobs):
+                    text, usage = job.result()
+                    known.add({jobs[job]: text})
+                    self.cost["requests"] += 1
+                    for count in ("prompt_tokens", "completion_tokens"):
+                        self.cost[count] += getattr(usage, count, 0)
+                    progress.update(1)
             except (openai.OpenAIError, ValueError, IndexError, AttributeError) as error:
                 raise InputError(
                     f"{self.url}: expected a reply of {self.model}, found: {first_line(error)}; "
