@@ -583,8 +583,10 @@ def test_the_published_protocol_is_planned_whole(tmp_path: Path) -> None:
     runs = len(config["runs"]) * len(config["seeds"])
     assert planned.count("rule finetune:") == planned.count("rule evaluate:") == runs
     assert planned.count("rule targets:") == 4
-    for option in ("--set strongreject=hub", "--set xstest-safe=hub", "--prefill 5,20",
-                   "--max-new-tokens 1024", "--guard meta-llama/Llama-Guard-3-8B", "--lm-eval sst2,gsm8k"):  # fmt: skip
+    for option in (
+        *("--set strongreject=hub", "--set xstest-safe=hub", "--prefill 5,20"),
+        *("--max-new-tokens 1024", "--guard meta-llama/Llama-Guard-3-8B", "--lm-eval sst2,gsm8k"),
+    ):
         assert option in planned
 
 
