@@ -15,15 +15,54 @@ JUDGED_BY = dict(
     tasks=own_tasks(CONFIG.evaluate),
     template=chat_template(CONFIG.evaluate),
 )
+ANSWERS = EVALUATED / "answers"
 EVALUATE = (
     "OMP_NUM_THREADS={threads} {PACT} evaluate --model {params.model:q} {params.prompts} "
-    "--safety-tokens {input.tokens:q} -o {output:q} {params.settings} {resources.means} "
+    "--safety-tokens {input.tokens:q} --answers {ANSWERS:q} -o {output:q} {params.settings} "
+    "{resources.means} "
 )
+HAS_ONE_ENGINE = (
+    CONFIG.one_engine and CONFIG.evaluate.backend != "transformers" and find_spec("vllm") is not None
+)
+
+
+# A stamp, whose time is not looked at: an evaluation takes the answers that were made of just its
+# model and prompts, and makes those that it misses. Another run has no other evaluated anew.
+rule answer:
+    input:
+        **JUDGED_BY,
+        reference=model_input(ALIGNED),
+        adapters=[OUTPUT / "adapters" / run for run in RUNS],
+    output:
+        touch(EVALUATED / "answered"),
+    log:
+        OUTPUT / "logs" / "evaluate" / "answer.log",
+    benchmark:
+        OUTPUT / "benchmarks" / "answer.tsv"
+    threads: workflow.cores
+    resources:
+        mem_mb=6000,
+        runtime=240,
+        gpu=0 if IS_DEMO else 1,
+        means=f"--batch-size {CONFIG.evaluate.batch_size}",
+    params:
+        model=ALIGNED,
+        adapters=repeated("--adapter", [OUTPUT / "adapters" / run for run in RUNS]),
+        prompts=PROMPT_OPTIONS,
+        settings=options(CONFIG.evaluate, without=["batch_size"]),
+    shell:
+        "OMP_NUM_THREADS={threads} {PACT} answer --model {params.model:q} {params.adapters} "
+        "{params.prompts} --answers {ANSWERS:q} {params.settings} {resources.means} "
+        "2>&1 | tee -i {log:q} >&2"
+
+
+ANSWERED = [ancient(EVALUATED / "answered")] if HAS_ONE_ENGINE else []
 
 
 rule evaluate_reference:
     input:
         **JUDGED_BY,
+        answered=ANSWERED,
         tokens=rules.tokens.output,
         reference=model_input(ALIGNED),
     output:
@@ -49,6 +88,7 @@ rule evaluate_reference:
 rule evaluate:
     input:
         **JUDGED_BY,
+        answered=ANSWERED,
         tokens=rules.tokens.output,
         reference=rules.evaluate_reference.output,
         adapter=OUTPUT / "adapters" / "{run}",

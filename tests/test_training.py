@@ -518,7 +518,7 @@ def test_merge_writes_a_model_that_answers_as_the_adapter_does(
 
 def next_token(path: Path, **options: Any) -> dict[int, float]:
     """What vLLM expects after some tokens: its likeliest five and their log-probabilities."""
-    from pact_offline.scoring.vllm import prepare_environment
+    from pact_offline.models.vllm_engine import prepare_environment
 
     prepare_environment()
     import vllm

@@ -42,6 +42,7 @@ ONE_CORE_EACH = [
             "score_part",
             "rehearse",
             "finetune",
+            "answer",
             "evaluate_reference",
             "evaluate",
         )
@@ -76,7 +77,7 @@ def few_rows(folder: Path) -> dict[str, Any]:
         "datasets": {"few": ["rows.jsonl"]},
         "training": {"dataset": "few", "batch_size": 4, "epochs": 1, "dtype": "float32"},
         "evaluation": {n: f"{n}.jsonl" for n in ("harmful", "borderline", "benign", "task")},
-        "evaluate": {"max_new_tokens": 4},
+        "evaluate": {"max_new_tokens": 4, "backend": "transformers"},
     }
 
 
@@ -103,6 +104,7 @@ def finished(aligned: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
         "refusals": rows,
         "datasets": {"few": ["rows.jsonl", rows]},
         "evaluation": {**few["evaluation"], **prompts},
+        "evaluate": {**few["evaluate"], "backend": "auto"},
         "score": {"backend": "transformers", "shard_steps": 12},
         "score_parts": 2,
         "rehearsal": {"prompts": ["benign.jsonl", "rows.jsonl"], "per_file": 4, "answer_tokens": 3},

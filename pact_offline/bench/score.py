@@ -178,7 +178,7 @@ def _timed(
 
 def _prompt_logprobs(way: str, job: _Job) -> _Timed:
     """The likeliest 50 ids of every token: what vLLM's own option gives."""
-    from pact_offline.scoring.vllm import prepare_environment
+    from pact_offline.models.vllm_engine import prepare_environment
 
     prepare_environment()
     import vllm

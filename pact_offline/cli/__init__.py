@@ -73,6 +73,7 @@ for command in (
     training.finetune,
     training.merge,
     training.safe_lora,
+    evaluation.answer,
     evaluation.evaluate,
     evaluation.report,
     demo.demo,

@@ -45,6 +45,13 @@ from pact_offline.settings.evaluate import EvaluateSettings
     required=True,
     help="Directory to write metrics.json into.",
 )
+@click.option(
+    "--answers",
+    "answers_folder",
+    type=OUTPUT_FOLDER,
+    help="Directory where answers are kept and looked up, those of `pact-offline answer` among "
+    "them; they are made once for all judges. By default they are kept until the output is whole.",
+)
 @settings_options(EvaluateSettings)
 @json_option
 def evaluate(
@@ -59,6 +66,7 @@ def evaluate(
     safety_tokens: Path | None,
     reference: Path | None,
     output: Path,
+    answers_folder: Path | None,
     as_json: bool,
     settings: EvaluateSettings,
 ) -> None:
@@ -86,6 +94,7 @@ def evaluate(
         output,
         settings,
         reference,
+        answers_folder,
     )
     if as_json:
         click.echo(metrics.model_dump_json())
@@ -99,6 +108,52 @@ def evaluate(
         for what, mean in metrics.means.items():
             spread = "" if mean.low is None else f"  [{mean.low:.3f}, {mean.high:.3f}]"
             click.echo(f"{what:{width}} {mean.value:7.3f}{spread}  of {mean.total}")
+
+
+@click.command()
+@click.option("--model", type=MODEL, required=True, help="Model: path or NAME[@REVISION].")
+@click.option(
+    "--adapter",
+    "adapters",
+    type=FOLDER,
+    multiple=True,
+    help="Directory from `pact-offline finetune` or `merge`, to answer too; may be repeated.",
+)
+@prompt_options
+@click.option(
+    "--answers",
+    "folder",
+    type=OUTPUT_FOLDER,
+    required=True,
+    help="Directory where answers are kept, for `pact-offline evaluate --answers`.",
+)
+@settings_options(EvaluateSettings)
+def answer(
+    model: str,
+    adapters: tuple[Path, ...],
+    harmful: str | None,
+    borderline: str | None,
+    benign: str | None,
+    task: str | None,
+    sets: tuple[str, ...],
+    folder: Path,
+    settings: EvaluateSettings,
+) -> None:
+    """Answer prompts by a model and by adapters on it, with one engine.
+
+    What `evaluate` would answer by vLLM, run by run, for all of them at once; give it the same
+    settings. What vLLM does not answer is left to it.
+
+    Example: pact-offline answer --model A --adapter sft --adapter hold --harmful harmful.jsonl
+    --answers answers
+    """
+    from pact_offline.evaluation.answer import answer as run
+    from pact_offline.evaluation.prompt_sets import parse_set
+
+    asked = {"harmful": harmful, "borderline": borderline, "benign": benign, "task": task}
+    found = run(model, adapters, asked, [parse_set(text) for text in sets], folder, settings)
+    for name, place in found.items():
+        click.echo(f"{name}: {place or 'left to evaluate'}")
 
 
 @click.command()

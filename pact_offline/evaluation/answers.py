@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -86,8 +86,31 @@ def without_thoughts(text: str, begins_in_thought: bool = False) -> tuple[str, b
     return text, True
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A set of prompts as it is asked once: plainly, or under an attack."""
+
+    prompts: PromptSet
+    attack: Attack | None
+
+    def ids(self, chat: Chat) -> list[list[int]]:
+        """Token ids of each prompt, with what an attack begins the answer with."""
+        rows, attack = self.prompts.rows, self.attack
+        if attack is None:
+            return [chat.prompt_ids(row) for row in rows]
+        return [[*chat.prompt_ids(attack.asked(row)), *attack.begun] for row in rows]
+
+
+def all_asked(sets: Mapping[str, PromptSet], attacks: Sequence[Attack]) -> Iterator[Asked]:
+    """Every set plainly; prompts that are to be refused once more under every attack."""
+    for one in sets.values():
+        yield Asked(one, None)
+        if one.kind == "refuse":
+            yield from (Asked(one, attack) for attack in attacks)
+
+
 def answer_all(
-    model: Any,
+    load: Callable[[], Any],
     chat: Chat,
     sets: Mapping[str, PromptSet],
     attacks: Sequence[Attack],
@@ -98,60 +121,53 @@ def answer_all(
 ) -> list[Answer]:
     """Greedy answers to every prompt, in order, and what is said of them.
 
-    Prompts that are to be refused are asked once more under every attack. Answers that `kept` has
-    are not made again. `scores` are those of the sets of task prompts, by name.
+    Answers that `kept` has are not made again. `scores` are those of the sets of task prompts, by
+    name. The model is loaded only where an answer is missing.
     """
-    asked = list(_asked(sets, attacks))
-    total = sum(len(one.rows) for one, _ in asked)
+    asked = [(one, kept.of(one.prompts.name, one.attack) if kept else {}) for one in
+             all_asked(sets, attacks)]  # fmt: skip
+    missing = sum(len(one.prompts.rows) - len(known) for one, known in asked)
     answers = []
-    with bar("answering", total, "prompts") as progress:
-        for one, attack in asked:
-            score = scores.get(one.name)
-            if score is not None and score.is_choice:
-                answers += _chosen(
-                    one,
-                    score,
-                    choose(
-                        model,
-                        chat,
-                        one.rows,
-                        score.labels,
-                        by_length=score.kind == "choice_norm",
-                        batch_size=settings.batch_size,
-                        progress=progress.update,
-                        known=kept.of(one.name, None) if kept else None,
-                        made=partial(kept.add, one.name, None) if kept else None,
-                    ),
+    with bar("answering", missing, "prompts", shown=missing > 0) as progress:
+        for one, known in asked:
+            rows, name = one.prompts.rows, one.prompts.name
+            score = scores.get(name)
+            made = partial(kept.add, name, one.attack) if kept else None
+            if len(known) == len(rows):
+                texts = [known[number] for number in range(len(rows))]
+            elif score is not None and score.is_choice:
+                texts = choose(
+                    load(),
+                    chat,
+                    rows,
+                    score.labels,
+                    by_length=score.kind == "choice_norm",
+                    batch_size=settings.batch_size,
+                    progress=progress.update,
+                    known=known,
+                    made=made,
                 )
+            else:
+                texts = generate(
+                    load(),
+                    chat.tokenizer,
+                    one.ids(chat),
+                    max_new_tokens=settings.max_new_tokens,
+                    batch_size=settings.batch_size,
+                    end_of_turn=chat.end_of_turn,
+                    progress=progress.update,
+                    known=known,
+                    made=made,
+                )
+            if score is not None and score.is_choice:
+                answers += _chosen(one.prompts, score, texts)
                 continue
-            rows = [attack.asked(row) if attack else row for row in one.rows]
-            begun = attack.begun if attack else ()
-            texts = generate(
-                model,
-                chat.tokenizer,
-                [[*chat.prompt_ids(row), *begun] for row in rows],
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                end_of_turn=chat.end_of_turn,
-                progress=progress.update,
-                known=kept.of(one.name, attack) if kept else None,
-                made=partial(kept.add, one.name, attack) if kept else None,
-            )
-            opens_thought = _opens_thought(chat, one.rows[0])
+            opens_thought = _opens_thought(chat, rows[0])
             answers += [
-                _judged(one, row, text, judge, attack, chat, score, opens_thought)
-                for row, text in zip(one.rows, texts, strict=True)
+                _judged(one.prompts, row, text, judge, one.attack, chat, score, opens_thought)
+                for row, text in zip(rows, texts, strict=True)
             ]
     return answers
-
-
-def _asked(
-    sets: Mapping[str, PromptSet], attacks: Sequence[Attack]
-) -> Iterator[tuple[PromptSet, Attack | None]]:
-    for one in sets.values():
-        yield one, None
-        if one.kind == "refuse":
-            yield from ((one, attack) for attack in attacks)
 
 
 def _opens_thought(chat: Chat, row: Row) -> bool:

@@ -35,14 +35,13 @@ def choose(
         labels: to choose from.
         by_length: divide by the label's characters, as `acc_norm` of lm-eval.
         batch_size: prompts with a label each, at once.
-        progress: called with the number of prompts done.
+        progress: called with the number of prompts done; known ones do not count.
         known: choices by the number of their prompt; these are not made again.
         made: called with the choices of a batch, by number.
     """
     lengths = np.array([len(label) for label in labels]) if by_length else np.ones(len(labels))
     chosen = dict(known or {})
     contexts = {i: _contexts(chat, row, labels) for i, row in enumerate(rows) if i not in chosen}
-    progress(len(rows) - len(contexts))
     order = sorted(contexts, key=lambda i: len(contexts[i][0][0]), reverse=True)
     at_once = max(1, batch_size // len(labels))
     for first in range(0, len(order), at_once):

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pact_offline.evaluation.answers import Answer, answer_all
+from pact_offline.evaluation.by_vllm import answer_by_vllm, kept_answers
 from pact_offline.evaluation.drift import (
     Context,
     Divergences,
@@ -44,8 +46,9 @@ from pact_offline.evaluation.reference import (
     CONFIDENCES_FILE,
     answers_sha256,
 )
-from pact_offline.files import to_disk
+from pact_offline.files import check_output_folder, to_disk
 from pact_offline.folders import output_aside, require_place
+from pact_offline.models.backends import choose_backend, engine_name
 from pact_offline.models.load import load_model
 from pact_offline.provenance import provenance
 from pact_offline.settings.evaluate import EvaluateSettings
@@ -65,6 +68,7 @@ def evaluate(
     output: Path,
     settings: EvaluateSettings,
     reference: Path | None,
+    answers_folder: Path | None = None,
 ) -> Metrics:
     """Evaluate a model and write metrics.json, and what it was counted from, to `output`.
 
@@ -82,21 +86,28 @@ def evaluate(
         output: directory.
         settings: lengths, judges and rates.
         reference: output directory of the reference's evaluation; None for the reference itself.
+        answers_folder: where answers are kept, and looked up; None: only until this is done.
     """
     require_place(output, METRICS_FILE)
     plan = prepare(model_name, adapter, sources, further, tokens_path, settings, reference)
-    kept = KeptAnswers(output, [*plan.decides_answers, settings.batch_size])
-    if kept.count:
-        log.warning("%s: goes on with the %d answers that it has", output, kept.count)
-    model = plan.subject.load(settings.dtype)
+    if plan.baseline is None and plan.subject.tuned is not None:
+        log.warning(
+            "%s is a fine-tuned run, and no reference: without --reference, its drift is not "
+            "measured",
+            plan.subject.tuned.folder,
+        )
+    if answers_folder is not None:
+        check_output_folder(answers_folder)
+    kept, answered_by = _kept_answers(plan, settings, output, answers_folder)
+    load = cache(lambda: plan.subject.load(settings.dtype))
     answers = answer_all(
-        model, plan.chat, plan.sets, plan.attacks, settings, plan.judge, plan.scores, kept
+        load, plan.chat, plan.sets, plan.attacks, settings, plan.judge, plan.scores, kept
     )
     contexts = _contexts(plan, answers, settings)
     with closing(KeptLogProbabilities(output.parent)) as policy:
-        confidences = _confidences(model, plan, contexts, settings, policy)
-        elsewhere = plan.lm_eval.run(model, plan.chat, settings) if plan.lm_eval else None
-        del model
+        confidences = _confidences(load, plan, contexts, settings, policy)
+        elsewhere = plan.lm_eval.run(load(), plan.chat, settings) if plan.lm_eval else None
+        load.cache_clear()
         divergences = _divergences(plan, contexts, settings, policy)
     judged = judge_all(answers, plan.guard, plan.endpoint, settings.dtype)
     drift = None
@@ -141,11 +152,29 @@ def evaluate(
             **({"guard_format": plan.guard.kind} if plan.guard else {}),
             **({"endpoint": plan.endpoint.facts} if plan.endpoint else {}),
         },
-        provenance=provenance(),
+        provenance={**provenance(), "answered_by": answered_by},
     )
     write_evaluation(output, metrics, files)
     kept.done()
     return metrics
+
+
+def _kept_answers(
+    plan: Plan, settings: EvaluateSettings, output: Path, folder: Path | None
+) -> tuple[KeptAnswers, str]:
+    """Where answers are kept, all of vLLM's among them, and the name of what makes them."""
+
+    def place(backend: str) -> KeptAnswers:
+        kept = kept_answers(plan, backend, settings, folder=folder, evaluation=output)
+        if kept.count:
+            log.warning("%s: goes on with the %d answers that it has", output, kept.count)
+        return kept
+
+    backend, _ = choose_backend(settings.backend, plan.subject.load_in)
+    kept = place(backend)
+    if backend == "vllm" and not answer_by_vllm([(plan, kept)], settings)[0]:
+        backend, kept = "transformers", place("transformers")
+    return kept, engine_name(backend)
 
 
 def _plain_harmful(answers: Sequence[Answer]) -> list[Answer]:
@@ -164,7 +193,7 @@ def _contexts(plan: Plan, answers: Sequence[Answer], settings: EvaluateSettings)
 
 
 def _confidences(
-    model: Any,
+    load: Callable[[], Any],
     plan: Plan,
     contexts: Sequence[Context],
     settings: EvaluateSettings,
@@ -174,7 +203,7 @@ def _confidences(
     if plan.tokens is None or not contexts:
         return None
     return confidences_by_step(
-        model,
+        load(),
         contexts,
         plan.tokens.ids,
         settings.drift_steps,

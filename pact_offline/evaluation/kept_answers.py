@@ -19,18 +19,26 @@ _KEYS = {"prompts", "attack", "number", "answer"}  # of a line
 class KeptAnswers:
     """Answers on disk as they come, so that a killed evaluation goes on from there.
 
-    A file of JSON lines beside the output, gone when the evaluation is whole. Its first line says
-    what the answers are of; a file of anything else is begun anew.
+    A file of JSON lines. Its first line says what the answers are of; a file of anything else is
+    begun anew.
     """
 
-    def __init__(self, output: Path, decides: Any) -> None:
+    def __init__(
+        self, decides: Any, *, folder: Path | None, evaluation: Path | None = None
+    ) -> None:
         """Args:
-        output: directory of the evaluation.
         decides: all that decides the answers, as JSON; judges do not.
+        folder: where the file is kept for good, by a name made of `decides`.
+        evaluation: without a folder, the directory beside which the file lies until it is whole.
         """
-        self.path = output.with_name(f".{output.name}.answers.jsonl")
         text = json.dumps(decides, sort_keys=True, default=str)
         self._of = hashlib.sha256(text.encode()).hexdigest()
+        self._stays = folder is not None
+        if folder is not None:
+            self.path = folder / f"{self._of[:32]}.jsonl"
+        else:
+            assert evaluation is not None
+            self.path = evaluation.with_name(f".{evaluation.name}.answers.jsonl")
         self._known: dict[tuple[str, str], dict[int, str]] = {}
         lines: list[Any] = []
         with suppress(MissingFileError, InputError):  # its last line may be half written
@@ -49,7 +57,7 @@ class KeptAnswers:
         return sum(map(len, self._known.values()))
 
     def of(self, prompts: str, attack: Attack | None) -> Mapping[int, str]:
-        """Answers by the number of their prompt in the set."""
+        """Answers by the number of their prompt in the set; those of `add` among them."""
         return self._known.get((prompts, attack.name if attack else ""), {})
 
     def add(self, prompts: str, attack: Attack | None, answers: Mapping[int, str]) -> None:
@@ -60,13 +68,16 @@ class KeptAnswers:
             self._write({"of": self._of})
             for place, known in self._known.items():
                 self._write(*self._lines(*place, known))
-        self._write(*self._lines(prompts, attack.name if attack else "", answers))
+        name = attack.name if attack else ""
+        self._write(*self._lines(prompts, name, answers))
+        self._known.setdefault((prompts, name), {}).update(answers)
 
     def done(self) -> None:
-        """The evaluation is whole."""
+        """All are made."""
         if self._file is not None:
             self._file.close()
-        self.path.unlink(missing_ok=True)
+        if not self._stays:
+            self.path.unlink(missing_ok=True)
 
     @staticmethod
     def _lines(prompts: str, attack: str, answers: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -125,12 +125,6 @@ def prepare(
             f"{reference}: expected confidences on harmful prompts, found none; evaluate the "
             "reference with --harmful and --safety-tokens"
         )
-    if baseline is None and subject.tuned is not None:
-        log.warning(
-            "%s is a fine-tuned run, and no reference: without --reference, its drift is not "
-            "measured",
-            subject.tuned.folder,
-        )
     folder = None
     if baseline is not None and tokens and "harmful" in sets:
         folder = subject.find_reference(baseline.model)

@@ -45,6 +45,22 @@ class Subject:
         kept = {name: facts[name] for name in _KEPT if name in facts}
         return {**facts["settings"], "holds": holds, **kept}
 
+    @property
+    def engine_model(self) -> Path:
+        """Folder of the weights that an engine loads: the whole model, or the one below an
+        adapter."""
+        return self.tuned.folder if self.tuned and self.tuned.is_whole else self.folder
+
+    @property
+    def engine_adapter(self) -> Path | None:
+        """Folder of the adapter on top of it."""
+        return self.tuned.folder if self.tuned and not self.tuned.is_whole else None
+
+    @property
+    def load_in(self) -> str | None:
+        """Bits of the weights below an adapter, where it was trained on few."""
+        return self.run.get("load_in") if self.engine_adapter else None
+
     def check_chat(self, chat: Chat) -> None:
         """Refuse another chat template, or other variables of it, than a run was trained with.
 
@@ -68,12 +84,9 @@ class Subject:
         Raises:
             ModelError, InputError: model or adapter cannot be loaded.
         """
-        if self.tuned is None:
-            return load_model(str(self.folder), dtype)
-        if self.tuned.is_whole:
-            return load_model(str(self.tuned.folder), dtype)
-        load_in = self.run.get("load_in")
-        return self.tuned.added_to(load_model(str(self.folder), dtype, load_in=load_in))
+        if self.tuned is None or self.tuned.is_whole:
+            return load_model(str(self.engine_model), dtype)
+        return self.tuned.added_to(load_model(str(self.folder), dtype, load_in=self.load_in))
 
     def find_reference(self, name: str) -> Path | None:
         """The folder of the model before fine-tuning; None: it is not there, or is another now.

@@ -43,7 +43,9 @@ class PromptWatch:
     def __call__(self, policy: Any) -> dict[str, Any]:
         """The rates of `metrics.json`, and every answer that they are counted from."""
         scores = find_task_scores(self.sets, {}, self.chat)
-        answers = answer_all(policy, self.chat, self.sets, [], self.settings, self.judge, scores)
+        answers = answer_all(
+            lambda: policy, self.chat, self.sets, [], self.settings, self.judge, scores
+        )
         return {
             "rates": {
                 name: {"count": rate.count, "total": rate.total, "value": rate.value}

@@ -37,7 +37,7 @@ def generate(
             and the tokenizer's.
         avoid: texts that no answer may contain.
         avoid_first: tokens that no answer may begin with.
-        progress: called with the number of prompts done.
+        progress: called with the number of prompts done; known ones do not count.
         known: answers by the number of their prompt; a batch of such is not asked.
         made: called with the answers of a batch that was asked, by number.
 
@@ -57,8 +57,6 @@ def generate(
         if known and all(i in known for i in batch):
             for i in batch:
                 answers[i] = known[i]
-            if progress is not None:
-                progress(len(batch))
             continue
         width = max(len(prompts[i]) for i in batch)
         ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
@@ -86,5 +84,5 @@ def generate(
         if made is not None:
             made({i: answers[i] for i in batch})
         if progress is not None:
-            progress(len(batch))
+            progress(sum(i not in (known or {}) for i in batch))
     return answers

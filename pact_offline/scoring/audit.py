@@ -14,6 +14,7 @@ import torch
 from pact_offline.cache.encoding import decode, encode, encode_labels
 from pact_offline.cache.identity import compute_name, compute_parts
 from pact_offline.cache.targets import TargetCache
+from pact_offline.models.backends import choose_backend
 from pact_offline.models.locate import ModelFiles
 from pact_offline.objectives.confidence import confidence
 from pact_offline.objectives.pact import pact
@@ -22,7 +23,7 @@ from pact_offline.rows.chat import chat_of
 from pact_offline.rows.contexts import Context, contexts_of
 from pact_offline.rows.tokenized import tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
-from pact_offline.scoring.backends import choose_backend, make_scorer
+from pact_offline.scoring.backends import make_scorer
 from pact_offline.scoring.scorer import Scored
 from pact_offline.settings.stages import AuditSettings, ScoreSettings
 

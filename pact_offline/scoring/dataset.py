@@ -15,13 +15,13 @@ from pact_offline.arrow import numbers
 from pact_offline.cache.identity import Identity, compute_name, store_path
 from pact_offline.cache.row_keys import RowKeys
 from pact_offline.cache.targets import keys_of
+from pact_offline.models.backends import choose_backend, engine_name
 from pact_offline.models.locate import ModelFiles
 from pact_offline.rows.chat import chat_of
 from pact_offline.rows.contexts import Context, full_context, response_only_context
 from pact_offline.rows.positions import require_positions
 from pact_offline.rows.tokenized import TokenizedRows, tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
-from pact_offline.scoring.backends import choose_backend, engine_name
 from pact_offline.settings.stages import ScoreSettings
 
 

@@ -13,6 +13,7 @@ from pact_offline.cache.identity import compute_name
 from pact_offline.cache.targets import answers_place
 from pact_offline.errors import InputError, PactError, UnsupportedModelError
 from pact_offline.files import read_json, sha256_file, write_json, written_aside
+from pact_offline.models.backends import choose_backend, engine_name
 from pact_offline.models.locate import ModelFiles
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat, chat_of
@@ -20,7 +21,6 @@ from pact_offline.rows.describe import end_ids
 from pact_offline.rows.files import checksum_of
 from pact_offline.rows.read import read_rows
 from pact_offline.rows.row import Row
-from pact_offline.scoring.backends import choose_backend, engine_name
 from pact_offline.scoring.fill import ScoreSummary
 from pact_offline.scoring.score import score
 from pact_offline.settings.stages import (
@@ -163,11 +163,23 @@ def _by_vllm(
     settings: RehearseSettings,
     progress: Callable[[int], object],
 ) -> list[str]:
-    from pact_offline.scoring.vllm import greedy_answers
+    from pact_offline.models.vllm_answers import VllmAnswers
 
     ends = end_ids(str(model.path), chat)
-    answers = greedy_answers(model.path, prompts, ends, settings.answer_tokens, settings, progress)
-    return [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    texts = [""] * len(prompts)
+    with VllmAnswers(
+        model.path,
+        longest=max(map(len, prompts)) + settings.answer_tokens,
+        prompts=len(prompts),
+        dtype=settings.dtype,
+        batch_tokens=settings.batch_tokens,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    ) as engine:
+        for number, ids in engine.answer(prompts, ends, settings.answer_tokens):
+            texts[number] = chat.tokenizer.decode(ids, skip_special_tokens=True)
+            progress(1)
+    return texts
 
 
 def _by_transformers(

@@ -24,7 +24,20 @@ class EvaluateSettings(ChatSettings):
     """How answers are made and judged."""
 
     max_new_tokens: int = Field(512, ge=1, description="Longest answer, in tokens.")
-    batch_size: int = Field(32, ge=1, description="Prompts per batch.")
+    backend: Literal["auto", "vllm", "transformers"] = Field(
+        "auto",
+        description="What makes the answers. auto: vLLM where it is installed and runs the model "
+        "with its adapter, else transformers.",
+    )
+    batch_size: int = Field(32, ge=1, description="Prompts per batch (transformers).")
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="vLLM's share of the device's memory; by default vLLM's own on a GPU, and what "
+        "answers need on a CPU.",
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one model (vLLM).")
     dtype: Dtype = Field(default_factory=default_dtype, description=f"Compute dtype{DTYPE_DEFAULT}")
     drift_steps: int = Field(
         12, ge=1, description="Response steps over which confidences are compared."

@@ -187,6 +187,12 @@ class WorkflowConfig(Settings):
     evaluate: EvaluateSettings = Field(
         default_factory=EvaluateSettings, description="How answers are made and judged."
     )
+    one_engine: bool = Field(
+        True,
+        description="Where vLLM makes the answers: one engine makes those of the reference and all "
+        "runs, when all are trained. False: every evaluation starts one of its own, as soon as its "
+        "run is trained.",
+    )
     title: str = Field("PACT from a cache", description="Title of the report.")
 
     @model_validator(mode="before")
