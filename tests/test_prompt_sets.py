@@ -254,12 +254,12 @@ def test_a_killed_evaluation_goes_on_with_the_answers_that_it_has(
     other = shutil.copy(kept, tmp_path / ".other.answers.jsonl")
     judge = ["--judge", f"{tmp_path / 'own.py'}:never"]  # decides no answer
     result = run(*words, *judge, "--batch-size", 2, "-o", tmp_path / "other")
-    assert "goes on with the 4 answers that it has" in result.output
+    assert "4 answers are there already" in result.output
     assert not Path(other).exists()
     del asked[10:]
     result = run(*words, "--batch-size", 2, "-o", out)
     assert result.exit_code == 0, result.output
-    assert "goes on with the 4 answers that it has" in result.output
+    assert "4 answers are there already" in result.output
     assert len(asked) == 10 + 2 + 2 + 3 + 2
     assert answers_of(out) == answers_of(tmp_path / "whole")
     assert not kept.exists()

@@ -167,7 +167,7 @@ def _kept_answers(
     def place(backend: str) -> KeptAnswers:
         kept = kept_answers(plan, backend, settings, folder=folder, evaluation=output)
         if kept.count:
-            log.warning("%s: goes on with the %d answers that it has", output, kept.count)
+            log.warning("%s: %d answers are there already", output, kept.count)
         return kept
 
     backend, _ = choose_backend(settings.backend, plan.subject.load_in)

@@ -158,14 +158,17 @@ class VllmAnswers:
         request = LoRARequest(f"adapter-{number}", number, str(adapter.resolve()))
         # With a request in it, an engine that cannot load an adapter never ends.
         self._llm.llm_engine.add_lora(request)
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        said = [
+        params = SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=0, logprobs=0, detokenize=False
+        )
+        found = [
             self._llm.generate(
                 {"prompt_token_ids": [*prompt]}, params, lora_request=lora, use_tqdm=False
-            )[0].prompt_logprobs
+            )[0]
             for lora in (None, request)
         ]
-        if said[0] == said[1] and _changes_something(adapter):
+        plain, adapted = [(one.prompt_logprobs, one.outputs[0].logprobs) for one in found]
+        if plain == adapted and _changes_something(adapter):
             raise UnsupportedModelError(
                 f"{adapter}: vLLM uses none of the adapter's modules; use --backend transformers"
             )
