@@ -14,10 +14,11 @@ from click.testing import Result
 from conftest import ROOT
 from test_report import HOSTILE, Page, make_metrics, reference
 
-from pact_offline.evaluation.metrics import Metrics, Rate
+from pact_offline.evaluation.metrics import Mean, Metrics, Rate
 from pact_offline.evaluation.reference import answers_sha256
 from pact_offline.report.acceptance import acceptance
 from pact_offline.report.answers import read_answers
+from pact_offline.report.grouped import grouped
 from pact_offline.report.groups import fronts, group_runs, spread, two_level_interval
 from pact_offline.report.paired import change, mcnemar, pairings
 from pact_offline.report.verdicts import Verdicts, verdicts_by_rate
@@ -124,6 +125,24 @@ def test_mean_and_deviation_are_over_the_seeds() -> None:
     assert found.deviation == pytest.approx(np.sqrt((9 + 1 + 16) / 2) / 100)
     assert found.interval is None
     assert spread(group, "harmful_unsafe", {}) is None
+
+
+def test_mean_scores_are_spread_over_the_seeds_too() -> None:
+    """Those of lm-eval's tasks, and of tasks that are not right or wrong."""
+    runs = [seeded(f"r-seed-{n}", n) for n in range(3)]
+    scored = [
+        run.model_copy(update={"means": {"gsm8k": Mean.of([0, 1, value], "GSM8K", "higher")}})
+        for run, value in zip(runs, (0.2, 0.5, 0.8), strict=True)
+    ]
+    (group,) = group_runs(scored)
+    found = spread(group, "gsm8k", {})
+    assert found is not None
+    assert found.mean == pytest.approx(0.5)
+    assert found.deviation == pytest.approx(0.1)
+    shown = grouped(scored, {})["seeds"][0][1]
+    assert [column.title for column, one in shown if one == found] == ["GSM8K"]
+    (group,) = group_runs([*scored[:2], runs[2]])
+    assert spread(group, "gsm8k", {}) is None
 
 
 def test_the_interval_is_over_prompts_and_seeds() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.report.acceptance import acceptance
-from pact_offline.report.columns import Column, columns_of
+from pact_offline.report.columns import Column, columns_of, mean_columns
 from pact_offline.report.groups import RESAMPLES, Group, Spread, fronts, group_runs, spread
 from pact_offline.report.paired import pairings
 from pact_offline.report.verdicts import Verdicts
@@ -17,13 +17,14 @@ def grouped(
     models: Sequence[Metrics], verdicts: Mapping[str, Mapping[str, Verdicts]]
 ) -> dict[str, Any]:
     """What the page says of groups of runs, by the names that `groups.html` has for it."""
-    groups, columns = group_runs(models), columns_of(models)
+    groups, columns, means = group_runs(models), columns_of(models), mean_columns(models)
     front = fronts(groups)
     reference = next((m for m in models if m.is_reference), None)
     paired = pairings(reference, groups, [column.rate for column in columns], verdicts)
     return {
         "acceptance": acceptance(models, groups),
-        "seeds": _seeds(groups, columns, verdicts),
+        "seed_columns": [*columns, *means],
+        "seeds": _seeds(groups, [*columns, *means], verdicts),
         "resamples": RESAMPLES,
         "pairings": paired,
         "paired_columns": [c for c in columns if any(c.rate in one.changes for one in paired)],
@@ -38,7 +39,7 @@ def _seeds(
     columns: Sequence[Column],
     verdicts: Mapping[str, Mapping[str, Verdicts]],
 ) -> list[tuple[Group, list[tuple[Column, Spread | None]]]]:
-    """The groups of two or more runs, with each rate that is shown."""
+    """The groups of two or more runs, with each rate and mean score that is shown."""
     return [
         (group, [(column, spread(group, column.rate, verdicts)) for column in columns])
         for group in groups

@@ -44,8 +44,9 @@ class Group:
         return self.runs[0].run.get("sources")
 
     def values(self, rate: str) -> list[float]:
-        """A rate of each run; none where not every run has it."""
-        found = [run.rates[rate].value for run in self.runs if rate in run.rates]
+        """A rate, or a mean score, of each run; none where not every run has it."""
+        measured = [run.rates.get(rate) or run.means.get(rate) for run in self.runs]
+        found = [one.value for one in measured if one is not None]
         return found if len(found) == len(self.runs) else []
 
     def mean(self, rate: str) -> float | None:
@@ -61,12 +62,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Spread:
-    """A rate over the seeds of a group, in 0..1.
+    """A rate, in 0..1, or a mean score over the seeds of a group.
 
     Attributes:
         mean: of the runs.
         deviation: the runs' standard deviation, with one degree of freedom taken off.
-        interval: 95 %, over seeds and prompts; None where the verdicts are not known.
+        interval: 95 %, over seeds and prompts; None where the verdicts are not known, or for a mean
+            score.
     """
 
     mean: float
