@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import InputError, ModelError
-from pact_offline.files import read_text, user_cache
+from pact_offline.errors import InputError, ModelError, PactError
+from pact_offline.files import read_json, read_text, user_cache
 from pact_offline.fine_tuned import FineTuned
 from pact_offline.folders import output_aside
 from pact_offline.models.locate import ModelFiles, locate_model, split_adapter, weight_checksums
@@ -39,14 +43,57 @@ def locate_reference(model: str) -> ModelFiles:
     tuned.require_of(files)
     identity = {**files.identity, "adapter": tuned.sha256}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    place = user_cache() / "references" / digest[:16]
-    if not (place / _MARK).is_file():
+    place = _kept() / digest[:16]
+    if (place / _MARK).is_file():
+        with suppress(OSError):  # another user's
+            os.utime(place / _MARK)  # when it was used, for `kept_references`
+    else:
         log.info("%s: adding up the model and its adapter, kept as %s", model, place)
         place.parent.mkdir(parents=True, exist_ok=True)
         with output_aside(place, _MARK) as aside:
             save_merged(files, tuned, aside)
-            (aside / _MARK).write_text(json.dumps(identity), encoding="utf-8")
+            told = {"model": model, "identity": identity}
+            (aside / _MARK).write_text(json.dumps(told), encoding="utf-8")
     return ModelFiles(model, place, identity, weight_checksums(place))
+
+
+@dataclass(frozen=True)
+class KeptReference:
+    """A model with its adapter added up, in this user's cache.
+
+    Attributes:
+        name: as it was asked for.
+        folder: where it is.
+        size: bytes.
+        used: when it was last asked for, in seconds since the epoch.
+    """
+
+    name: str
+    folder: Path
+    size: int
+    used: float
+
+
+def kept_references() -> list[KeptReference]:
+    """All that this user's cache holds, in the order of their use."""
+    found = []
+    for mark in _kept().glob(f"*/{_MARK}"):
+        with suppress(OSError, PactError):  # removed meanwhile, or not to be read
+            told = read_json(mark)
+            name = str(told.get("model", "unknown")) if isinstance(told, dict) else "unknown"
+            size = sum(file.stat().st_size for file in mark.parent.rglob("*") if file.is_file())
+            found.append(KeptReference(name, mark.parent, size, mark.stat().st_mtime))
+    return sorted(found, key=lambda one: one.used)
+
+
+def remove_reference(kept: KeptReference) -> None:
+    """Remove one; its mark goes first, so that a half removed one is made anew."""
+    (kept.folder / _MARK).unlink(missing_ok=True)
+    shutil.rmtree(kept.folder, ignore_errors=True)
+
+
+def _kept() -> Path:
+    return user_cache() / "references"
 
 
 def save_merged(

@@ -79,6 +79,7 @@ COMMANDS: dict[str, str] = {
     "cache audit": "targets.json --model model --rows rows.jsonl --safety-tokens tokens.json",
     "cache digest": "targets.json",
     "cache gc": "cache --yes --older-than 0",
+    "cache references": "--remove --yes --older-than 30",
     "bench equality": "--model model --rows rows.jsonl --targets targets.json "
     "--safety-tokens tokens.json --batch-size 2",
     "bench cache": "--steps 64 --targets targets.json --policy targets.json "

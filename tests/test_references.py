@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,31 @@ def test_a_model_and_its_adapter_are_one_reference_in_every_stage(
     assert "expected an adapter of" in line
     result = run("merge", "--model", both, "--adapter", out, "-o", tmp_path / "merged")
     assert result.exit_code == 0, result.output
+
+
+def test_models_that_were_added_up_are_listed_and_removed_when_long_not_used(
+    adapter: Path, aligned: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert run("cache", "references").stdout == "no model is kept\n"
+    both = f"{aligned}+{adapter}"
+    place = locate_reference(both).path
+    listed = run("cache", "references").stdout
+    assert f"{place}: 0.00 GiB, used 0.0 days ago: {both}" in listed
+    remove = ["cache", "references", "--remove", "--older-than", 7]
+    assert "nothing to remove" in run(*remove, "--yes").stdout
+    eight_days_ago = time.time() - 8 * 86400
+    os.utime(place / "reference.json", (eight_days_ago, eight_days_ago))
+    assert run(*remove).exit_code == 1  # no answer is no
+    assert place.is_dir()
+    locate_reference(both)  # used again
+    assert "nothing to remove" in run(*remove, "--yes").stdout
+    os.utime(place / "reference.json", (eight_days_ago, eight_days_ago))
+    assert run(*remove, "--yes").stdout.endswith("removed\n")
+    assert not place.exists()
+    assert locate_reference(both).path == place
+    assert place.is_dir()
 
 
 def test_what_is_no_adapter_of_the_model_is_refused(

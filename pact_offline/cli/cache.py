@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -290,4 +291,46 @@ def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool)
     for place, (storage, garbage) in found.items():
         for user in remove_garbage(storage, garbage).users:
             click.echo(f"{place}: {user}; what was left is left alone")
+    click.echo("removed")
+
+
+@cache.command("references")
+@click.option(
+    "--remove", is_flag=True, help="Remove those that were not used lately, after asking."
+)
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=30,
+    help="Days; what was used since stays.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def cache_references(remove: bool, older_than: float, yes: bool) -> None:
+    """List the models that were added up with an adapter (MODEL+ADAPTER), and remove them.
+
+    They are in this user's cache, each as large as its model, and made again when they are needed.
+
+    Example: pact-offline cache references --remove --older-than 7
+    """
+    from pact_offline.references import kept_references, remove_reference
+
+    now = time.time()
+    kept = kept_references()
+    for one in kept:
+        days = (now - one.used) / 86400
+        click.echo(
+            f"{one.folder}: {one.size / 2**30:.2f} GiB, used {days:.1f} days ago: {one.name}"
+        )
+    old = [one for one in kept if now - one.used >= 86400 * older_than]
+    if not kept or (remove and not old):
+        click.echo("nothing to remove" if remove else "no model is kept")
+        return
+    if not remove:
+        return
+    size = sum(one.size for one in old) / 2**30
+    if not yes and not click.confirm(f"Remove {len(old)} of them ({size:.2f} GiB)?", err=True):
+        click.echo("nothing removed")
+        return
+    for one in old:
+        remove_reference(one)
     click.echo("removed")
