@@ -65,6 +65,8 @@ def test_no_module_of_the_cache_needs_torch() -> None:
             "vllm",
             {
                 "bench/score.py",  # what vLLM does on its own
+                "models/vllm_answers.py",
+                "models/vllm_engine.py",
                 "scoring/vllm.py",
                 "scoring/vllm_model.py",
                 "scoring/vllm_plugin.py",

@@ -20,6 +20,7 @@ from pact_offline.models.vllm_engine import (
     prepare_environment,
     refusal,
     require_same_values,
+    start_engine,
 )
 
 _BATCH_TOKENS = 4096
@@ -60,7 +61,6 @@ class VllmAnswers:
         """
         prepare_environment(tensor_parallel_size)
         import torch
-        import vllm
 
         known_architecture(model)
         self._model = model
@@ -88,7 +88,7 @@ class VllmAnswers:
             elif not has_gpu:
                 held = min(prompts, SEQUENCES_AT_ONCE) * longest
                 options |= cache_for(config, 2 * batch_tokens + min(held, _HELD_AT_ONCE))
-            self._llm = vllm.LLM(**options)
+            self._llm = start_engine(options)
         except Exception as error:
             self.close()
             raise self._told(error) from error
@@ -225,7 +225,8 @@ def _repetition_penalty(model: Path) -> float:
 
     penalty = None
     with suppress(OSError, ValueError):
-        penalty = GenerationConfig.from_pretrained(model).repetition_penalty
+        found = GenerationConfig.from_pretrained(model, trust_remote_code=False)
+        penalty = found.repetition_penalty
     return float(penalty or 1)
 
 

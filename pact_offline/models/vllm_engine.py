@@ -90,6 +90,13 @@ def engine_config(options: dict[str, Any]) -> Any:
     return EngineArgs(**options).create_engine_config()
 
 
+def start_engine(options: dict[str, Any]) -> Any:
+    """A `vllm.LLM` by options of `engine_options`, and more."""
+    import vllm
+
+    return vllm.LLM(**options)
+
+
 def require_same_values(model: Path, config: Any) -> None:
     """Refuse what was seen to give other values in vLLM than in transformers.
 

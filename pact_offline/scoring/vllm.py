@@ -20,6 +20,7 @@ from pact_offline.models.vllm_engine import (
     reason,
     refusal,
     require_same_values,
+    start_engine,
 )
 from pact_offline.rows.contexts import Context
 from pact_offline.scoring.scorer import Scored
@@ -89,7 +90,7 @@ class VllmScorer:
             self.how = self._way.how
             options["max_model_len"] = longest + self._way.extra_tokens
             options |= _memory(config, longest, settings) | self._way.options()
-            self._llm = vllm.LLM(**options)
+            self._llm = start_engine(options)
             first = Context("full", np.asarray([*safety_ids[:1]] * 2, dtype=np.int32), ((1, 2),))
             self._way.run(self._llm, [first])
         except Exception as error:
