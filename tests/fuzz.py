@@ -468,7 +468,7 @@ def no_work() -> Iterator[None]:
         for name in stopped:
             stack.enter_context(patch(name, _stop))
         stack.enter_context(patch("pact_offline.demo.distribution", _no_package))
-        stack.enter_context(patch("pact_offline.scoring.backends.find_spec", lambda name: None))
+        stack.enter_context(patch("pact_offline.models.backends.find_spec", lambda name: None))
         for name in ("huggingface_hub.constants", "datasets.config"):
             stack.enter_context(patch(f"{name}.HF_HUB_OFFLINE", True))
         yield

@@ -503,3 +503,8 @@ def test_a_shard_that_is_removed_while_it_is_checked_is_not_bad(
 
     monkeypatch.setattr(LocalStorage, "local", removing)
     assert whole(store) == (2, 4)
+
+
+def test_a_place_with_too_long_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cannot be used: File name too long"):
+        open_storage(tmp_path / ("a" * 300)).has("identity.json")

@@ -188,7 +188,9 @@ class LocalStorage:
         path = self.path
         for part in PurePosixPath(name).parts:
             path /= part
-            if path.is_symlink():
+            with _failures(path):
+                is_link = path.is_symlink()
+            if is_link:
                 raise DamagedError(f"{path}: expected no symbolic link, found one")
         return path
 
