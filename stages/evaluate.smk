@@ -21,8 +21,10 @@ EVALUATE = (
     "--safety-tokens {input.tokens:q} --answers {ANSWERS:q} -o {output:q} {params.settings} "
     "{resources.means} "
 )
-HAS_ONE_ENGINE = (
-    CONFIG.one_engine and CONFIG.evaluate.backend != "transformers" and find_spec("vllm") is not None
+# Of `auto`, the machine that the job runs on decides, and without a GPU answers nothing here.
+HAS_ONE_ENGINE = CONFIG.one_engine and (
+    CONFIG.evaluate.backend == "vllm"
+    or (CONFIG.evaluate.backend == "auto" and not IS_DEMO and find_spec("vllm") is not None)
 )
 
 

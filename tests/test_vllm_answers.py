@@ -15,7 +15,7 @@ from tiny import make_model
 
 from pact_offline.cli import cli
 from pact_offline.evaluation.metrics import Metrics
-from pact_offline.models import vllm_answers
+from pact_offline.models import backends, vllm_answers
 from pact_offline.models.load import load_model
 from pact_offline.models.vllm_answers import VllmAnswers
 
@@ -176,12 +176,13 @@ def test_a_killed_engine_goes_on_with_what_it_has_not_answered(
 )
 def test_an_adapter_that_vllm_does_not_run_is_refused_or_left_to_transformers(
     kind: dict[str, Any], said: str, asked: list[Any], model: Path, tmp_path: Path,
-    run: Callable[..., Result], fails: Callable[..., str],
+    run: Callable[..., Result], fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     adapter = adapter_of(model, tmp_path / "odd", 3, **kind)
     command = ["evaluate", *asked, "--adapter", adapter, "--name", "x", "-o", tmp_path / "out"]
     assert said in fails(*command, "--backend", "vllm")
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(backends, "has_gpu", lambda: True)
     made = run(*command, "--backend", "auto")
     assert made.exit_code == 0, made.output
     assert said in made.stderr
@@ -203,8 +204,13 @@ def test_an_adapter_that_changes_nothing_yet_is_no_error(
 
 
 def test_what_vllm_does_not_answer_is_said(
-    asked: list[Any], adapters: list[Path], tmp_path: Path, run: Callable[..., Result]
+    asked: list[Any],
+    adapters: list[Path],
+    tmp_path: Path,
+    run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(backends, "has_gpu", lambda: True)
     shutil.copytree(adapters[0], tmp_path / "dora")
     config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
@@ -213,3 +219,16 @@ def test_what_vllm_does_not_answer_is_said(
     assert made.exit_code == 0, made.output
     lines = made.stdout.splitlines()
     assert [line.endswith("left to evaluate") for line in lines] == [False, True, False]
+
+
+@pytest.mark.usefixtures("no_engine")
+def test_a_cpu_is_left_to_transformers(
+    asked: list[Any], adapters: list[Path], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    made = run("answer", *asked, "--adapter", adapters[0], "--answers", tmp_path / "kept")
+    assert made.exit_code == 0, made.output
+    assert made.stdout.count("left to evaluate") == 2
+    made = run("evaluate", *asked, "--backend", "auto", "--name", "x", "-o", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    found = Metrics.load(tmp_path / "out" / "metrics.json")
+    assert found.provenance["answered_by"].startswith("transformers ")

@@ -104,7 +104,7 @@ def finished(aligned: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
         "refusals": rows,
         "datasets": {"few": ["rows.jsonl", rows]},
         "evaluation": {**few["evaluation"], **prompts},
-        "evaluate": {**few["evaluate"], "backend": "auto"},
+        "evaluate": {**few["evaluate"], "backend": "vllm"},
         "score": {"backend": "transformers", "shard_steps": 12},
         "score_parts": 2,
         "rehearsal": {"prompts": ["benign.jsonl", "rows.jsonl"], "per_file": 4, "answer_tokens": 3},

@@ -10,7 +10,7 @@ from pact_offline.evaluation.by_vllm import answer_by_vllm, kept_answers
 from pact_offline.evaluation.kept_answers import KeptAnswers
 from pact_offline.evaluation.plan import Plan, prepare
 from pact_offline.files import check_output_folder
-from pact_offline.models.backends import choose_backend
+from pact_offline.models.backends import choose_answering_backend
 from pact_offline.settings.evaluate import EvaluateSettings
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def answer(
     by_engine: dict[Path, list[tuple[str, Plan, KeptAnswers]]] = {}
     for name, adapter in [(model, None), *((str(adapter), adapter) for adapter in adapters)]:
         plan = prepare(model, adapter, sources, further, None, settings, None)
-        backend, reason = choose_backend(settings.backend, plan.subject.load_in)
+        backend, reason = choose_answering_backend(settings.backend, plan.subject.load_in)
         places[name] = None
         if backend == "vllm":
             kept = kept_answers(plan, backend, settings, folder=folder)

@@ -48,7 +48,7 @@ from pact_offline.evaluation.reference import (
 )
 from pact_offline.files import check_output_folder, to_disk
 from pact_offline.folders import output_aside, require_place
-from pact_offline.models.backends import choose_backend, engine_name
+from pact_offline.models.backends import choose_answering_backend, engine_name
 from pact_offline.models.load import load_model
 from pact_offline.provenance import provenance
 from pact_offline.settings.evaluate import EvaluateSettings
@@ -170,7 +170,7 @@ def _kept_answers(
             log.warning("%s: %d answers are there already", output, kept.count)
         return kept
 
-    backend, _ = choose_backend(settings.backend, plan.subject.load_in)
+    backend, _ = choose_answering_backend(settings.backend, plan.subject.load_in)
     kept = place(backend)
     if backend == "vllm" and not answer_by_vllm([(plan, kept)], settings)[0]:
         backend, kept = "transformers", place("transformers")

@@ -42,6 +42,23 @@ def choose_backend(backend: str, load_in: str | None = None) -> tuple[str, str]:
     return "transformers", "vLLM is not installed"
 
 
+def choose_answering_backend(backend: str, load_in: str | None = None) -> tuple[str, str]:
+    """As `choose_backend`, for answers of models with adapters: `auto` is vLLM on a GPU only.
+
+    On a CPU its LoRA takes twice the time of adapters that are merged in (docs/evaluation.md).
+    """
+    if backend == "auto" and load_in is None and not has_gpu():
+        return "transformers", "there is no GPU"
+    return choose_backend(backend, load_in)
+
+
+def has_gpu() -> bool:
+    """Whether torch finds one."""
+    import torch  # seconds
+
+    return torch.cuda.is_available()
+
+
 def engine_name(backend: str) -> str:
     """Name and version of what computes the values; part of a store's identity."""
     if backend == "vllm":

@@ -69,13 +69,13 @@ class VllmAnswers:
         self._threads = torch.set_num_threads, torch.get_num_threads()
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
         self._llm: Any = None
-        has_gpu = torch.cuda.is_available()
+        is_on_cpu = not torch.cuda.is_available()
         options = engine_options(
             model,
             dtype=dtype,
             batch_tokens=batch_tokens,
             tensor_parallel_size=tensor_parallel_size,
-            eager=not has_gpu,
+            eager=is_on_cpu,
         )
         options["max_model_len"] = longest
         try:
@@ -85,7 +85,7 @@ class VllmAnswers:
             require_same_values(model, config)
             if gpu_memory_utilization is not None:
                 options["gpu_memory_utilization"] = gpu_memory_utilization
-            elif not has_gpu:
+            elif is_on_cpu:
                 held = min(prompts, SEQUENCES_AT_ONCE) * longest
                 options |= cache_for(config, 2 * batch_tokens + min(held, _HELD_AT_ONCE))
             self._llm = start_engine(options)

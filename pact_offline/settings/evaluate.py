@@ -26,8 +26,8 @@ class EvaluateSettings(ChatSettings):
     max_new_tokens: int = Field(512, ge=1, description="Longest answer, in tokens.")
     backend: Literal["auto", "vllm", "transformers"] = Field(
         "auto",
-        description="What makes the answers. auto: vLLM where it is installed and runs the model "
-        "with its adapter, else transformers.",
+        description="What makes the answers. auto: on a GPU vLLM, where it is installed and runs "
+        "the model with its adapter; else transformers.",
     )
     batch_size: int = Field(32, ge=1, description="Prompts per batch (transformers).")
     gpu_memory_utilization: float | None = Field(
