@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pact_offline.evaluation.by_vllm import answer_by_vllm, kept_answers
+from pact_offline.evaluation.by_vllm import answer_by_vllm
 from pact_offline.evaluation.kept_answers import KeptAnswers
 from pact_offline.evaluation.plan import Plan, prepare
 from pact_offline.files import check_output_folder
@@ -48,7 +48,8 @@ def answer(
         backend, reason = choose_answering_backend(settings.backend, plan.subject.load_in)
         places[name] = None
         if backend == "vllm":
-            kept = kept_answers(plan, backend, settings, folder=folder)
+            decides = plan.decides_answers(backend, settings.batch_size)
+            kept = KeptAnswers(decides, folder=folder)
             by_engine.setdefault(plan.subject.engine_model, []).append((name, plan, kept))
         else:
             log.info("%s: %s; evaluate answers it", name, reason)

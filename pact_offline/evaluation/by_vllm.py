@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pact_offline.errors import UnsupportedModelError
 from pact_offline.evaluation.answers import Asked, all_asked
@@ -14,10 +13,12 @@ from pact_offline.evaluation.kept_answers import KeptAnswers
 from pact_offline.evaluation.plan import Plan
 from pact_offline.files import read_json
 from pact_offline.fine_tuned import CONFIG
-from pact_offline.models.backends import engine_name
 from pact_offline.progress import bar
 from pact_offline.rows.describe import end_ids
 from pact_offline.settings.evaluate import EvaluateSettings
+
+if TYPE_CHECKING:
+    from pact_offline.models.vllm_answers import VllmAnswers
 
 log = logging.getLogger(__name__)
 
@@ -29,22 +30,6 @@ class _Prompt:
     asked: Asked
     number: int
     ids: list[int]
-
-
-def kept_answers(
-    plan: Plan,
-    backend: str,
-    settings: EvaluateSettings,
-    *,
-    folder: Path | None,
-    evaluation: Path | None = None,
-) -> KeptAnswers:
-    """Where a plan's answers by a backend are kept; arguments as of `KeptAnswers`.
-
-    Rounding differs by the engine, and by how many prompts transformers is asked at once.
-    """
-    rounding = [engine_name(backend), None if backend == "vllm" else settings.batch_size]
-    return KeptAnswers([*plan.decides_answers, rounding], folder=folder, evaluation=evaluation)
 
 
 def answer_by_vllm(
@@ -122,7 +107,7 @@ def _rank(plan: Plan) -> int:
 
 
 def _answer(
-    engine: Any,
+    engine: VllmAnswers,
     plan: Plan,
     kept: KeptAnswers,
     prompts: Sequence[_Prompt],

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pact_offline.evaluation.answers import Answer, answer_all
-from pact_offline.evaluation.by_vllm import answer_by_vllm, kept_answers
+from pact_offline.evaluation.by_vllm import answer_by_vllm
 from pact_offline.evaluation.drift import (
     Context,
     Divergences,
@@ -165,7 +165,8 @@ def _kept_answers(
     """Where answers are kept, all of vLLM's among them, and the name of what makes them."""
 
     def place(backend: str) -> KeptAnswers:
-        kept = kept_answers(plan, backend, settings, folder=folder, evaluation=output)
+        decides = plan.decides_answers(backend, settings.batch_size)
+        kept = KeptAnswers(decides, folder=folder, evaluation=output)
         if kept.count:
             log.warning("%s: %d answers are there already", output, kept.count)
         return kept

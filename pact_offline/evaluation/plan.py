@@ -21,6 +21,7 @@ from pact_offline.evaluation.reference import Reference, read_reference
 from pact_offline.evaluation.subject import Subject, find_subject
 from pact_offline.evaluation.task_scores import TaskScore, find_task_scores
 from pact_offline.made_from import MadeFrom, rows_sha256
+from pact_offline.models.backends import engine_name
 from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.read import tell_unread
 from pact_offline.safety_tokens.file import SafetyTokens
@@ -59,13 +60,16 @@ class Plan:
     baseline: Reference | None
     reference: Path | None
 
-    @property
-    def decides_answers(self) -> list[Any]:
-        """All that an answer depends on, but for how many are made at once; no judge does."""
+    def decides_answers(self, backend: str, batch_size: int) -> list[Any]:
+        """All that the answers of a backend depend on; no judge is among it.
+
+        Rounding differs by the engine, and by how many prompts transformers is asked at once.
+        """
         made, choices = self.made_from, {n: str(s) for n, s in self.scores.items() if s.is_choice}
+        at_once = batch_size if backend == "transformers" or choices else None
         return [
             *(made.models["evaluated"], made.adapter, made.rows, made.tokenizer, made.template),
-            *(made.settings, choices),
+            *(made.settings, choices, engine_name(backend), at_once),
         ]
 
 
