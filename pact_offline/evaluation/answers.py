@@ -124,43 +124,33 @@ def answer_all(
     Answers that `kept` has are not made again. `scores` are those of the sets of task prompts, by
     name. The model is loaded only where an answer is missing.
     """
-    asked = [(one, kept.of(one.prompts.name, one.attack) if kept else {}) for one in
-             all_asked(sets, attacks)]  # fmt: skip
+    asked = [
+        (one, kept.of(one.prompts.name, one.attack) if kept else {})
+        for one in all_asked(sets, attacks)
+    ]
     missing = sum(len(one.prompts.rows) - len(known) for one, known in asked)
     answers = []
     with bar("answering", missing, "prompts", shown=missing > 0) as progress:
         for one, known in asked:
             rows, name = one.prompts.rows, one.prompts.name
             score = scores.get(name)
-            made = partial(kept.add, name, one.attack) if kept else None
+            labels = score if score is not None and score.is_choice else None
             if len(known) == len(rows):
                 texts = [known[number] for number in range(len(rows))]
-            elif score is not None and score.is_choice:
-                texts = choose(
-                    load(),
-                    chat,
-                    rows,
-                    score.labels,
-                    by_length=score.kind == "choice_norm",
-                    batch_size=settings.batch_size,
-                    progress=progress.update,
-                    known=known,
-                    made=made,
-                )
             else:
-                texts = generate(
-                    load(),
-                    chat.tokenizer,
-                    one.ids(chat),
-                    max_new_tokens=settings.max_new_tokens,
-                    batch_size=settings.batch_size,
-                    end_of_turn=chat.end_of_turn,
-                    progress=progress.update,
-                    known=known,
-                    made=made,
+                told = {
+                    "batch_size": settings.batch_size,
+                    "progress": progress.update,
+                    "known": known,
+                    "made": partial(kept.add, name, one.attack) if kept else None,
+                }
+                texts = (
+                    _generated(load(), chat, one, settings, told)
+                    if labels is None
+                    else _likeliest(load(), chat, rows, labels, told)
                 )
-            if score is not None and score.is_choice:
-                answers += _chosen(one.prompts, score, texts)
+            if labels is not None:
+                answers += _chosen(one.prompts, labels, texts)
                 continue
             opens_thought = _opens_thought(chat, rows[0])
             answers += [
@@ -168,6 +158,26 @@ def answer_all(
                 for row, text in zip(rows, texts, strict=True)
             ]
     return answers
+
+
+def _generated(
+    model: Any, chat: Chat, asked: Asked, settings: EvaluateSettings, told: dict[str, Any]
+) -> list[str]:
+    return generate(
+        model,
+        chat.tokenizer,
+        asked.ids(chat),
+        max_new_tokens=settings.max_new_tokens,
+        end_of_turn=chat.end_of_turn,
+        **told,
+    )
+
+
+def _likeliest(
+    model: Any, chat: Chat, rows: Sequence[Row], score: TaskScore, told: dict[str, Any]
+) -> list[str]:
+    by_length = score.kind == "choice_norm"
+    return choose(model, chat, rows, score.labels, by_length=by_length, **told)
 
 
 def _opens_thought(chat: Chat, row: Row) -> bool:
