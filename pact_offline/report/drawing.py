@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -78,6 +79,12 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]
     title: str
+
+    @classmethod
+    def along(cls, style: Style, values: Sequence[float], last: float, title: str) -> Curve:
+        """Values in even steps from 0 to `last`; a single one is a level line."""
+        level = values if len(values) > 1 else [*values, *values]
+        return cls(style, np.linspace(0, last, len(level)).tolist(), level, title)
 
 
 def ticks_around(low: float, high: float) -> list[float]:

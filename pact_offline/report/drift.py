@@ -45,10 +45,10 @@ def divergence_panels(models: Sequence[Metrics], styles: Mapping[str, Style]) ->
         if not curves:
             continue
         lines = [
-            Curve(
+            Curve.along(
                 styles[name],
-                range(len(values)) if len(values) > 1 else (0, 1),
-                values if len(values) > 1 else [*values, *values],
+                values,
+                max(1, len(values) - 1),
                 f"{name}: {nats(values[0])} nats at step 0, {nats(max(values))} at most",
             )
             for name, values in curves.items()

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-
 from pact_offline.errors import InputError, MissingFileError
 from pact_offline.files import read_text
 from pact_offline.report.drawing import Curve, ticks_around
@@ -117,9 +115,11 @@ def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]
     panels = []
     for name, title in _CURVES.items():
         curves = [
-            _curve(styles[run], log.steps, log.curves[name])
+            Curve.along(
+                styles[run], values, log.steps, f"{styles[run].name}: {values[-1]:.3g} at the end"
+            )
             for run, log in logs.items()
-            if log.curves[name]
+            if (values := log.curves[name])
         ]
         if not curves:
             continue
@@ -144,9 +144,3 @@ def _share_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]) 
         ]
         panels.append(panel(title, curves, (0, 0.5, 1), what="By optimizer step"))
     return panels
-
-
-def _curve(style: Style, steps: int, values: Sequence[float]) -> Curve:
-    places = np.linspace(0, steps, len(values)) if len(values) > 1 else [0, steps]
-    ys = values if len(values) > 1 else [*values, *values]
-    return Curve(style, [*map(float, places)], ys, f"{style.name}: {values[-1]:.3g} at the end")
