@@ -66,7 +66,7 @@ class Plan:
         Rounding differs by the engine, and by how many prompts transformers is asked at once.
         """
         made, choices = self.made_from, {n: str(s) for n, s in self.scores.items() if s.is_choice}
-        at_once = batch_size if backend == "transformers" or choices else None
+        at_once = batch_size if backend == "transformers" else None
         return [
             *(made.models["evaluated"], made.adapter, made.rows, made.tokenizer, made.template),
             *(made.settings, choices, engine_name(backend), at_once),
