@@ -98,7 +98,7 @@ def test_bench_cache_compares_encodings(
 def test_bench_score_compares_backends(
     common: list[Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pact_offline.bench.score.ProcessPoolExecutor", first_in_its_own())
+    monkeypatch.setattr("pact_offline.bench.train.ProcessPoolExecutor", first_in_its_own())
     monkeypatch.setattr("pact_offline.bench.score.find_spec", lambda name: None)  # no engine starts
     result = run("bench", "score", *common, "--dtype", "float32", "--json")
     assert result.exit_code == 0, result.output

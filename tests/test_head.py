@@ -98,7 +98,8 @@ def test_a_head_with_an_unknown_treatment_runs_inside_the_model(
     batch = make_batch()
     is_step = batch["labels"][:, 1:] != -100
     labels = batch["labels"][:, 1:][is_step]
-    found = step_log_probabilities(model, batch, is_step, labels, IDS, IDS)
+    places = is_step.flatten().nonzero().squeeze(1)
+    found = step_log_probabilities(model, batch, places, labels, IDS, IDS)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     columns = batch["logits_to_keep"]
     expected = model(**inputs).logits[:, columns][is_step].log_softmax(-1)
@@ -149,7 +150,7 @@ def test_confidence_has_its_gradient_however_sure_the_policy_is() -> None:
     logits[100:200, IDS[1]] = 40
     reference[::2, IDS[0]] = 30
     logits.requires_grad_()
-    found = head_module._log_probabilities(logits, torch.zeros(400, dtype=torch.long), IDS, IDS)
+    found = head_module.log_probabilities(logits, torch.zeros(400, dtype=torch.long), IDS, IDS)
     full = reference.double().log_softmax(-1)[:, IDS].float()
     value = confidence(found.safety, full, None, WEIGHTS, torch.zeros(400), policy_rest=found.rest)
     (gradient,) = torch.autograd.grad(value.sum(), logits)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pact_offline.bench.train import device_name, matrix_gflops, weights_in_products
+from pact_offline.bench.train import by_itself, device_name, matrix_gflops, weights_in_products
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import ModelFiles
 from pact_offline.progress import bar
@@ -102,7 +100,7 @@ class ScoringBench:
 def measure_scoring(
     model: ModelFiles, sources: Sequence[str | Path], tokens_path: Path, settings: ScoreSettings
 ) -> ScoringBench:
-    """Score a dataset in each way, each in a process of its own.
+    """Score a dataset in each way, each by itself (`bench.train.by_itself`).
 
     Args:
         model: reference model.
@@ -119,8 +117,8 @@ def measure_scoring(
     timed = {}
     with bar("measuring", len(ways), "ways") as progress:
         for way in ways:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-                timed[way] = other.submit(_run, way, job).result()
+            is_engine = way not in ("transformers", "script")
+            timed[way] = by_itself(_run, way, job, spawn=is_engine)
             progress.update(1)
     rate = matrix_gflops(settings.dtype)
     per_token = 2 * weights_in_products(model) / 1e9

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ WAYS = {
     "live": "PACT, live reference, same trainer",
     "published": "PACT, the published way",
 }
+Found = TypeVar("Found")
 _WARM_UP = 2
 _PUBLISHED_LENGTH = 512
 
@@ -103,7 +105,7 @@ def measure_training(
     published_steps: int,
     cache: str | None = None,
 ) -> TrainingBench:
-    """Train some steps in each way, each run in a process of its own, on the same batches.
+    """Train some steps in each way, each run by itself (`by_itself`), on the same batches.
 
     Args:
         model: reference and policy.
@@ -123,8 +125,7 @@ def measure_training(
             count = published_steps if way == "published" else steps
             rows = [str(source) for source in sources]
             arguments = (way, str(model.path), rows, targets, cache, tokens_path, settings, count)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-                runs[way].append(other.submit(_run, *arguments).result())
+            runs[way].append(by_itself(_run, *arguments))
             progress.update(1)
     rate = matrix_gflops(settings.dtype)
     # Forward, and gradients of activations; of the weights too where all of them are trained.
@@ -154,6 +155,24 @@ def measure_training(
             )
         )
     return TrainingBench(device_name(), settings.dtype, rate, steps, repeats, speeds)
+
+
+def by_itself(function: Callable[..., Found], *arguments: Any, spawn: bool = False) -> Found:
+    """Call what is measured so that peak memory is its own: on a CPU in a process of its own.
+
+    A GPU's peak can be set back, and there a process would take longer to start than to measure.
+
+    Args:
+        function, arguments: what is called.
+        spawn: take a process on a GPU too.
+    """
+    if spawn or default_device().type != "cuda":
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+            return other.submit(function, *arguments).result()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return function(*arguments)
 
 
 def _run(
@@ -227,7 +246,7 @@ def _right_padded(rows: Sequence[Any], length: int, device: torch.device) -> dic
     ids = torch.zeros((len(rows), length), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.as_tensor(row)
+        ids[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
@@ -268,9 +287,10 @@ def _published_loss(
     return torch.cat(parts).mean()
 
 
-def matrix_gflops(dtype: str, size: int = 2048, seconds: float = 2.0) -> float:
+def matrix_gflops(dtype: str, seconds: float = 2.0) -> float:
     """Rate of square matrix products here; GFLOP/s, the best of many."""
     device = default_device()
+    size = 2048 if device.type == "cpu" else 8192  # a GPU is not filled by less
     one, other = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in "ab")
     best, ends = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < ends:

@@ -15,7 +15,7 @@ import click
 from pact_offline import __version__
 from pact_offline.cli import bench, cache, demo, evaluation, rows, scoring, screening, training
 from pact_offline.cli.lifetime import end_with_another
-from pact_offline.errors import Interrupted, PactError
+from pact_offline.errors import Interrupted, PactError, first_line
 from pact_offline.files import is_text
 from pact_offline.machine import allowed_cores, usable_cores
 
@@ -39,10 +39,35 @@ class Commands(click.Group):
                 raise
             click.echo(f"pact-offline: {one_line(str(error))}", err=True)
             ctx.exit(2)
+        except RuntimeError as error:
+            if (line := _out_of_memory(error, ctx.invoked_subcommand)) is None:
+                raise
+            click.echo(f"pact-offline: {one_line(line)}", err=True)
+            ctx.exit(2)
         except KeyboardInterrupt as stop:
             said = str(stop) if isinstance(stop, Interrupted) else "interrupted"
             click.echo(f"pact-offline: {one_line(said)}", err=True)
             ctx.exit(130)
+
+
+_NEEDS_LESS = {
+    "finetune": "a lower --pass-tokens, which keeps the gradient, --gradient-checkpointing, "
+    "or --load-in 4bit",
+    "score": "a lower --batch-tokens",
+    "answer": "a lower --batch-size",
+    "evaluate": "a lower --batch-size",
+}
+
+
+def _out_of_memory(error: RuntimeError, command: str | None) -> str | None:
+    """What to say where an accelerator's memory does not suffice; None: that is not the error."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return None
+    less = _NEEDS_LESS.get(command or "")
+    advice = f"; it needs less with {less}" if less else ""
+    found = ". ".join(first_line(error).split(". ")[:2])  # what follows names every process
+    return f"expected enough memory on the accelerator, found: {found}{advice}"
 
 
 def one_line(text: str) -> str:

@@ -33,7 +33,7 @@ class StepLogProbabilities(NamedTuple):
 def step_log_probabilities(
     model: Any,
     batch: dict[str, Tensor],
-    is_step: Tensor,
+    places: Tensor,
     labels: Tensor,
     safety_ids: Tensor | None,
     outside: Tensor | None = None,
@@ -48,7 +48,7 @@ def step_log_probabilities(
     Args:
         model: policy, whose forward takes `logits_to_keep`.
         batch: from `ResponseCollator`.
-        is_step: bool [rows, columns], where a response step is.
+        places: int64 [steps], of the response steps among rows x columns, row by row.
         labels: int64 [steps], the tokens that follow.
         safety_ids: int64 [ids], or None.
         outside: int64 [some], ids that `rest` leaves out; None: no rest is wanted.
@@ -63,10 +63,10 @@ def step_log_probabilities(
     inner = getattr(model, "module", model)
     head = inner.get_output_embeddings()
     if head is None or _is_sharded(model, head) or not _is_known.get(head, True):
-        return _log_probabilities(model(**inputs).logits[is_step], labels, ids, outside)
+        return log_probabilities(_at(model(**inputs).logits, places), labels, ids, outside)
     outputs, hidden, mode = _without_head(model, head, inputs)
     if hidden is None:  # compiled: hooks are not heard
-        return _log_probabilities(outputs.logits[is_step], labels, ids, outside)
+        return log_probabilities(_at(outputs.logits, places), labels, ids, outside)
 
     def logits_of(states: Tensor) -> Tensor:
         with mode:
@@ -77,13 +77,13 @@ def step_log_probabilities(
             found = logits_of(hidden[:, :1]).float()
         _is_known[head] = torch.allclose(found, outputs.logits.float(), rtol=1e-3, atol=1e-3)
         if not _is_known[head]:
-            return step_log_probabilities(model, batch, is_step, labels, safety_ids, outside)
+            return step_log_probabilities(model, batch, places, labels, safety_ids, outside)
 
     def part(states: Tensor, labels: Tensor) -> StepLogProbabilities:
-        return _log_probabilities(logits_of(states), labels, ids, outside)
+        return log_probabilities(logits_of(states), labels, ids, outside)
 
-    states = hidden[is_step]
-    size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    states = _at(hidden, places)
+    size = steps_at_once(head.weight.shape[0])
     if len(states) <= size:
         return part(states, labels)
     parts = [
@@ -96,14 +96,25 @@ def step_log_probabilities(
     )
 
 
-def _log_probabilities(
-    logits: Tensor, labels: Tensor, ids: Tensor, outside: Tensor | None
+def steps_at_once(vocabulary: int) -> int:
+    """Response steps whose logits, in fp32, take 256 MiB."""
+    return max(1, _LOGITS_AT_ONCE // vocabulary)
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """Rows of some values [rows, columns, ...], [places, ...]."""
+    return values.flatten(0, 1).index_select(0, places)
+
+
+def log_probabilities(
+    logits: Tensor, labels: Tensor, ids: Tensor, outside: Tensor | None = None
 ) -> StepLogProbabilities:
+    """As `step_log_probabilities`, of logits [steps, vocabulary]."""
     logits = logits.float()
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     picked = (logits.gather(-1, labels.unsqueeze(-1)) - normaliser).squeeze(-1)
     rest = None if outside is None else log_probability_outside(logits, outside, normaliser)
-    return StepLogProbabilities(picked, logits[:, ids] - normaliser, rest)
+    return StepLogProbabilities(picked, logits.index_select(-1, ids) - normaliser, rest)
 
 
 def log_probability_outside(logits: Tensor, ids: Tensor, normaliser: Tensor) -> Tensor:
@@ -120,7 +131,7 @@ def log_probability_outside(logits: Tensor, ids: Tensor, normaliser: Tensor) -> 
     Returns:
         fp32 [steps].
     """
-    inside = logits[:, ids].logsumexp(dim=-1) - normaliser.squeeze(-1)
+    inside = logits.index_select(-1, ids).logsumexp(dim=-1) - normaliser.squeeze(-1)
     is_likely = inside.detach() > _HALF
     rest = torch.log1p(-inside.clamp(max=_HALF).exp())
     if is_likely.any():

@@ -171,6 +171,9 @@ def load_model(
             f"{model}: expected weights of all that config.json describes, found none of "
             f"{missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}"
         )
+    if device.type == "cuda":
+        # cuDNN's attention plans every shape anew, 2 to 4 ms each, and each batch has another.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if getattr(loaded, "is_quantized", False):  # is where its loader has put it
         return loaded.eval()
     return loaded.to(device).eval()

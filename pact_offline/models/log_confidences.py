@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pact_offline.models.lm_head import log_probabilities, steps_at_once
+
 Spans = Sequence[tuple[int, int]]
 IGNORED = -100
 
@@ -120,14 +122,19 @@ def _is_same(model: Any, batch: Aligned, tolerance: float, *, last: bool = False
     was_training = model.training
     model.eval()
     steps = len(_SHORT[0]) - 1
-    alone, among = (_logits_of(model, one) for one in (aligned_batch([_SHORT], 0), batch))
+    alone, among = (logits_at_steps(model, one) for one in (aligned_batch([_SHORT], 0), batch))
     among = among[-steps:] if last else among[:steps]
     model.train(was_training)
     difference = (among.float() - alone.float()).abs().max()
     return bool(difference <= tolerance * alone.float().abs().max())
 
 
-def _logits_of(model: Any, batch: Aligned) -> Tensor:
+def probing_batch(*, packed: bool) -> Aligned:
+    """Two made-up contexts of other lengths, with padding or packed: enough to compare kernels."""
+    return packed_batch([_LONG, _SHORT]) if packed else aligned_batch([_SHORT, _LONG], 0)
+
+
+def logits_at_steps(model: Any, batch: Aligned) -> Tensor:
     """Logits at a batch's response steps, [steps, vocabulary]."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
     output = model(**inputs, logits_to_keep=batch.columns.to(model.device), use_cache=False)
@@ -149,7 +156,7 @@ def _padded_logits(
     model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]]
 ) -> list[Tensor]:
     batch = aligned_batch(contexts, pad_id=0)
-    return [*torch.split(_logits_of(model, batch), batch.is_step.sum(dim=1).tolist())]
+    return [*torch.split(logits_at_steps(model, batch), batch.is_step.sum(dim=1).tolist())]
 
 
 def log_probabilities_at(logits: Tensor, ids: Tensor | Sequence[int]) -> Tensor:
@@ -165,20 +172,22 @@ def log_probabilities_of(logits: Tensor, labels: Tensor) -> Tensor:
     return picked - logits.logsumexp(dim=-1)
 
 
+@torch.inference_mode()
 def response_log_confidences(
     model: Any,
     contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]],
     ids: Sequence[int],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each context's log-confidences, float32 [steps, ids], and those of its labels, [steps]."""
-    found = []
-    for logits, (tokens, spans) in zip(response_logits(model, contexts), contexts, strict=True):
-        labels = np.concatenate([np.asarray(tokens)[start:end] for start, end in spans])
-        given = torch.as_tensor(labels.astype(np.int64), device=logits.device)
-        found.append(
-            (
-                log_probabilities_at(logits, list(ids)).cpu().numpy(),
-                log_probabilities_of(logits, given).cpu().numpy(),
-            )
-        )
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for some in [[one] for one in contexts] if reads_padding(model) else [contexts]:
+        batch = aligned_batch(some, pad_id=0)
+        logits, labels = logits_at_steps(model, batch), batch.labels[batch.is_step].to(model.device)
+        wanted, size = torch.tensor(ids, device=model.device).long(), steps_at_once(logits.shape[1])
+        pieces = zip(torch.split(logits, size), torch.split(labels, size), strict=True)
+        parts = [log_probabilities(part, theirs, wanted) for part, theirs in pieces]
+        safety = torch.cat([part.safety for part in parts]).cpu().numpy()
+        own = torch.cat([part.labels for part in parts]).cpu().numpy()
+        ends = batch.is_step.sum(dim=1).cumsum(dim=0)[:-1].tolist()
+        found += zip(np.split(safety, ends), np.split(own, ends), strict=True)
     return found

@@ -403,6 +403,11 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
         description="Compile the layers first: half a minute, then 1.4 times as fast on a CPU; "
         "needs a C++ compiler there.",
     )
+    liger: bool = Field(
+        False,
+        description="On a GPU, take Liger's kernels for norms, rotary embeddings and gates, where "
+        "liger-kernel is installed and knows the model's family; the loss stays as it is.",
+    )
     report_to: tuple[str, ...] = Field(
         (),
         description="Also log every step with these: tensorboard (into tensorboard/NAME beside the "

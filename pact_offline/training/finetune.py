@@ -27,6 +27,7 @@ from pact_offline.folders import (
     scratch_folder,
 )
 from pact_offline.models.cpu_dropout import use_fast_dropout
+from pact_offline.models.liger import require_liger
 from pact_offline.models.load import (
     default_device,
     load_model,
@@ -68,10 +69,11 @@ from pact_offline.training.inputs import (
     require_what_settings_need,
     rows_per_batch,
 )
+from pact_offline.training.kernels import take_kernels
 from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.lora import check_lora_modules
 from pact_offline.training.model_card import model_card
-from pact_offline.training.policy import compile_layers, prepare_policy, require_rows_apart
+from pact_offline.training.policy import prepare_policy, require_rows_apart
 from pact_offline.training.rehearsal import JoinedTargets, Rehearsal, RehearsedRows
 from pact_offline.training.step_log import STEP_LOG, Journal
 from pact_offline.training.summary import (
@@ -132,6 +134,8 @@ def finetune(
     check_lora_modules(str(model.path), settings)
     if settings.compile:
         require_compiler()
+    if settings.liger:
+        require_liger(str(model.path))
     require_quantisation(settings.load_in)
     require_trainable_attention(settings.attention)
     paths = Paths(targets_path, tokens_path, rehearsal_path, cache_place)
@@ -280,8 +284,7 @@ def train(
     """
     set_seed(settings.seed)
     use_fast_dropout(policy)
-    if settings.compile:
-        compile_layers(policy)
+    take_kernels(policy, settings)
     scratch = checkpoints.folder if checkpoints else folder / "trainer"
     scratch.mkdir(parents=True, exist_ok=True)
     arguments = training_arguments(settings, scratch, output.name if output else None)

@@ -62,8 +62,14 @@ def batch_loss(
         SettingError: the objective lacks what it needs, or replaces the cross-entropy of steps
             that are not to be learnt.
     """
-    labels = batch["labels"][:, 1:]
-    is_step = labels != IGNORED
+    following = batch["labels"][:, 1:].flatten()
+    # Looked up before the model runs: on a GPU each look-up waits for all that was asked of it.
+    places = _places(following != IGNORED)
+    labels = following[places]
+    is_learnt = batch.get("is_learnt")
+    own, others = (None, None) if is_learnt is None else (_places(is_learnt), _places(~is_learnt))
+    count = len(places)
+    learnt = count if own is None else len(own)
     if settings is None:
         settings = ObjectiveSettings(**({"objective": "none"} if safety_ids is None else {}))
     objective = objective_named(settings.objective)
@@ -79,23 +85,19 @@ def batch_loss(
     ids, among = safety_ids, None
     if objective is not None and objective.needs_vocabulary:
         ids, among = torch.arange(batch["target_full"].shape[-1], device=labels.device), safety_ids
-    found = step_log_probabilities(model, batch, is_step, labels[is_step], ids, outside)
-    count = len(found.labels)
-    is_learnt = batch.get("is_learnt")
-    learnt = count if is_learnt is None else int(is_learnt.sum())
     if objective is not None and objective.replaces_cross_entropy and learnt < count:
         raise SettingError(
             f"objective {settings.objective}: expected steps that are all learnt, found "
             f"{count - learnt} of {count} that are held"
         )
-    own = found.labels if is_learnt is None else found.labels[is_learnt]
-    cross_entropy = -own.sum()
+    found = step_log_probabilities(model, batch, places, labels, ids, outside)
+    cross_entropy = -(found.labels if own is None else found.labels[own]).sum()
     mean = cross_entropy * (count / max(1, learnt))
     zero = torch.zeros((), device=cross_entropy.device)
     if objective is None:
         return BatchLoss(mean, cross_entropy, zero, zero, zero, count, learnt)
     full = batch["target_full"]
-    steps = batch["step_numbers"][is_step]
+    steps = batch["step_numbers"].flatten()[places]
     only = batch.get("target_response_only")
     extra = {} if found.rest is None else {"policy_rest": found.rest}
     if objective.needs_labels:
@@ -105,6 +107,11 @@ def batch_loss(
     weight = settings.kl_weight if kl_weight is None else kl_weight
     moved = found.safety.detach().exp() - full.exp()
     gaps = (moved if among is None else moved[:, among]).abs().sum(dim=-1)
-    held = zero if is_learnt is None else gaps[~is_learnt].sum()
+    held = zero if others is None else gaps[others].sum()
     loss = weight * kl if objective.replaces_cross_entropy else mean + weight * kl
     return BatchLoss(loss, cross_entropy, kl, gaps.sum() - held, held, count, learnt)
+
+
+def _places(is_one: Tensor) -> Tensor:
+    """Where a mask is set, int64 [places]."""
+    return is_one.nonzero().squeeze(1)

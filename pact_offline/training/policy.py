@@ -13,22 +13,6 @@ from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.lora import with_adapter
 
 
-def compile_layers(policy: Any) -> None:
-    """Compile each of a model's layers by itself: they share one compilation, for all lengths.
-
-    The model around them stays as it is, so its LM head can still be held back.
-    """
-    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    kinds = set(inner._no_split_modules or [])
-    layers = [module for module in policy.modules() if type(module).__name__ in kinds]
-    if not layers:
-        raise SettingError(
-            f"--compile: expected known layers, found none in {type(inner).__name__}"
-        )
-    for layer in layers:
-        layer.compile(dynamic=True)
-
-
 def require_rows_apart(policy: Any, model: str) -> None:
     """Refuse to pack rows for a model that would see one of them in the next.
 

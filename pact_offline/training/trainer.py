@@ -192,7 +192,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             is_packed = "attention_mask" not in batch
             rows = (batch["position_ids"] == 0).sum() if is_packed else len(batch["labels"])
             fed = batch["input_ids"].numel() if is_packed else batch["attention_mask"].sum()
-            self._count("tokens", int(fed + rows))
+            self._count("tokens", fed + rows)
         return parts
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -219,8 +219,9 @@ class PactTrainer(Trainer):  # type: ignore[misc]
 
     def _summed_over_processes(self) -> dict[str, float]:
         names = sorted(self._sums)
-        values = torch.stack([torch.as_tensor(self._sums[n], device="cpu").double() for n in names])
-        total = self.accelerator.reduce(values.to(self.args.device), "sum")
+        device = self.args.device
+        values = [torch.as_tensor(self._sums[n], device=device).double() for n in names]
+        total = self.accelerator.reduce(torch.stack(values), "sum")
         return dict(zip(names, total.tolist(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
