@@ -58,6 +58,10 @@ class TrainingError(PactError, RuntimeError):
     """Training cannot go on."""
 
 
+class MeasurementError(PactError, RuntimeError):
+    """A measurement could not be made."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A command was stopped by Ctrl-C; its text says what was kept, and where it goes on."""
 

@@ -4,6 +4,7 @@ Of each command one run is in a process of its own, as for a user; but not of tr
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 from click.testing import Result
 from conftest import write_rows
+
+from pact_offline.bench.train import by_itself
+from pact_offline.errors import MeasurementError
 
 Run = Callable[..., Result]
 
@@ -105,3 +109,12 @@ def test_bench_score_compares_backends(
     found = json.loads(result.stdout)
     assert [one["way"] for one in found["speeds"]] == ["transformers", "script"]
     assert (found["rows"], found["contexts"]) == (12, 15)
+
+
+def dies(way: str) -> None:
+    os._exit(9)
+
+
+def test_a_measurement_whose_process_is_killed_is_a_line() -> None:
+    with pytest.raises(MeasurementError, match="vllm: expected a process that ends by itself"):
+        by_itself(dies, "vllm", spawn=True)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from pact_offline.errors import MeasurementError
 from pact_offline.models.load import default_device, load_model
 from pact_offline.models.locate import ModelFiles, locate_model
 from pact_offline.objectives.pact import pact
@@ -165,10 +167,19 @@ def by_itself(function: Callable[..., Found], *arguments: Any, spawn: bool = Fal
     Args:
         function, arguments: what is called.
         spawn: take a process on a GPU too.
+
+    Raises:
+        MeasurementError: that process was killed.
     """
     if spawn or default_device().type != "cuda":
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-            return other.submit(function, *arguments).result()
+            try:
+                return other.submit(function, *arguments).result()
+            except BrokenProcessPool:
+                raise MeasurementError(
+                    f"{arguments[0]}: expected a process that ends by itself, found it killed; "
+                    "what it printed is above, and too little memory is the usual reason"
+                ) from None
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
