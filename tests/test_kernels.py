@@ -5,15 +5,21 @@ No GPU is needed: the device is said to be one, and what stands for a kernel doe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tiny import make_model
 
 from pact_offline.errors import SettingError
 from pact_offline.models import liger
+from pact_offline.models.load import load_model
+from pact_offline.rows.contexts import TokenizedExample
+from pact_offline.rows.spans import Turn
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training import kernels
 from pact_offline.training.policy import prepare_policy
@@ -45,6 +51,12 @@ def does_not_run(policy: Any) -> None:
     raise RuntimeError("no kernel image is available\nfor execution")
 
 
+ROWS = [
+    TokenizedExample(np.arange(3, 3 + length, dtype=np.int32), (Turn(start, start, start, length),))
+    for start, length in ((4, 30), (20, 60))
+]
+
+
 @pytest.fixture
 def settings() -> FinetuneSettings:
     return FinetuneSettings(dtype="float32", lora_dropout=0.5, compile=True)
@@ -61,42 +73,90 @@ def policy(aligned: Path, settings: FinetuneSettings, monkeypatch: pytest.Monkey
 def test_kernels_that_keep_loss_and_gradient_are_taken(
     packing: bool, policy: Any, settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also beside a dropout of a half; and the policy is left as it was."""
     taken: list[Any] = []
     monkeypatch.setattr(kernels, "compile_layers", taken.append)
+    before = policy.config._attn_implementation
     order = {"packing": packing, "row_order": "random"}
-    kernels.take_kernels(policy, settings.model_copy(update=order))
+    kernels.take_kernels(policy, settings.model_copy(update=order), ROWS)
     assert taken == [policy]
-    assert policy.training
+    assert policy.config._attn_implementation == before
+    assert all(module.training for module in policy.modules())
     assert all(p.grad is None for p in policy.parameters())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (each_layer(lambda out: out * 1.5), "keep the policy's loss and gradient, found others"),
-        (each_layer(_DoublesTheGradient.apply), "keep the policy's loss and gradient, found"),
-        (each_layer(lambda out: out * torch.nan), "keep the policy's loss and gradient, found"),
+        (each_layer(lambda out: out * 1.5), "expected kernels that move logits by at most "),
+        (each_layer(_DoublesTheGradient.apply), "expected kernels that move logits by at most "),
+        (each_layer(lambda out: out * torch.nan), "found nan% and nan%; train without"),
         (does_not_run, "expected kernels that run here, found: no kernel image is available"),
     ],
 )
 def test_kernels_that_do_not_are_refused_in_a_line(
-    change: Change, expected: str, policy: Any, settings: FinetuneSettings,
+    change: Change, expected: str, dtype: Any, aligned: Path, settings: FinetuneSettings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    settings = settings.model_copy(update={"dtype": dtype})
+    policy = prepare_policy(str(aligned), settings).train()
+    monkeypatch.setattr(kernels, "default_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(kernels, "compile_layers", change)
     with pytest.raises(SettingError, match=r"^--compile: ") as found:
-        kernels.take_kernels(policy, settings)
+        kernels.take_kernels(policy, settings, ROWS)
     assert expected in str(found.value)
 
 
-def test_an_attention_by_name_is_compared_with_the_models_own(
+def test_a_kernel_that_moves_fp32_by_a_hundredth_is_refused(
     policy: Any, settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner, known = policy.get_base_model(), []
-    monkeypatch.setattr(inner, "set_attn_implementation", known.append)
-    chosen = {"compile": False, "attention": "flex_attention"}
-    kernels.take_kernels(policy, settings.model_copy(update=chosen))
-    assert known == ["eager", "flex_attention"]
+    monkeypatch.setattr(kernels, "compile_layers", each_layer(lambda out: out * 1.01))
+    with pytest.raises(SettingError, match="expected kernels that move"):
+        kernels.take_kernels(policy, settings, ROWS)
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_a_right_attention_is_taken_in_bfloat16(
+    layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far bfloat16 moves a deep model: as far as it moves the model's own attentions."""
+    model = make_model(tmp_path / "deep", num_hidden_layers=layers)
+    own = FinetuneSettings(dtype="bfloat16")
+    policy = prepare_policy(str(model), own).train()
+    chosen = policy.config._attn_implementation  # a third, of this project
+    monkeypatch.setattr(kernels, "default_device", lambda: torch.device("cuda"))
+    named = own.model_copy(update={"attention": "flex_attention"})
+    kernels.take_kernels(policy, named, ROWS)
+    assert policy.config._attn_implementation == chosen
+
+
+def test_too_little_memory_is_not_the_kernels_fault(
+    policy: Any, settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fills(policy: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(kernels, "compile_layers", fills)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.take_kernels(policy, settings, ROWS)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "mixtral", "phi3"])
+def test_ligers_kernels_are_one_models_alone(family: str, tmp_path: Path) -> None:
+    """Its family's classes and functions stay, and so does the next model."""
+    path = str(make_model(tmp_path / "m", family=family))
+    model, other = load_model(path, "float32"), load_model(path, "float32")
+    module = sys.modules[type(model).__module__]
+    before = dict(vars(module))
+    liger.use_liger(model)
+    assert {k: v for k, v in vars(module).items() if before.get(k) is not v} == {}
+    assert any("liger_kernel" in method for method in _methods(model))
+    assert _methods(load_model(path, "float32")) == _methods(other)
+
+
+def _methods(model: Any) -> set[str]:
+    return {f"{m.forward.__module__}.{m.forward.__qualname__}" for m in model.modules()}
 
 
 def test_ligers_kernels_are_refused_before_a_model_is_loaded(

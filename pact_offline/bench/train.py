@@ -127,7 +127,8 @@ def measure_training(
             count = published_steps if way == "published" else steps
             rows = [str(source) for source in sources]
             arguments = (way, str(model.path), rows, targets, cache, tokens_path, settings, count)
-            runs[way].append(by_itself(_run, *arguments))
+            # What was compiled stays with a process.
+            runs[way].append(by_itself(_run, *arguments, spawn=settings.compile))
             progress.update(1)
     rate = matrix_gflops(settings.dtype)
     # Forward, and gradients of activations; of the weights too where all of them are trained.
@@ -171,7 +172,10 @@ def by_itself(function: Callable[..., Found], *arguments: Any, spawn: bool = Fal
     Raises:
         MeasurementError: that process was killed.
     """
-    if spawn or default_device().type != "cuda":
+    if is_gpu := default_device().type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    if spawn or not is_gpu:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
             try:
                 return other.submit(function, *arguments).result()
@@ -180,8 +184,6 @@ def by_itself(function: Callable[..., Found], *arguments: Any, spawn: bool = Fal
                     f"{arguments[0]}: expected a process that ends by itself, found it killed; "
                     "what it printed is above, and too little memory is the usual reason"
                 ) from None
-    gc.collect()
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return function(*arguments)
 

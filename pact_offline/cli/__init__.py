@@ -40,7 +40,8 @@ class Commands(click.Group):
             click.echo(f"pact-offline: {one_line(str(error))}", err=True)
             ctx.exit(2)
         except RuntimeError as error:
-            if (line := _out_of_memory(error, ctx.invoked_subcommand)) is None:
+            line = _out_of_memory(error, ctx.invoked_subcommand)
+            if line is None or ctx.params.get("verbose"):
                 raise
             click.echo(f"pact-offline: {one_line(line)}", err=True)
             ctx.exit(2)

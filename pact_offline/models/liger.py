@@ -1,7 +1,8 @@
-"""Liger's kernels for norms, rotary embeddings and gates. Loads torch only where it is used."""
+"""Liger's kernels for norms and gates. Loads torch only where it is used."""
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,10 +36,18 @@ def require_liger(model: str) -> None:
 
 
 def use_liger(model: Any) -> None:
-    """Swap a model's norms, rotary embeddings and gates for Liger's.
+    """Swap a model's norms and gates for Liger's, and those of no other.
 
+    Its rotary embeddings stay the model's own, since Liger's are a function of the whole family's.
     The loss is this project's own, on response steps alone, so Liger's cross-entropies stay off.
     """
     from transformers.integrations.liger import apply_liger_kernel
 
-    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    own = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    family = sys.modules[type(model).__module__]
+    before = dict(vars(family))
+    apply_liger_kernel(model, own)
+    # Liger also swaps the classes that the next model would be made of.
+    for name, value in before.items():
+        if vars(family)[name] is not value:
+            setattr(family, name, value)

@@ -129,11 +129,6 @@ def _is_same(model: Any, batch: Aligned, tolerance: float, *, last: bool = False
     return bool(difference <= tolerance * alone.float().abs().max())
 
 
-def probing_batch(*, packed: bool) -> Aligned:
-    """Two made-up contexts of other lengths, with padding or packed: enough to compare kernels."""
-    return packed_batch([_LONG, _SHORT]) if packed else aligned_batch([_SHORT, _LONG], 0)
-
-
 def logits_at_steps(model: Any, batch: Aligned) -> Tensor:
     """Logits at a batch's response steps, [steps, vocabulary]."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}

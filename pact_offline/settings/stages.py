@@ -405,8 +405,8 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
     )
     liger: bool = Field(
         False,
-        description="On a GPU, take Liger's kernels for norms, rotary embeddings and gates, where "
-        "liger-kernel is installed and knows the model's family; the loss stays as it is.",
+        description="On a GPU, take Liger's kernels for norms and gates, where liger-kernel is "
+        "installed and knows the model's family; the loss stays as it is.",
     )
     report_to: tuple[str, ...] = Field(
         (),

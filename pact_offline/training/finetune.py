@@ -284,7 +284,7 @@ def train(
     """
     set_seed(settings.seed)
     use_fast_dropout(policy)
-    take_kernels(policy, settings)
+    take_kernels(policy, settings, rows)
     scratch = checkpoints.folder if checkpoints else folder / "trainer"
     scratch.mkdir(parents=True, exist_ok=True)
     arguments = training_arguments(settings, scratch, output.name if output else None)
