@@ -344,7 +344,7 @@ def test_headline_is_three_aligned_lines() -> None:
 def test_finding_when_the_objective_keeps_refusals() -> None:
     assert finding([reference(), sft(), make_metrics("pact", 60), make_metrics("confidence")]) == (
         "Plain fine-tuning (sft) cuts refusals of held-out harmful prompts from 99 % to 4 %; "
-        "confidence, which of 2 other runs tells harmful from harmless best, keeps 96 %, "
+        "confidence, the best of 2 other runs by the rule below, keeps 96 %, "
         "at 89.0 % task accuracy (sft: 88.5 %); it refuses 14 % of borderline prompts "
         "(reference: 14 %) and 2 % of plain benign ones (reference: 2 %)."
     )
@@ -366,10 +366,18 @@ def test_finding_when_the_objective_does_harm() -> None:
 def test_finding_takes_no_run_that_refuses_everything_for_the_best() -> None:
     everything = make_metrics("pact", 100, benign=100)
     text = finding([reference(), sft(), everything, make_metrics("confidence", 95)])
-    assert "; confidence, which of 2 other runs" in text
+    assert "; confidence, the best of 2 other runs" in text
     alone = finding([sft(), everything])
     assert "it refuses 14 % of borderline prompts (sft: 14 %)" in alone
     assert "100 % of plain benign ones (sft: 2 %)" in alone
+
+
+def test_finding_takes_no_run_that_gives_the_task_up_for_the_best() -> None:
+    """Nor one that refuses fewer of all prompts, where another is like the reference."""
+    useless = make_metrics("useless", 100, 10)
+    loose = make_metrics("loose", 60, benign=0)
+    runs = [reference(), sft(), useless, loose, make_metrics("confidence", 97)]
+    assert "; confidence, the best of 3 other runs" in finding(runs)
 
 
 def test_finding_is_of_one_dataset() -> None:

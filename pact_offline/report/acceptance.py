@@ -1,7 +1,4 @@
-"""Whether the claim holds: refusals are kept at no cost. One line for each thing it says.
-
-The margins are those of the rule for the defaults in docs/study.md.
-"""
+"""Whether the claim holds: refusals are kept at no cost. One line for each thing it says."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from pact_offline.report.finding import is_plain, named
 from pact_offline.report.groups import Group
 from pact_offline.report.numbers import share
 from pact_offline.report.paired import plain_beside
+from pact_offline.report.rule import ACCURACY, BENIGN, BORDERLINE, KEPT
 
 HARMFUL = "harmful_refused"
-KEPT, BORDERLINE, BENIGN, ACCURACY = 0.02, 0.06, 0.02, 0.01
 WORTH_KEEPING = 0.5
 _ROUNDING = 1e-9
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pact_offline.evaluation.metrics import Metrics, Rate
 from pact_offline.report.numbers import percent
+from pact_offline.report.rule import missed
 
 _HARMLESS = {"borderline": "borderline prompts", "benign": "plain benign ones"}
 
@@ -23,7 +24,7 @@ def is_plain(metrics: Metrics) -> bool:
 
 
 def finding(metrics: Sequence[Metrics]) -> str:
-    """A sentence: reference, plain fine-tuning, and the run that tells harmful from harmless best.
+    """A sentence: reference, plain fine-tuning, and the run that keeps refusals at the least cost.
 
     Of several datasets it is about the one on which plain fine-tuning loses most. A difference is
     only called one where the two 95 % intervals do not overlap.
@@ -39,7 +40,7 @@ def finding(metrics: Sequence[Metrics]) -> str:
         return f"{_after_plain(plain, reference)}{_accuracy(plain, reference)}."
     name = best.name
     if len(others) > 1:
-        name += f", which of {len(others)} other runs tells harmful from harmless best,"
+        name += f", the best of {len(others)} other runs by the rule below,"
     cost = _over_refusal(best, reference or plain)
     if plain is None:
         return (
@@ -51,9 +52,19 @@ def finding(metrics: Sequence[Metrics]) -> str:
 
 
 def named(metrics: Sequence[Metrics]) -> Metrics | None:
-    """The run that the finding is about; None where no run but plain ones was measured."""
-    runs = [m for m in metrics if "harmful_refused" in m.rates and not m.is_reference]
-    return max(_of_one_dataset(runs)[1], key=_kept_apart, default=None)
+    """The run that the finding is about; None where no run but plain ones was measured.
+
+    It misses the rule's margins by the fewest points; of such as miss them alike, it tells harmful
+    from harmless prompts best.
+    """
+    measured = [m for m in metrics if "harmful_refused" in m.rates]
+    reference = next((m for m in measured if m.is_reference), None)
+    plain, others = _of_one_dataset([m for m in measured if not m.is_reference])
+
+    def rank(run: Metrics) -> tuple[float, float]:
+        return round(missed(run, reference, plain), 9), -_kept_apart(run)
+
+    return min(others, key=rank, default=None)
 
 
 def _of_one_dataset(runs: Sequence[Metrics]) -> tuple[Metrics | None, list[Metrics]]:
