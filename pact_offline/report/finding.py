@@ -29,9 +29,7 @@ def finding(metrics: Sequence[Metrics]) -> str:
     Of several datasets it is about the one on which plain fine-tuning loses most. A difference is
     only called one where the two 95 % intervals do not overlap.
     """
-    measured = [m for m in metrics if "harmful_refused" in m.rates]
-    reference = next((m for m in measured if m.is_reference), None)
-    plain, others = _of_one_dataset([m for m in measured if not m.is_reference])
+    reference, plain, others = _sides(metrics)
     best = named(metrics)
     if plain is None and best is None:
         return _reference_alone(reference)
@@ -57,14 +55,19 @@ def named(metrics: Sequence[Metrics]) -> Metrics | None:
     It misses the rule's margins by the fewest points; of such as miss them alike, it tells harmful
     from harmless prompts best.
     """
-    measured = [m for m in metrics if "harmful_refused" in m.rates]
-    reference = next((m for m in measured if m.is_reference), None)
-    plain, others = _of_one_dataset([m for m in measured if not m.is_reference])
+    reference, plain, others = _sides(metrics)
 
     def rank(run: Metrics) -> tuple[float, float]:
         return round(missed(run, reference, plain), 9), -_kept_apart(run)
 
     return min(others, key=rank, default=None)
+
+
+def _sides(metrics: Sequence[Metrics]) -> tuple[Metrics | None, Metrics | None, list[Metrics]]:
+    """The reference, and plain fine-tuning and the other runs of one dataset."""
+    measured = [m for m in metrics if "harmful_refused" in m.rates]
+    reference = next((m for m in measured if m.is_reference), None)
+    return reference, *_of_one_dataset([m for m in measured if not m.is_reference])
 
 
 def _of_one_dataset(runs: Sequence[Metrics]) -> tuple[Metrics | None, list[Metrics]]:
