@@ -461,7 +461,6 @@ def no_work() -> Iterator[None]:
         "pact_offline.bench.cache.measure_encodings",
         "pact_offline.bench.cache.measure_reading",
         "pact_offline.bench.train.ProcessPoolExecutor",
-        "pact_offline.bench.score.ProcessPoolExecutor",
         "pact_offline.bench.rows.ProcessPoolExecutor",
     ]
     with ExitStack() as stack:
