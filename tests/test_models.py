@@ -23,6 +23,7 @@ from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.models.log_confidences import _padded_logits, reads_padding, response_logits
+from pact_offline.models.vllm_engine import prepare_environment
 from pact_offline.rows.chat import Chat, load_tokenizer
 from pact_offline.rows.contexts import Context
 from pact_offline.rows.describe import end_ids
@@ -225,3 +226,20 @@ def test_recurrent_models_give_the_same_values_in_a_batch_and_alone(kind: str) -
     model.train()
     assert reads_padding(model) == (kind != "mamba")
     assert model.training
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="vLLM on a CPU")
+def test_what_vllm_preloads_is_found_where_the_path_has_a_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "a b" / "torch" / "lib" / "libgomp.so.1"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(torch, "__file__", str(library.parents[1] / "__init__.py"))
+    monkeypatch.setenv("LD_PRELOAD", "libmine.so")
+    for _ in range(2):  # the second time all is named
+        prepare_environment()
+        mine, link = os.environ["LD_PRELOAD"].split(":")
+        assert mine == "libmine.so"
+        assert " " not in link
+        assert Path(link).resolve() == library.resolve()

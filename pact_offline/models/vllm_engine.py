@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
+import re
+import shutil
+import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from pact_offline.errors import ModelError, UnsupportedModelError, first_line
 
 SEQUENCES_AT_ONCE = 128
+_PRELOADED = ("torch.libs/libgomp*.so*", "torch/lib/libgomp*.so*", "vllm/libs/libtcmalloc*.so*")
+_PARTED_AT = re.compile(r"[\s:]")  # by the dynamic loader, in LD_PRELOAD
 
 
 def prepare_environment(tensor_parallel_size: int = 1) -> None:
@@ -29,6 +37,26 @@ def prepare_environment(tensor_parallel_size: int = 1) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     if tensor_parallel_size == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        _preload_by_links(Path(torch.__file__).parents[1])
+
+
+def _preload_by_links(packages: Path) -> None:
+    """Name what vLLM preloads on a CPU by links, where the environment's path has a blank.
+
+    vLLM names these libraries by that path; the loader then finds none of its parts, and every
+    process that is started says so.
+    """
+    named = os.environ.get("LD_PRELOAD", "")
+    found = [library for pattern in _PRELOADED for library in sorted(packages.glob(pattern))[:1]]
+    missing = [library for library in found if library.name not in named]
+    if not missing or not _PARTED_AT.search(str(packages)):
+        return
+    links = Path(tempfile.mkdtemp(prefix="pact-offline-"))
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    for library in missing:
+        (links / library.name).symlink_to(library)
+    os.environ["LD_PRELOAD"] = ":".join(filter(None, [named, *map(str, links.iterdir())]))
 
 
 def known_architecture(model: Path) -> str:

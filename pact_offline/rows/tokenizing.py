@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -203,6 +204,7 @@ _work: _Work | None = None  # of a process of the pool
 
 def _begin(work: _Work) -> None:
     global _work
+    gc.freeze()  # what was imported before the fork is looked through no more
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
     _work = work
     Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
