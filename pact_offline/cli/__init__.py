@@ -86,6 +86,8 @@ def cli(verbose: bool) -> None:
     """
     end_with_another()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    # On some CPUs it warns, when peft imports it, of a package that it would load code with.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("pact_offline").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

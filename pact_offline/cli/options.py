@@ -160,7 +160,11 @@ def _option_type(annotation: Any) -> Any:
     return {int: int, float: float, bool: bool}.get(annotation, str)
 
 
-_METAVARS: dict[Any, str] = {tuple: "NAME,...", dict: "KEY=VALUE,..."}
+def _metavar(annotation: Any) -> str | None:
+    kind, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is tuple:
+        return "N,..." if parts[0] in (int, float) else "NAME,..."
+    return "KEY=VALUE,..." if kind is dict else None
 
 
 def _mapping(text: str, option: str, of_text: bool) -> dict[str, Any]:
@@ -212,12 +216,11 @@ def settings_options(cls: type[S]) -> Callable[[F], F]:
             elif isinstance(default, tuple):
                 default = ",".join(map(str, default))
             shown = "" if default in (None, "", {}) else f"  [default: {default}]"
-            kind = typing.get_origin(info.annotation)
             run = click.option(
                 f"--{option}/--no-{option}" if is_flag else f"--{option}",
                 name,
                 type=_option_type(info.annotation),
-                metavar=_METAVARS.get(kind),
+                metavar=_metavar(info.annotation),
                 default=None,  # what the settings or --config say
                 help=f"{info.description}{shown}",
             )(run)

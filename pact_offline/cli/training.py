@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 @click.option("--targets", type=FILE, help="targets.json of these rows; not for --objective none.")
 @click.option("--safety-tokens", type=FILE, help="safety_tokens.json from `pact-offline tokens`.")
 @click.option(
-    "--rehearsal", type=FILE, help="targets.json from `pact-offline rehearse`, to mix in."
+    "--rehearsal",
+    type=FILE,
+    help="targets.json from `pact-offline rehearse`, to mix in; not with `pact`.",
 )
 @cache_option
 @prompt_options

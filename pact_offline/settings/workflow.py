@@ -77,7 +77,11 @@ class EvaluationData(Settings):
         None, description="Benign prompts that look harmful; a refusal is wrong."
     )
     benign: str | None = Field(None, description="Plain benign prompts; a refusal is wrong.")
-    task: str | None = Field(None, description="Test rows of the task, judged by exact match.")
+    task: str | None = Field(
+        None,
+        description="Test rows of the task with their right answers, scored as "
+        "`evaluate.task_scores` says; by default by exact match.",
+    )
     sets: dict[str, str] = Field(
         default_factory=dict,
         description="Further sets: a published one by its name, with the file that its repository "
@@ -163,8 +167,8 @@ class WorkflowConfig(Settings):
     rehearsal: RehearsalData | None = Field(
         RehearsalData(prompts=("data/rehearsal.jsonl",)),
         description="Made once, scored as `score` says, and mixed into every run with an "
-        "objective and a rehearsal_share above 0; into one of `pact` only if the run says so. "
-        "Null: nothing is rehearsed.",
+        "objective and a rehearsal_share above 0; into one of `pact` only if the run or "
+        "`training` sets that share. Null: nothing is rehearsed.",
     )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Training settings that all runs share."
