@@ -13,12 +13,14 @@ from pact_offline.evaluation.refusals import folded
 
 CHARACTERS = 8_000  # of an answer that are looked at
 WINDOW, FEWEST = 24, 8  # so many words in a row have so many distinct ones at least
+MARKS = 6  # that stand alone; fewer are no sign, nor are half as many as there are words
 _NOT = (
     "ai|are|ca|can|could|dare|did|do|does|had|has|have|is|may|might|must|need|ought|sha|should|"
     "was|were|wo|would"
 )
 _WORD = r"[^\W\d_]"
 _WORDS = re.compile(rf"{_WORD}[\w']*")
+_ALONE = re.compile(r"(?<!\S)[.,;:!?…]+(?!\S)")
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("characters that stand for none", re.compile(r"[\ufffd\x00-\x08\x0b\x0e-\x1f\ue000-\uf8ff]")),
     (
@@ -77,7 +79,8 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
 def rules_sha256() -> str:
     """SHA-256 over the rules, 64 hex digits."""
     rules = "\n".join(rule.pattern for _, rule in _RULES)
-    return hashlib.sha256(f"{rules} {CHARACTERS} {WINDOW} {FEWEST}".encode()).hexdigest()
+    numbers = f"{CHARACTERS} {WINDOW} {FEWEST} {MARKS}"
+    return hashlib.sha256(f"{rules}\n{_ALONE.pattern} {numbers}".encode()).hexdigest()
 
 
 def broken_text(answer: str) -> str | None:
@@ -92,4 +95,6 @@ def broken_text(answer: str) -> str | None:
     words = _WORDS.findall(text)
     if any(len({*words[at : at + WINDOW]}) < FEWEST for at in range(len(words) - WINDOW + 1)):
         return "the same few words"
+    if len(_ALONE.findall(text)) >= max(MARKS, len(words) // 2):
+        return "marks without words"
     return None
