@@ -82,6 +82,88 @@ def test_every_form_of_row_reads_the_same(value: dict) -> None:
     assert (row.tools, row.not_trained, row.unread) == (None, frozenset(), ())
 
 
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "shelf"}}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        answer("", tool_calls=[LOOK]),
+        answer(None, tool_calls=[{"function": {"name": "look", "arguments": '{"at": "shelf"}'}}]),
+        answer(None, function_call={"name": "look", "arguments": '{"at": "shelf"}'}),
+        answer("", tool_calls=[{"name": "look", "args": {"at": "shelf"}, "type": "tool_call"}]),
+        {"from": "function_call", "value": '{"name": "look", "parameters": {"at": "shelf"}}'},
+        {"from": "gpt", "value": "", "tool_calls": [{"name": "look", "input": {"at": "shelf"}}]},
+    ],
+)
+def test_every_way_to_write_a_call_reads_the_same(message: Message) -> None:
+    row = parsed({"messages": [user(), message]})
+    assert row.messages[1] == answer("", tool_calls=[LOOK])
+    assert not row.unread
+
+
+def test_a_call_keeps_its_id_and_loses_no_argument() -> None:
+    call = {"name": "look", "args": {}, "id": "c1"}
+    row = parsed({"messages": [user(), answer("", tool_calls=[call])]})
+    assert row.messages[1]["tool_calls"] == [
+        {"type": "function", "id": "c1", "function": {"name": "look", "arguments": {}}}
+    ]
+    line = problem({"messages": [user(), answer("", tool_calls=[{"name": "look", "with": {}}])]})
+    assert line == (
+        "messages[1].tool_calls[0]: expected the arguments of a call, found the keys name, with"
+    )
+
+
+@pytest.mark.parametrize("empty", [[], "[]", None])
+def test_an_empty_list_of_calls_is_none(empty: Any) -> None:
+    assert parsed({"messages": [user(), answer(tool_calls=empty)]}).messages == (user(), answer())
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_tools_are_wrapped_as_templates_read_them(key: str, wrapped: bool) -> None:
+    inner = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
+    tool = {"type": "function", "function": inner}
+    row = parsed({"messages": [user(), answer()], key: [tool if wrapped else inner]})
+    assert row.tools == (tool,)
+    flat = parsed({"messages": [user(), answer()], key: [{"type": "function", **inner}]})
+    assert flat.tools == (tool,)
+
+
+def test_texts_alone_alternate_from_the_user() -> None:
+    row = parsed({"conversations": [ASKED, SAID, "Sure?", "Sure."]})
+    assert row.messages == (user(), answer(), user("Sure?"), answer("Sure."))
+
+
+@pytest.mark.parametrize("prompt", [ASKED, [user()], [system("Be short."), user()]])
+def test_a_completion_that_begins_with_the_prompt_is_the_conversation(prompt: Any) -> None:
+    row = parsed({"prompt": prompt, "completion": [user(), answer(), user("Sure?"), answer("Yes")]})
+    asked = [user()] if isinstance(prompt, str) else prompt
+    assert list(row.messages) == [*asked, answer(), user("Sure?"), answer("Yes")]
+    assert not row.not_trained
+
+
+def test_an_undesired_response_is_refused() -> None:
+    value = {"prompt": ASKED, "completion": SAID}
+    assert parsed({**value, "label": True}).messages == (user(), answer())
+    assert parsed({**value, "label": "sales"}).unread == ("label",)
+    assert problem({**value, "label": False}).startswith("label: expected a response to learn")
+
+
+def test_alternative_answers_are_not_run_together() -> None:
+    line = problem({"question": ASKED, "answer": ["1", "one"]})
+    assert line == (
+        "answer: expected text, found a list of 2 texts; --columns names one of them (answer.0 is "
+        "the first)"
+    )
+    columns = {"prompt": "question", "response": "answers.text.1"}
+    value = {"question": ASKED, "answers": {"text": ["1", "one"]}}
+    assert parsed(value, columns=columns).response == "one"
+    value["answers"]["text"].pop()
+    assert "expected a response, found none" in problem(value, columns=columns)
+    assert parsed({"question": ASKED, "answer": [SAID]}).messages == (user(), answer())
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.keys[0])
 def test_the_example_of_a_form_is_a_row_of_it(form: Any) -> None:
     row = parsed(form.example)
@@ -222,7 +304,7 @@ def test_a_call_of_sharegpt_is_a_call() -> None:
         answer("", tool_calls=[CALL]),
         {"role": "tool", "content": "sun"},
     )
-    assert row.tools == ({"name": "weather"},)
+    assert row.tools == ({"type": "function", "function": {"name": "weather"}},)
 
 
 def test_a_call_keeps_its_number_and_may_have_no_arguments() -> None:
@@ -337,6 +419,13 @@ def test_columns_that_are_not_there_are_named(columns: dict, value: dict, expect
     assert problem(value, columns=columns) == expected
 
 
+def test_what_was_rejected_is_never_proposed_as_an_answer() -> None:
+    line = problem({"chosen": "Human: Hi", "rejected": "Human: no"})
+    assert line.endswith("--columns prompt=QUESTION,response=chosen")
+    line = problem({"prompt": ASKED, "chosen": [user(), answer()], "rejected": [user()]})
+    assert line.endswith("name it, as in --columns messages=chosen")
+
+
 @pytest.mark.parametrize(
     ("value", "columns"),
     [
@@ -350,6 +439,14 @@ def test_columns_that_are_not_there_are_named(columns: dict, value: dict, expect
         (
             {"turns": [{"text": ASKED, "role": "user"}, {"text": SAID, "role": "assistant"}]},
             "messages=turns,content=text",
+        ),
+        (
+            {"type": "Aug", "query": ASKED, "original_question": "Is it?", "response": SAID},
+            "prompt=query,response=response",
+        ),
+        (
+            {"input": {"messages": [user(), answer()]}, "score": "5"},
+            "messages=input.messages",
         ),
     ],
 )
@@ -426,7 +523,7 @@ def test_a_row_that_cannot_be_used_says_why(value: Any, expected: str) -> None:
                            "keys prompt"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"},
          "response or completion: expected a response, found none among the keys prompt, chosen, "
-         "rejected"),
+         "rejected; name it, as in --columns prompt=prompt,response=chosen"),
         ({"prompt": "Hi", "response": ""}, "response or completion: expected a response, found "
                                            "none"),
         ({"prompt": "Hi", "completion": " \n"}, "response or completion: expected a response, "
@@ -438,8 +535,9 @@ def test_a_row_that_cannot_be_used_says_why(value: Any, expected: str) -> None:
         ({"input": "Hi", "output": ""}, "output: expected a response, found none"),
         ({"messages": [user()]}, "messages: expected a response, found none among the keys "
                                  "messages"),
-        ({"messages": [user(), {"role": "AI", "content": "Yes"}]},
-         "messages: expected a response, found none among the keys messages"),
+        ({"messages": [user(), {"role": "oracle", "content": "Yes"}]},
+         "messages: expected a response, found none among the keys messages, and the roles user, "
+         "oracle"),
         ({"messages": [user(), answer(" "), user("x")]}, "messages: expected a response, found "
                                                          "none"),
         ({"messages": [user(), answer("x", weight=0)]},

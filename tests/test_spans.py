@@ -429,6 +429,52 @@ def test_a_conversation_that_would_not_be_whole_is_refused(
     assert str(found).splitlines() == [str(found)]
 
 
+@pytest.mark.parametrize("role", ["tool", "function", "ipython"])
+@pytest.mark.parametrize(
+    "result", ['{"number": 7}', "7", "Look it up"], ids=["json", "number", "words"]
+)
+def test_a_result_that_a_template_drops_is_missed_though_its_words_stand_elsewhere(
+    role: str, result: str
+) -> None:
+    template = TEMPLATE.replace(
+        "{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}"
+    )
+    assert template != TEMPLATE
+    messages = [
+        {"role": "user", "content": "Look it up: number 7?"},
+        {"role": "assistant", "content": "look_up(number: 7)"},
+        {"role": role, "content": result, "name": "look_up"},
+        {"role": "assistant", "content": "Look it up? I did: number 7 comes."},
+    ]
+    found = find_spans(chat_with(template), [row_of(messages)])[0]
+    assert "messages[2].content: expected in what the chat template renders" in str(found)
+    assert isinstance(find_spans(chat_with(TEMPLATE), [row_of(messages)])[0], Spans)
+
+
+def test_thoughts_that_a_template_leaves_out_of_an_answer_are_told() -> None:
+    messages = said("2+2?", "<think>\nTwo and two.\n</think>\n\n4")
+    found, kept = (
+        find_spans(chat_with(TEMPLATES[name]), [row_of(messages)])[0]
+        for name in ("deepseek_r1_distill", "qwen3")
+    )
+    assert found.unread == {"messages[].content (<think>)"}
+    assert kept.unread == frozenset()
+    messages = said("2+2?", "4")
+    messages[1]["reasoning_content"] = "Two and two."
+    (found,) = find_spans(chat_with(TEMPLATES["gemma4"]), [row_of(messages)])
+    assert found.unread == {"messages[].reasoning_content"}
+
+
+def test_a_thought_that_begins_as_its_mark_does_is_trained_whole() -> None:
+    messages = said("2+2?", "4")
+    messages[1]["reasoning_content"] = "<b>two</b> and two"
+    chat = chat_with(TEMPLATES["glm4moe"])
+    spans = spans_of(chat, messages)
+    (turn,) = spans.turns
+    assert decoded(chat, spans.ids[turn.first :]).startswith("<b>two</b> and two")
+    assert decoded(chat, spans.ids[: turn.first]).endswith("<think>")
+
+
 def test_one_row_that_is_refused_leaves_the_others_as_they_are() -> None:
     chat = chat_with(TEMPLATES["gemma"])
     rows = [row_of(said("a", "b")), row_of(said("a", "b", system="S")), row_of(said("c", "d"))]

@@ -667,7 +667,9 @@ def test_what_nothing_reads_is_told_each_time(
     )
     caplog.clear()
     read(path, chat_template=str(template))
-    assert caplog.messages == [f"{path}: keys that nothing reads: id (1 rows)"]
+    # Named, but not written.
+    line = "keys that nothing reads: id (1 rows), messages[].thinking (2 rows)"
+    assert caplog.messages == [f"{path}: {line}"]
 
 
 def test_nothing_is_told_of_rows_with_which_nothing_is_wrong(

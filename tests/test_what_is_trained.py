@@ -102,7 +102,7 @@ def test_an_answer_that_ends_no_turn_is_told(
     assert (found["ends_known"], found["ends_unknown"]) == (0, 12)
     assert found["end_tokens"] == ["<|im_end|>"]
     table = run("rows", rows_file, "--model", aligned, "--chat-template", template).stdout
-    assert "12 answers end with none of the model's ends of turn (<|im_end|>)" in table
+    assert "12 rows end with none of the model's ends of turn (<|im_end|>)" in table
 
 
 def test_scaffolding_is_prompt_or_response_and_steps_count_from_the_answer(

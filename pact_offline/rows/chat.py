@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 import re
@@ -20,13 +21,9 @@ from pact_offline.models.locate import (
     split_adapter,
     why_not_loaded,
 )
-from pact_offline.rows.dropped import left_out
+from pact_offline.rows.dropped import MARKER, left_out
 from pact_offline.rows.row import Message, Row
 from pact_offline.settings.stages import ChatSettings
-
-# Stands for an answer where its place in the rendered text is looked up. It ends otherwise than it
-# begins, so that no text beside it makes it begin sooner.
-MARKER = "Qx7answer7xZ"
 
 
 class Conversation(NamedTuple):
@@ -175,7 +172,7 @@ class Chat:
             except Exception as error:  # a template may raise anything
                 refusal = refusal or InputError(
                     "expected a conversation that the chat template takes, found: "
-                    f"{first_line(error)}{_mended(messages)}"
+                    f"{first_line(error)}{_mended(messages, error)}"
                 )
         assert refusal is not None
         return refusal
@@ -209,8 +206,9 @@ class Chat:
             InputError: the template refuses it, or drops a message; names file and line.
         """
         try:
-            text = self.render(row.prompt, generation_prompt=True, tools=row.tools)
-            if (problem := left_out(row.prompt, text)) is not None:
+            render = functools.partial(self.render, generation_prompt=True, tools=row.tools)
+            text = render(row.prompt)
+            if (problem := left_out(row.prompt, text, render)) is not None:
                 raise problem
         except InputError as error:
             raise InputError(f"{row.origin or self.tokenizer.name_or_path}: {error}") from None
@@ -342,9 +340,12 @@ def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
     return least
 
 
-def _mended(messages: Sequence[Message]) -> str:
+def _mended(messages: Sequence[Message], error: Exception) -> str:
     """What may help where a template refuses a conversation."""
-    if messages and messages[0]["role"] == "system":
+    begins = [message["role"] for message in messages[:2]]
+    if begins == ["system", "user"] and re.search(
+        "system|role|alternat", str(error), re.IGNORECASE
+    ):
         return " (--system-role merge puts the system message before what the user says first)"
     return ""
 

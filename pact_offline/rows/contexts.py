@@ -27,11 +27,13 @@ class TokenizedExample:
         ids: int32 [tokens], until the last trained token.
         turns: the trained answers, in order; at least one.
         is_cut: whether it went on, beyond the most tokens of a row.
+        unread: keys of its answers that the chat template leaves out.
     """
 
     ids: np.ndarray
     turns: tuple[Turn, ...]
     is_cut: bool = False
+    unread: frozenset[str] = frozenset()
 
     @property
     def steps(self) -> int:

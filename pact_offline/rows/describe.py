@@ -128,7 +128,7 @@ def describe(
         lengths=_at_percentiles(rows.lengths),
         answer_lengths=_at_percentiles(rows.steps),
         roles=dict(roles),
-        keys=dict(keys),
+        keys={key: count for key, count in keys.items() if key not in unread},
         unread=dict(unread),
         ends_known=sum(closed),
         ends_unknown=len(closed) - sum(closed),
@@ -210,11 +210,11 @@ def table(found: Description) -> str:
         "the same as an earlier row": found.duplicates,
     }
     lines += [f"{count:9,} rows: {what}" for what, count in counts.items() if count]
-    lines += [f"{found.ends_known:9,} answers end a turn as the model does"]
+    lines += [f"{found.ends_known:9,} rows end their last answer as the model ends a turn"]
     if found.ends_unknown:
         known = ", ".join(map(visible, found.end_tokens)) or "nothing"
         lines.append(
-            f"{found.ends_unknown:9,} answers end with none of the model's ends of turn ({known}): "
+            f"{found.ends_unknown:9,} rows end with none of the model's ends of turn ({known}): "
             "a model trained on them may not stop"
         )
     for text, count in found.scaffold.items():

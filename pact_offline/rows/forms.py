@@ -22,12 +22,20 @@ ROLES = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "bard": "assistant",
+    "prompter": "user",
     "function_call": "assistant",
+    "function": "tool",
+    "ipython": "tool",
     "observation": "tool",
     "function_response": "tool",
     "tool_response": "tool",
 }
+_KNOWN_ROLES = {*ROLES, "system", "developer", "user", "assistant", "tool"}  # in any case
 _ANSWERS = ("response", "completion", "output", "answer")
+_ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call, as they are called
+_OF_CALLS = ("name", "id", "call_id", "type", "index", *_ARGUMENTS)
 _CONTROLS = ("weight", "train")  # of a message: whether it is learnt
 _TEXT_OR_LIST = "text or a list of messages"
 _MESSAGE_KEYS = ("role", "from", "content", "value", *_CONTROLS)
@@ -51,6 +59,10 @@ class _Keys:
         return self._value.get(key)
 
     @property
+    def values(self) -> Mapping[str, Any]:
+        return self._value
+
+    @property
     def names(self) -> str:
         return key_names(self._value)
 
@@ -62,6 +74,11 @@ class _Keys:
     def text(self, key: str) -> str:
         """The text under a key; empty where it is not there."""
         value = self[key]
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value):
+            raise InputError(
+                f"{self.origin}: {key}: expected text, found a list of {len(value)} texts; "
+                f"--columns names one of them ({key}.0 is the first)"
+            )
         return "" if value is None else text_of(value, key, self.origin)
 
     def first(self, *keys: str) -> str | None:
@@ -142,17 +159,22 @@ def _prompt(value: _Keys) -> list[Message]:
         return prompt
     if isinstance(value[key], str):
         return [*prompt, _answer(value.text(key))]
+    if all(isinstance(item, str) for item in value.listed(key, _TEXT_OR_LIST)):
+        return [*prompt, _answer(value.text(key))]
     before = value.not_trained
     value.not_trained = set()
     completion = _messages(value, key, _TEXT_OR_LIST)
-    value.not_trained = before | {i + len(prompt) for i in value.not_trained}
-    return [*prompt, *completion]
+    # Data of preferences gives whole conversations, which begin with the prompt.
+    whole = [m for m in prompt if m["role"] != "system" or completion[0]["role"] == "system"]
+    again = len(whole) if completion[: len(whole)] == whole else 0
+    value.not_trained = before | {i + len(prompt) - again for i in value.not_trained if i >= again}
+    return [*prompt, *completion[again:]]
 
 
 def _instruction(value: _Keys) -> list[Message]:
     question, answers = value.text("instruction"), value.first("output", "response")
     if extra := value.text("input"):
-        question = f"{question} {extra}"
+        question = f"{question} {extra}" if question else extra
     question = _with_context(question, value)
     messages = _system(value)
     for index, pair in enumerate(value.listed("history") if "history" in value else []):
@@ -185,15 +207,15 @@ _QUESTION = "Where is my parcel?"
 FORMS = (
     Form(
         ("messages",),
-        ("system", "tools"),
+        ("system", "tools|functions"),
         "a conversation; every field of a message goes to the chat template",
         {"messages": [_user(_QUESTION), _answer("Shipping")]},
         _conversation("messages"),
     ),
     Form(
         ("conversations",),
-        ("system", "tools"),
-        "the same, of ShareGPT's `from` and `value`",
+        ("system", "tools|functions"),
+        "the same, of ShareGPT's `from` and `value`, or of texts alone, the user's first",
         {
             "conversations": [
                 {"from": "human", "value": _QUESTION},
@@ -289,7 +311,9 @@ def parse_row(
             f"question, or input and output), found the keys {keys.names}{hint}"
         )
     messages = form.parse(keys)
-    tools = _tools(keys) if "tools" in keys else None
+    named = keys.first("tools", "functions")
+    tools = _tools(keys, named) if named else None
+    _require_wanted(keys, form)
     row = Row(
         tuple(messages), origin, tools, frozenset(keys.not_trained), (*keys.unread, *left_over)
     )
@@ -300,20 +324,43 @@ def parse_row(
     return row
 
 
+def _require_wanted(value: _Keys, form: Form) -> None:
+    """Refuse a completion that the row itself says is a bad one, as data for KTO does."""
+    if form.keys == ("prompt",) and isinstance(value.values.get("label"), bool):
+        if value["label"]:
+            return
+        raise InputError(
+            f"{value.origin}: label: expected a response to learn, found one that is marked as "
+            "undesired (false)"
+        )
+
+
 def _require_response(row: Row, form: Form, keys: _Keys) -> None:
     trained = [index for index in row.answers if index not in row.not_trained]
     if any(has_answer(row.messages[index]) for index in trained):
         return
-    names = [key for key in form.others if "|" in key or key == "output"] or [*form.keys[-1:]]
+    names = [key for key in form.others if {*key.split("|")} & {*_ANSWERS}] or [*form.keys[-1:]]
     raise InputError(
         f"{row.origin}: {names[0].replace('|', ' or ')}: expected a response, found none"
         + (" to learn" if row.answers and not trained else "")
-        + (f" among the keys {keys.names}" if not row.answers else "")
+        + (_where_it_may_be(row, form, keys) if not row.answers else "")
     )
+
+
+def _where_it_may_be(row: Row, form: Form, keys: _Keys) -> str:
+    found = f" among the keys {keys.names}"
+    if len(row.messages) > 1:
+        roles = dict.fromkeys(str(message["role"]) for message in row.messages)
+        return f"{found}, and the roles {key_names(roles)}"
+    columns = suggestion(keys.values)
+    is_new = "ANSWER" not in columns and form.keys[0] not in ("messages", "conversations")
+    return f"{found}; name it, as in --columns {columns}" if is_new else found
 
 
 def _messages(value: _Keys, key: str, expected: str = "a list of messages") -> list[Message]:
     items = value.listed(key, expected)
+    if key == "conversations" and all(isinstance(item, str) for item in items):
+        items = [(_answer if i % 2 else _user)(text) for i, text in enumerate(items)]
     if not items:
         raise InputError(f"{value.origin}: {key}: expected a list of messages, found an empty one")
     return [_message(item, f"{key}[{index}]", index, value) for index, item in enumerate(items)]
@@ -330,13 +377,16 @@ def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
             f"{origin}: {place}: expected role and content, found the keys {key_names(item)}"
         )
     given = text_of(given, f"{place}.role", origin)
-    message: Message = {"role": ROLES.get(given, given), "content": ""}
+    folded = given.lower()
+    role = ROLES.get(folded, folded) if folded in _KNOWN_ROLES else given
+    message: Message = {"role": role, "content": ""}
     content = item.get("content", item.get("value"))
     others = {name: part for name, part in item.items() if name not in _MESSAGE_KEYS}
     message |= require_unicode(others, place, origin)
-    if "tool_calls" in message:
-        message["tool_calls"] = _calls(message["tool_calls"], f"{place}.tool_calls", origin)
-    if given == "function_call" and "tool_calls" not in message:
+    for name in ("tool_calls", "function_call"):  # the second is OpenAI's older one
+        if name in message and (calls := _calls(message.pop(name), f"{place}.{name}", origin)):
+            message["tool_calls"] = calls
+    if folded == "function_call" and "tool_calls" not in message:
         message["tool_calls"] = _calls(content, f"{place}.value", origin)
     elif content is not None:
         message["content"] = text_of(content, f"{place}.content", origin)
@@ -370,13 +420,36 @@ def _calls(value: Any, place: str, origin: str) -> list[Any]:
                 f"{origin}: {place}[{index}]: expected a call with name and arguments, found "
                 f"{shown(call)}"
             )
-        function = {**inner, "arguments": from_json(inner.get("arguments") or {})}
-        outer = {k: v for k, v in call.items() if v is not None} if "function" in call else {}
+        named = next((key for key in _ARGUMENTS if inner.get(key) is not None), None)
+        if named is None and (others := [key for key in inner if key not in _OF_CALLS]):
+            raise InputError(
+                f"{origin}: {place}[{index}]: expected the arguments of a call, found the keys "
+                f"{key_names(['name', *others])}"
+            )
+        outer = {k: v for k, v in call.items() if v is not None and k in ("id", "call_id")}
+        if "function" in call:
+            outer = {k: v for k, v in call.items() if v is not None}
+            kept = {key: part for key, part in inner.items() if key not in _ARGUMENTS}
+        else:
+            kept = {key: part for key, part in inner.items() if key not in _OF_CALLS}
+        function = {
+            "name": inner["name"],
+            **kept,
+            "arguments": from_json(inner[named] or {}) if named else {},
+        }
         found.append({"type": "function", **outer, "function": function})
     require_unicode(found, place, origin)
     return found
 
 
-def _tools(value: _Keys) -> tuple[Any, ...] | None:
-    tools = tuple(map(from_json, value.listed("tools")))
-    return require_unicode(tools, "tools", value.origin) or None
+def _tools(value: _Keys, key: str) -> tuple[Any, ...] | None:
+    tools = tuple(_tool(from_json(tool)) for tool in value.listed(key))
+    return require_unicode(tools, key, value.origin) or None
+
+
+def _tool(tool: Any) -> Any:
+    """A tool as chat templates read it, below `function`, also where it is written without."""
+    if not isinstance(tool, dict) or "function" in tool or "name" not in tool:
+        return tool
+    inner = {key: part for key, part in tool.items() if key != "type" or part != "function"}
+    return {"type": "function", "function": inner}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pact_offline.errors import InputError
-from pact_offline.rows.chat import MARKER, Chat, Conversation, common_start
-from pact_offline.rows.dropped import left_out, said_by
+from pact_offline.rows.chat import Chat, Conversation, common_start
+from pact_offline.rows.dropped import MARKER, left_out, said_by
 from pact_offline.rows.row import THOUGHTS, Message, Row, has_answer
 
 Turns = Literal["all", "last"]
@@ -33,10 +33,17 @@ class Turn(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """A conversation's token ids, and its answers among them."""
+    """A conversation's token ids, and its answers among them.
+
+    Attributes:
+        ids: until the last trained token.
+        turns: the trained answers, in order.
+        unread: keys of trained answers with a thought that the template leaves out.
+    """
 
     ids: list[int]
     turns: list[Turn]
+    unread: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -84,7 +91,7 @@ def find_spans(
     chosen = [trained_turns(row, turns) for row in rows]
     rendered = _render(chat, rows, chosen)
     found: list[Spans | InputError | None] = []
-    located: list[tuple[int, str, list[_Place]]] = []
+    located: list[tuple[_Rendered, int, list[_Place]]] = []
     for index, item in enumerate(rendered):
         places = item if isinstance(item, InputError) else _places(chat, item)
         if isinstance(places, InputError):
@@ -92,10 +99,11 @@ def find_spans(
             continue
         assert isinstance(item, _Rendered)
         found.append(None)
-        located.append((index, item.text, places))
-    encoded = _encode(chat.tokenizer, [text for _, text, _ in located])
-    for (index, text, places), whole in zip(located, encoded, strict=True):
-        spans = _tokens(chat.tokenizer, text, places, whole, train_scaffold)
+        located.append((item, index, places))
+    encoded = _encode(chat.tokenizer, [item.text for item, _, _ in located])
+    for (item, index, places), whole in zip(located, encoded, strict=True):
+        spans = _tokens(chat.tokenizer, item.text, places, whole, train_scaffold)
+        spans = spans._replace(unread=_thoughts_left_out(item, places))
         if all(1 <= turn.start < turn.end for turn in spans.turns):
             found[index] = spans
         else:
@@ -128,7 +136,7 @@ def _render(
     for row, turns, text in zip(rows, chosen, texts, strict=False):
         if isinstance(text, InputError):
             found.append(text)
-        elif problem := left_out(row.messages[: turns[-1]], text):
+        elif problem := left_out(row.messages[: turns[-1]], text, _renders(chat, row, turns[-1])):
             found.append(problem)
         else:
             found.append(_Rendered(row, turns, text, {}, {turns[-1]: text}))
@@ -138,6 +146,16 @@ def _render(
             if isinstance(item, _Rendered):
                 getattr(item, name)[t] = part if isinstance(part, str) else None
     return found
+
+
+def _renders(chat: Chat, row: Row, last: int) -> Callable[[Sequence[Message]], str]:
+    """Renders other messages before a row's last trained answer."""
+
+    def render(messages: Sequence[Message]) -> str:
+        whole = [*messages, row.messages[last]]
+        return chat.render(whole, generation_prompt=False, tools=row.tools)
+
+    return render
 
 
 def _places(chat: Chat, item: _Rendered) -> list[_Place] | InputError:
@@ -154,6 +172,20 @@ def _places(chat: Chat, item: _Rendered) -> list[_Place] | InputError:
         if place is not None:
             places.append(place)
     return places
+
+
+def _thoughts_left_out(item: _Rendered, places: Sequence[_Place]) -> frozenset[str]:
+    """Keys of answers whose thought is not among what is trained."""
+    found = set()
+    for turn, place in zip(item.turns, places, strict=True):
+        message = item.row.messages[turn]
+        thoughts = {f"messages[].{key}": message.get(key) for key in THOUGHTS}
+        said, closes, _ = message["content"].partition("</think>")
+        thoughts["messages[].content (<think>)"] = said.partition("<think>")[2] if closes else None
+        for key, thought in thoughts.items():
+            if thought and str(thought).strip() not in item.text[place.header : place.end]:
+                found.add(key)
+    return frozenset(found)
 
 
 def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
@@ -182,6 +214,8 @@ def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
         if marker not in other:
             continue
         own = min(common_start(text, other), other.find(marker))
+        if (thought := _thought_at(chat, item, turn, marker)) is not None:
+            own = thought
         shared = common_start(text, until or "")
         if until and (shared == len(until) or _holds(text[own:shared], message)):
             end = shared
@@ -199,6 +233,22 @@ def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
     if header is not None and until and text.startswith(until):
         return _Place(header, header, len(until))
     return None
+
+
+def _thought_at(chat: Chat, item: _Rendered, turn: int, marker: str) -> int | None:
+    """Where an answer begins with its thought, in characters; None where it does not."""
+    message = item.row.messages[turn]
+    key = next((key for key in THOUGHTS if message.get(key)), None)
+    if key is None:
+        return None
+    messages = list(item.row.messages[: item.turns[-1] + 1])
+    messages[turn] = {**message, key: marker}
+    try:
+        other = chat.render(messages, generation_prompt=False, tools=item.row.tools)
+    except InputError:
+        return None
+    at = other.find(marker)
+    return at if 0 <= at == common_start(item.text[:at], other) else None
 
 
 def _until(chat: Chat, item: _Rendered, turn: int) -> str | None:

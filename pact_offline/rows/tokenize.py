@@ -54,7 +54,7 @@ def _cut(
 ) -> TokenizedExample | InputError:
     ids, turns, limit = spans.ids, spans.turns, settings.max_tokens
     if len(ids) <= limit:
-        return TokenizedExample(np.asarray(ids, dtype=np.int32), tuple(turns))
+        return TokenizedExample(np.asarray(ids, dtype=np.int32), tuple(turns), unread=spans.unread)
     if turns[0].start >= limit:
         if settings.long_rows != "cut":
             return LongRowError(
@@ -64,7 +64,8 @@ def _cut(
         ids, turns = _without_beginning(ids, turns[0], limit, header)
     kept = [turn for turn in turns if turn.start < limit]
     kept[-1] = kept[-1]._replace(end=min(kept[-1].end, limit))
-    return TokenizedExample(np.asarray(ids[: kept[-1].end], dtype=np.int32), tuple(kept), True)
+    ids = ids[: kept[-1].end]
+    return TokenizedExample(np.asarray(ids, dtype=np.int32), tuple(kept), True, spans.unread)
 
 
 def _without_beginning(

@@ -116,13 +116,15 @@ class _Work:
         made = _Made()
         examples = tokenize(rows, self.chat, self.settings)
         for place, row, example in zip(places, rows, examples, strict=True):
+            keys = {*row.unread, *self.chat.unread(row)}
             if isinstance(example, LongRowError) and self.settings.long_rows == "drop":
                 long.append(str(example))
             elif isinstance(example, InputError):
                 bad.append(str(example))
             else:
                 made.add(place, example, self.chat.header_ids)
-            unread.update({*row.unread, *self.chat.unread(row)})
+                keys |= example.unread
+            unread.update(sorted(keys))
         return _Chunk(made.batch(), len(values), bad, long, unread)
 
 

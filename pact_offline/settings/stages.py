@@ -30,6 +30,7 @@ HOLD_NOTHING = ("none", "first_tokens")  # objectives with nothing to say of a r
 COLUMNS = (
     "messages", "role", "content", "conversations", "prompt", "response", "completion",
     "instruction", "input", "output", "question", "answer", "context", "system", "history", "tools",
+    "functions",
 )  # fmt: skip
 
 
