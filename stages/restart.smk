@@ -7,10 +7,21 @@ import threading
 import time
 
 import psutil
+from snakemake.dag import DAG
 
 os.environ["PACT_OFFLINE_ENDS_WITH"] = str(os.getpid())  # a job ends when this process is gone
-if workflow.dag_settings:  # outputs are whole or absent, so none is waited for by hand
-    workflow.dag_settings.force_incomplete = True
+check_incomplete = DAG.check_incomplete
+
+
+async def make_anew_what_is_incomplete(dag):
+    """What a killed job has left is made anew, as with --rerun-incomplete, and not asked about.
+
+    The settings that say so are not there yet when a Snakefile is read."""
+    dag.workflow.dag_settings.force_incomplete = True
+    await check_incomplete(dag)
+
+
+DAG.check_incomplete = make_anew_what_is_incomplete
 
 
 def jobs_among(processes):

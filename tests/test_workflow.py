@@ -1,5 +1,6 @@
 """The Snakemake workflow: on tiny random models, and on the bundled model with real vLLM."""
 
+import base64
 import json
 import shlex
 import shutil
@@ -280,6 +281,20 @@ def test_after_any_end_no_job_is_left_and_the_same_command_goes_on(moved: Path) 
     assert "going on from here" in made.stderr
     facts = json.loads((moved / target / "pact_offline.json").read_text())
     assert facts["metrics"]["optimizer_steps"] == 480
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize("output", ["summary.txt", "targets/few/digest.txt"])
+def test_what_a_killed_job_left_is_made_anew(moved: Path, output: str) -> None:
+    made = moved / "out put" / output
+    whole = made.read_text()
+    made.write_text("")  # as a shell leaves it that is killed before its command has written
+    mark = base64.urlsafe_b64encode(str(made.relative_to(moved)).encode()).decode()
+    (moved / ".snakemake" / "incomplete").mkdir(exist_ok=True)
+    (moved / ".snakemake" / "incomplete" / mark).write_text('{"external_jobid": null}')
+    done = snakemake(moved / "config.yaml")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert made.read_text() == whole
 
 
 @pytest.mark.workflow
