@@ -18,6 +18,7 @@ from tiny import make_model
 from pact_offline.cli import cli
 from pact_offline.evaluation import subject
 from pact_offline.evaluation.guards import find_guard
+from pact_offline.evaluation.kept_answers import KeptAnswers
 from pact_offline.evaluation.metrics import Metrics, Rate
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
@@ -656,3 +657,19 @@ def test_a_guard_model_reads_prompt_and_answer_and_its_verdicts_are_counted(
     same = ["run", "--reference", tmp_path / "guarded", "-o", tmp_path / "run"]
     assert run(*command, "--name", *same).exit_code == 0
     assert "guard model: expected weights" in fails(*command, "--guard", base, "--name", *same)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"number": "0"}, {"number": [0]}, {"number": None}, {"answer": None}, {"prompts": ["x"]},
+        {"attack": 3},
+    ],
+)  # fmt: skip
+def test_kept_answers_that_are_damaged_are_made_again(damaged: dict, tmp_path: Path) -> None:
+    kept = KeptAnswers({"a": 1}, folder=tmp_path)
+    kept.add("task", None, {0: "first", 1: "second"})
+    lines = kept.path.read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | damaged)
+    kept.path.write_text("\n".join(lines))
+    assert KeptAnswers({"a": 1}, folder=tmp_path).of("task", None) == {0: "first"}

@@ -19,6 +19,7 @@ from tiny import make_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from pact_offline import files
+from pact_offline.errors import InputError
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
@@ -27,6 +28,7 @@ from pact_offline.models.vllm_engine import prepare_environment
 from pact_offline.rows.chat import Chat, load_tokenizer
 from pact_offline.rows.contexts import Context
 from pact_offline.rows.describe import end_ids
+from pact_offline.rows.positions import Positions
 from pact_offline.scoring.scorer import Scored
 from pact_offline.scoring.transformers import TransformersScorer
 
@@ -243,3 +245,22 @@ def test_what_vllm_preloads_is_found_where_the_path_has_a_space(
         assert mine == "libmine.so"
         assert " " not in link
         assert Path(link).resolve() == library.resolve()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_answer_ends_where_a_table_of_positions_does(family: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / family, seed=1, family=family)
+    model, tokenizer = load_model(str(folder), "float32"), load_tokenizer(str(folder))
+    most = model.config.get_text_config().max_position_embeddings
+    model.generation_config.eos_token_id = None
+    prompts = [[5] * (most - 3), [6] * 4]
+    three, six = (
+        generate(model, tokenizer, prompts, max_new_tokens=most_new, batch_size=1)
+        for most_new in (3, 6)
+    )
+    assert (six[0] == three[0]) is (family == "gpt2")
+    assert six[1] != three[1]
+    expected = f"rows:1: expected at most {most - 1} tokens, found {most}"
+    with pytest.raises(InputError, match=expected):
+        Positions(folder).require(most, "rows:1")
+    Positions(folder).require(most - 1, "rows:1")

@@ -23,7 +23,7 @@ from pact_offline.models.load import load_model
 from pact_offline.objectives.confidence import confidence
 from pact_offline.rows.chat import Chat, load_tokenizer
 from pact_offline.rows.files import values_of
-from pact_offline.rows.subset import write_subset
+from pact_offline.rows.subset import Subset, write_subsets
 from pact_offline.rows.tokenized import tokenized_by
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings, RowSettings
@@ -450,7 +450,7 @@ def test_some_rows_of_a_file_are_written_in_its_format(name: str, tmp_path: Path
     kept = np.array([True, False, True, True, False, False, True])
     for suffix in ("", ".gz", ".zst"):
         output = tmp_path / f"kept-{name.removesuffix('.gz')}{suffix}"
-        write_subset(str(source), kept, output)
+        write_subsets([Subset(str(source), kept, output)])
         found = [value.value for value in values_of(str(output))]
         assert found == [row for row, is_kept in zip(ROWS, kept, strict=True) if is_kept]
     assert (output.read_bytes()[:4]) == b"\x28\xb5\x2f\xfd"

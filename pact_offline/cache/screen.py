@@ -22,7 +22,7 @@ from pact_offline.rows.files import checksum_of, is_hub, origin_of, values_of
 from pact_offline.rows.read import row_of
 from pact_offline.rows.row import THOUGHTS, Message, Row
 from pact_offline.rows.spans import trained_turns
-from pact_offline.rows.subset import write_subset
+from pact_offline.rows.subset import Subset, write_subsets
 from pact_offline.texts import printable
 
 log = logging.getLogger(__name__)
@@ -187,9 +187,8 @@ class Screening:
         for source in self._sources:
             if (problem := source.problem()) is not None:
                 raise TargetsMismatchError(f"{problem}; nothing is written")
-        kept = [self._kept(source, refused) for source in self._sources]
-        for source, mask, output in zip(self._sources, kept, outputs, strict=True):
-            write_subset(source.name, mask, output)
+        pairs = zip(self._sources, outputs, strict=True)
+        write_subsets([Subset(one.name, self._kept(one, refused), to) for one, to in pairs])
         return len(refused)
 
     def _kept(self, source: _Source, refused: np.ndarray) -> np.ndarray:
@@ -248,6 +247,8 @@ class _Source:
         """Why its rows cannot be looked at: it is gone, or is another."""
         if not self._is_followed:
             return f"{self.name}: is read only if it is named, with --rows"
+        if is_hub(self.name):
+            log.warning("%s: whether it has changed since it was scored is not known", self.name)
         try:
             found = checksum_of(self.name)
         except (OSError, InputError) as error:

@@ -15,6 +15,7 @@ import click
 from pact_offline import __version__
 from pact_offline.cli import bench, cache, demo, evaluation, rows, scoring, screening, training
 from pact_offline.cli.lifetime import end_with_another
+from pact_offline.cli.own_places import with_own_places
 from pact_offline.errors import Interrupted, PactError, first_line
 from pact_offline.files import is_text
 from pact_offline.machine import allowed_cores, usable_cores
@@ -108,7 +109,7 @@ for command in (
     cache.cache,
     bench.bench,
 ):
-    cli.add_command(command)
+    cli.add_command(with_own_places(command))
 
 
 def prepare_environment() -> None:

@@ -15,6 +15,7 @@ from pact_offline.cli.options import (
     ROW_SOURCES,
     ROWS,
     STORES,
+    Number,
     adapter_option,
     cache_option,
     json_option,
@@ -239,7 +240,7 @@ def cache_audit(
 @click.option("--forget-missing", is_flag=True, help="Forget targets.json files that are gone.")
 @click.option(
     "--older-than",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=24,
     help="Hours; what is younger stays.",
 )
@@ -300,7 +301,7 @@ def cache_gc(directory: str, forget_missing: bool, older_than: float, yes: bool)
 )
 @click.option(
     "--older-than",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=30,
     help="Days; what was used since stays.",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -61,6 +62,16 @@ class Name(click.Path):
         if "://" not in text and not text.startswith("hub:"):
             status_of(Path(text))
         return text
+
+
+class Number(click.FloatRange):
+    """A number in a range; no NaN, which lies in every one."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r:.40} is not a number.", param, ctx)
+        return float(found)
 
 
 def _given(value: Any, param: click.Parameter | None) -> str:

@@ -16,6 +16,7 @@ from pact_offline.cli.options import (
     OUTPUT_FILE,
     ROW_SOURCES,
     ROWS,
+    Number,
     cache_option,
     json_option,
     safety_tokens_option,
@@ -37,7 +38,7 @@ _SHOWN = 20
 )
 @click.option(
     "--above",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.5,
     help="The model would have refused an answer where its weighted safety tokens have more than "
     "this probability together at the first step.",

@@ -135,7 +135,7 @@ def answer_all(
             rows, name = one.prompts.rows, one.prompts.name
             score = scores.get(name)
             labels = score if score is not None and score.is_choice else None
-            if len(known) == len(rows):
+            if all(number in known for number in range(len(rows))):
                 texts = [known[number] for number in range(len(rows))]
             else:
                 told = {

@@ -45,7 +45,7 @@ class KeptAnswers:
             lines.extend(line for _, line in read_json_lines(self.path))
         if lines[:1] == [{"of": self._of}]:
             for line in lines[1:]:
-                if not isinstance(line, dict) or {*line} != _KEYS:
+                if not _is_kept(line):
                     break
                 place = self._known.setdefault((line["prompts"], line["attack"]), {})
                 place[line["number"]] = line["answer"]
@@ -90,3 +90,11 @@ class KeptAnswers:
         assert self._file is not None
         self._file.writelines(json.dumps(line) + "\n" for line in lines)
         self._file.flush()
+
+
+def _is_kept(line: Any) -> bool:
+    """Whether a line of the file is an answer, as it is written here."""
+    if not isinstance(line, dict) or {*line} != _KEYS:
+        return False
+    texts = (line["prompts"], line["attack"], line["answer"])
+    return all(isinstance(text, str) for text in texts) and type(line["number"]) is int

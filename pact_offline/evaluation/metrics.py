@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from pact_offline.errors import InputError
 from pact_offline.evaluation.published_sets import Kind
@@ -30,11 +37,19 @@ class _Frozen(BaseModel):
 class Rate(_Frozen):
     """A share with its 95 % Wilson interval; all in 0..1."""
 
-    count: int
-    total: int
+    count: NonNegativeInt
+    total: PositiveInt
     value: float
     low: float
     high: float
+
+    @model_validator(mode="after")
+    def _is_a_share(self) -> Rate:
+        if self.count > self.total or not 0 <= self.value <= 1:
+            raise ValueError(
+                f"expected a share of the total, found {self.count} of {self.total}, {self.value:g}"
+            )
+        return self
 
     @classmethod
     def of(cls, count: int, total: int) -> Rate:
@@ -160,8 +175,8 @@ class Agreement(_Frozen):
 
     question: str
     judges: tuple[str, str]
-    answers: int
-    agree: int
+    answers: PositiveInt
+    agree: NonNegativeInt
     kappa: float | None
 
 

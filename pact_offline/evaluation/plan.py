@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import InputError
+from pact_offline.errors import InputError, SettingError
 from pact_offline.evaluation.attacks import Attack, attacks_of
 from pact_offline.evaluation.endpoint import EndpointJudge, load_endpoint
 from pact_offline.evaluation.guards import Guard, find_guard
@@ -23,6 +23,7 @@ from pact_offline.evaluation.task_scores import TaskScore, find_task_scores
 from pact_offline.made_from import MadeFrom, rows_sha256
 from pact_offline.models.backends import engine_name
 from pact_offline.rows.chat import Chat, chat_of
+from pact_offline.rows.positions import Positions
 from pact_offline.rows.read import tell_unread
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.evaluate import EvaluateSettings
@@ -94,9 +95,14 @@ def prepare(
     subject = find_subject(model, adapter)
     chat = chat_of(str(subject.folder), settings)
     attacks = attacks_of(settings.prefill, settings.attack_system, chat.tokenizer)
+    if attacks and not any(one.kind == "refuse" for one in sets.values()):
+        raise SettingError(
+            "--prefill, --attack-system: expected a set of prompts that are to be refused, as "
+            "--harmful, found none"
+        )
     rates = load_rates(settings, sets, rate_names(sets, attacks))
     subject.check_chat(chat)
-    _check_prompts(sets, attacks, chat)
+    _check_prompts(sets, attacks, chat, Positions(subject.folder))
     scores = find_task_scores(sets, settings.task_scores, chat)
     lm_eval = find_lm_eval_tasks(settings)
     tokens = None
@@ -157,12 +163,14 @@ def prepare(
     )
 
 
-def _check_prompts(sets: Mapping[str, PromptSet], attacks: Sequence[Attack], chat: Chat) -> None:
-    """What the template refuses or drops is refused here, by its line."""
+def _check_prompts(
+    sets: Mapping[str, PromptSet], attacks: Sequence[Attack], chat: Chat, positions: Positions
+) -> None:
+    """What the template refuses or drops is refused here, by its line, and what is too long."""
     for one in sets.values():
         unread: Counter[str] = Counter()
         for row in one.rows:
-            chat.prompt_ids(row)
+            positions.require(len(chat.prompt_ids(row)), row.origin)
             unread.update(chat.unread(row))
         tell_unread(f"the {one.name} prompts", unread)
         if one.kind == "refuse" and one.rows:

@@ -47,7 +47,7 @@ def load_rates(
         name, prompts = source.rpartition(":")[2], getattr(holds, "prompts", "task")
         if name in (*taken, *loaded):
             raise SettingError(f"--rates {source}: expected a name of its own, found {name} again")
-        if prompts not in asked:
+        if not isinstance(prompts, str) or prompts not in asked:
             raise SettingError(
                 f"--rates {source}: expected prompts of a set that is asked ({', '.join(asked)}), "
                 f"found none: it is of the set {prompts!r:.40}"

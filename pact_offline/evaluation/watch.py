@@ -16,6 +16,7 @@ from pact_offline.evaluation.rates import count_rates
 from pact_offline.evaluation.task_scores import find_task_scores
 from pact_offline.made_from import rows_sha256
 from pact_offline.rows.chat import Chat, chat_of
+from pact_offline.rows.positions import Positions
 from pact_offline.settings.evaluate import EvaluateSettings
 from pact_offline.settings.stages import FinetuneSettings
 
@@ -99,9 +100,10 @@ def watch_of(
         name: replace(one, rows=one.rows[:count])
         for name, one in read_prompts(sources, further, settings.columns).items()
     }
+    positions = Positions(model)
     for one in sets.values():
-        for row in one.rows:
-            chat.prompt_ids(row)  # what the template refuses is refused now
+        for row in one.rows:  # what the template refuses, and is too long, is refused now
+            positions.require(len(chat.prompt_ids(row)), row.origin)
     decides = [
         {name: [one.kind, rows_sha256(one.rows)] for name, one in sets.items()},
         verdicts.content,

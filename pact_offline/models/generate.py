@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pact_offline.errors import InputError
 from pact_offline.models.ends import ends_of_answers
 from pact_offline.models.log_confidences import reads_padding
 
@@ -31,7 +32,7 @@ def generate(
     Args:
         model, tokenizer: a chat model.
         prompts: token ids of each, from `Chat.prompt_ids`.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; it also ends where a table of positions does.
         batch_size: prompts at once; those of like length go together.
         end_of_turn: one more id that ends an answer, beside those of the model's generation config
             and the tokenizer's.
@@ -43,12 +44,16 @@ def generate(
 
     Returns:
         the answers' text without special tokens.
+
+    Raises:
+        InputError: a prompt leaves no position for an answer.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id or 0
     batch_size = 1 if reads_padding(model) else batch_size
     own = model.generation_config.eos_token_id
+    most = _positions(model)
     ends = ends_of_answers(own, tokenizer.eos_token_id, end_of_turn)
     avoided = [tokenizer(text, add_special_tokens=False).input_ids for text in avoid]
     avoided_first = [i for i in tokenizer.convert_tokens_to_ids(list(avoid_first)) if i is not None]
@@ -59,6 +64,9 @@ def generate(
                 answers[i] = known[i]
             continue
         width = max(len(prompts[i]) for i in batch)
+        longest = max_new_tokens if most is None else min(max_new_tokens, most - width)
+        if longest < 1:
+            raise InputError(f"expected prompts of less than {most} tokens, found {width}")
         ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(batch):
@@ -67,7 +75,7 @@ def generate(
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=longest,
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -86,3 +94,10 @@ def generate(
         if progress is not None:
             progress(sum(i not in (known or {}) for i in batch))
     return answers
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions a model has a table of, as GPT-2 does; None where it computes them."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (part for part in model.modules() if isinstance(part, torch.nn.Embedding))
+    return most if any(table.num_embeddings == most for table in tables) else None

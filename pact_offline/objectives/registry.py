@@ -89,7 +89,7 @@ def weights_in_use(weights: Tensor, settings: ObjectiveSettings) -> Tensor:
     if not (weights > 0).any():
         raise SettingError(
             "safety tokens: expected one with a weight above 0, found none; use others, or "
-            "--safety-weights false"
+            "--no-safety-weights"
         )
     if settings.objective == "pact" and len(weights) < 2:
         raise SettingError(

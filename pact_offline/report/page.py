@@ -36,6 +36,7 @@ from pact_offline.report.styles import reference_style, styles_of
 from pact_offline.report.training_log import read_training_logs, training_panels
 from pact_offline.report.verdicts import verdicts_by_rate
 from pact_offline.safety_tokens.file import SafetyTokens
+from pact_offline.texts import printable
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,12 @@ def headline(metrics: Sequence[Metrics]) -> list[str]:
     wanted = [(label, rate) for label, rate in lines if any(rate in m.rates for m in models)]
     columns = [[label for label, _ in wanted]]
     for model in models:
-        columns.append([f"{model.name} {numbers.percent(model.rates.get(r))}" for _, r in wanted])
+        columns.append(
+            [
+                f"{printable(' '.join(model.name.split()))} {numbers.percent(model.rates.get(r))}"
+                for _, r in wanted
+            ]
+        )
     widths = [max(map(len, column), default=0) for column in columns]
     return [
         "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -95,7 +95,9 @@ def _read_shares(path: Path) -> dict[str, list[tuple[int, float]]]:
             broken = [rate for name, rate in rates.items() if name.endswith("_broken")]
             if total := sum(int(rate["total"]) for rate in broken):
                 shares["Broken answers"] = sum(int(rate["count"]) for rate in broken) / total
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (
+            ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError
+        ):  # fmt: skip
             raise InputError(
                 f"{path}:{number}: expected answers while a run trained, found {line!r:.40}"
             ) from None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,30 +29,44 @@ from pact_offline.rows.files import (
 _BOM = b"\xef\xbb\xbf"
 
 
-def write_subset(source: str, kept: np.ndarray, output: Path) -> None:
-    """Write the rows of a source that are kept; packed as the output's name says.
+class Subset(NamedTuple):
+    """Some rows of a source.
 
-    Args:
+    Attributes:
         source: a file, as `values_of` reads it.
         kept: bool [values], in the order of `values_of`.
         output: file to write, whose name ends as the source's does.
+    """
+
+    source: str
+    kept: np.ndarray
+    output: Path
+
+
+def write_subsets(subsets: Sequence[Subset]) -> None:
+    """Write the rows of sources that are kept, of all or of none; packed as the outputs' names say.
 
     Raises:
         InputError: a source of the hub, or a name that says another format.
     """
-    if is_hub(source):
-        raise InputError(f"{source}: expected a file, found a dataset of the hub")
-    path = Path(source)
-    if suffix_of(output) != suffix_of(path):
-        raise InputError(
-            f"{output}: expected a name that ends in {suffix_of(path) or 'nothing'}, as the "
-            "format of the rows is kept"
-        )
+    for source, _, output in subsets:
+        if is_hub(source):
+            raise InputError(f"{source}: expected a file, found a dataset of the hub")
+        if (suffix := suffix_of(Path(source))) != suffix_of(output):
+            raise InputError(
+                f"{output}: expected a name that ends in {suffix or 'nothing'}, as the format of "
+                "the rows is kept"
+            )
+    with ExitStack() as written:
+        for subset in subsets:
+            _write(subset, written.enter_context(written_aside(subset.output)))
+
+
+def _write(subset: Subset, aside: Path) -> None:
+    path = Path(subset.source)
     try:
-        with opened(path) as stream, written_aside(output) as aside:
-            kind = kind_of(path, stream)
-            with _packed(aside, output.name) as out:
-                _WRITERS[kind](path, stream, kept, out)
+        with opened(path) as stream, _packed(aside, subset.output.name) as out:
+            _WRITERS[kind_of(path, stream)](path, stream, subset.kept, out)
     except (OSError, EOFError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be copied: {first_line(error)}") from None
 
@@ -73,8 +87,8 @@ def _packed(aside: Path, name: str) -> Iterator[IO[bytes]]:
 
 def _json_lines(path: Path, stream: io.BufferedReader, kept: np.ndarray, out: IO[bytes]) -> None:
     number = 0
-    for line in stream:
-        if not line.removeprefix(_BOM).strip():
+    for at, line in enumerate(stream):
+        if not (line if at else line.removeprefix(_BOM)).strip():
             continue
         if kept[number]:
             out.write(line if line.endswith(b"\n") else line + b"\n")
@@ -113,7 +127,7 @@ def _parquet(path: Path, stream: io.BufferedReader, kept: np.ndarray, out: IO[by
 
     table = pq.ParquetFile(seekable(stream)).read()
     with pa.PythonFile(out, "w") as file:
-        pq.write_table(table.filter(pa.array(kept)), file)
+        pq.write_table(_filtered(table, kept), file)
 
 
 def _arrow(path: Path, stream: io.BufferedReader, kept: np.ndarray, out: IO[bytes]) -> None:
@@ -125,7 +139,16 @@ def _arrow(path: Path, stream: io.BufferedReader, kept: np.ndarray, out: IO[byte
         file.seek(0)
         table, new = pa.ipc.open_stream(file).read_all(), pa.ipc.new_stream
     with pa.PythonFile(out, "w") as sink, new(sink, table.schema) as writer:
-        writer.write_table(table.filter(pa.array(kept)))
+        writer.write_table(_filtered(table, kept))
+
+
+def _filtered(table: pa.Table, kept: np.ndarray) -> pa.Table:
+    try:
+        return table.filter(pa.array(kept))
+    except pa.ArrowNotImplementedError:  # as of views of strings, which can only be sliced
+        bounds = np.flatnonzero(np.diff(kept.astype(np.int8), prepend=0, append=0))
+        runs = [table.slice(start, end - start) for start, end in bounds.reshape(-1, 2).tolist()]
+        return pa.concat_tables([table.slice(0, 0), *runs])
 
 
 _WRITERS: dict[Kind, Callable[[Path, io.BufferedReader, np.ndarray, IO[bytes]], None]] = {

@@ -15,6 +15,7 @@ from pact_offline.made_from import MadeFrom, rows_sha256
 from pact_offline.provenance import provenance
 from pact_offline.references import locate_reference
 from pact_offline.rows.chat import Chat, chat_of, load_tokenizer, tokenizer_fingerprint
+from pact_offline.rows.positions import Positions
 from pact_offline.rows.row import THOUGHTS, Row, texts
 from pact_offline.rows.spans import find_spans
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
@@ -48,6 +49,10 @@ def find_safety_tokens(
     from pact_offline.models.load import load_model
 
     files, base_files = locate_reference(aligned), locate_reference(base)
+    if files.identity == base_files.identity:
+        raise ModelError(
+            f"{base}: expected a base model that differs from {aligned}, found the same"
+        )
     chat = chat_of(str(files.path), settings)
     aligned_tokenizer = chat.tokenizer
     base_tokenizer = load_tokenizer(str(base_files.path))
@@ -67,6 +72,10 @@ def find_safety_tokens(
             )
     seen_aligned = _as_trained(pairs, chat, settings.response_tokens)
     seen_base = _as_continued(pairs, seen_aligned, base_tokenizer)
+    for own, seen in ((files, seen_aligned), (base_files, seen_base)):
+        positions = Positions(own.path)
+        for row, one in zip(pairs, seen, strict=True):
+            positions.require(len(one.ids), row.origin, more=0)
     read = partial(_read, batch_size=settings.batch_size, progress=progress or (lambda n: None))
     model = load_model(str(files.path), settings.dtype)
     aligned_mean = read(model, seen_aligned).mean

@@ -19,6 +19,7 @@ from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.describe import end_ids
 from pact_offline.rows.files import checksum_of
+from pact_offline.rows.positions import Positions
 from pact_offline.rows.read import read_rows
 from pact_offline.rows.row import Row
 from pact_offline.scoring.fill import ScoreSummary
@@ -58,12 +59,14 @@ def rehearse(
     """
     chat = chat_of(str(model.path), settings)
     rows = [row for source in sources for row in _prompts(source, settings)]
+    prompts = [chat.prompt_ids(row) for row in rows]
+    _check(model, rows, prompts, settings)
     place = answers_place(output)
-    made_of = _made_of(model, chat, rows, settings)
+    made_of = _made_of(model, chat, rows, prompts, settings)
     if _are_known(place, made_of):
         log.info("%s: the answers are known", place)
     else:
-        _write(place, rows, _answers(model, chat, rows, settings), made_of)
+        _write(place, rows, _answers(model, chat, prompts, settings), made_of)
     values = settings.model_dump(include={*ScoreSettings.model_fields})
     scored = ScoreSettings.model_validate({**values, "columns": {}, "turns": "last"})
     made = {
@@ -75,11 +78,33 @@ def rehearse(
     )
 
 
+def _check(
+    model: ModelFiles,
+    rows: Sequence[Row],
+    prompts: Sequence[Sequence[int]],
+    settings: RehearseSettings,
+) -> None:
+    """Refuse, before anything is written, a prompt of which no answer could be scored."""
+    positions = Positions(model.path)
+    for row, ids in zip(rows, prompts, strict=True):
+        positions.require(len(ids), row.origin, settings.answer_tokens)
+        if len(ids) >= settings.max_tokens and settings.long_rows == "refuse":
+            raise InputError(
+                f"{row.origin}: expected a prompt of less than {settings.max_tokens} tokens, found "
+                f"{len(ids)}; raise --max-tokens, shorten it, or set --long-rows"
+            )
+
+
 def _made_of(
-    model: ModelFiles, chat: Chat, rows: Sequence[Row], settings: RehearseSettings
+    model: ModelFiles,
+    chat: Chat,
+    rows: Sequence[Row],
+    prompts: Sequence[Sequence[int]],
+    settings: RehearseSettings,
 ) -> dict[str, Any]:
     """What decides the answers."""
-    asked = json.dumps([[_as_row(row, ""), chat.prompt_ids(row)] for row in rows])
+    pairs = zip(rows, prompts, strict=True)
+    asked = json.dumps([[_as_row(row, ""), ids] for row, ids in pairs])
     return {
         "model": model.identity,
         "template": [chat.template_sha256, chat.template_kwargs],
@@ -137,11 +162,10 @@ def _as_row(row: Row, answer: str) -> dict[str, Any]:
 
 
 def _answers(
-    model: ModelFiles, chat: Chat, rows: Sequence[Row], settings: RehearseSettings
+    model: ModelFiles, chat: Chat, prompts: Sequence[Sequence[int]], settings: RehearseSettings
 ) -> list[str]:
     """The text of each answer; empty where the model says nothing."""
     backend, _ = choose_backend(settings.backend, settings.load_in)
-    prompts = [chat.prompt_ids(row) for row in rows]
     texts = None
     with bar("answering", len(prompts), "prompts") as progress:
         if backend == "vllm":

@@ -27,6 +27,7 @@ _MEANS = {
     *("save_steps", "report_to", "gap_warns", "gap_stops"),
     *("evaluate_steps", "evaluate_prompts", "evaluate_tokens"),
 }  # decide no weight
+_LOCK = "training"  # of one output's checkpoints
 _EPOCH = "epoch_start.safetensors"  # written last: a checkpoint without it is not whole
 
 
@@ -91,6 +92,37 @@ class Checkpoints:
             return None
         steps = (self.folder / STEP_LOG).read_text(encoding="utf-8").count("\n")
         return f"interrupted at step {steps}; the same command goes on from step {step_of(latest)}"
+
+
+@contextmanager
+def held(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Hold the checkpoints of an output, for as long as a run of it lives.
+
+    Raises:
+        InputError: another run has them.
+    """
+    if checkpoints is None:
+        yield
+        return
+    folder = checkpoints.folder.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: expected checkpoints of no other run that trains now, found one; wait "
+                "for it, or give this one an output of its own"
+            ) from None
+        except (ImportError, OSError):  # no such locks here
+            pass
+        yield
 
 
 def require_space(output: Path, parameters: int, settings: FinetuneSettings) -> None:

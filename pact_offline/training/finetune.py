@@ -48,6 +48,7 @@ from pact_offline.training.checkpoints import (
     Checkpoints,
     EpochOrder,
     fingerprint,
+    held,
     interruption_told,
     remove_checkpoints,
     require_space,
@@ -156,6 +157,7 @@ def finetune(
             log.warning("%s", line)
         checkpoints.tell() if checkpoints else tell_of_killed_runs(output)
     with (
+        held(checkpoints) if is_main else nullcontext(),
         interruption_told(checkpoints) if is_main else nullcontext(),
         output_aside(output) if is_main else scratch_folder() as aside,
     ):

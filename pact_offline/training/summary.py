@@ -147,6 +147,11 @@ def remarks(
             "reference answers; --rehearsal takes what `pact-offline rehearse` makes "
             "(--rehearsal-share 0: as meant)"
         )
+    is_held = settings.refused_rows == "hold" and counts.get("turns_refused")
+    if (settings.gap_warns or settings.gap_stops) and not is_rehearsed and not is_held:
+        lines.append(
+            "--gap-warns and --gap-stops have nothing to read: no row is held or rehearsed"
+        )
     if refused := counts.get("turns_refused"):
         share = counts["tokens_refused"] / counts["trained_tokens"]
         done = "held, and not learnt" if settings.refused_rows == "hold" else "left out"

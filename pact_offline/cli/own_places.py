@@ -1,0 +1,80 @@
+"""No command writes over what it reads."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pact_offline.cli.options import OUTPUT_FILE, OUTPUT_FOLDER, Name, Place
+from pact_offline.errors import SettingError
+
+
+def with_own_places(command: click.Command) -> click.Command:
+    """A command, and those below it, that refuses an output which is one of its inputs."""
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            with_own_places(inner)
+    elif run := command.callback:
+
+        @functools.wraps(run)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            _require_own_places(click.get_current_context())
+            return run(*args, **kwargs)
+
+        command.callback = checked
+    return command
+
+
+def _require_own_places(ctx: click.Context) -> None:
+    inputs = {place: option for option, place in _inputs(ctx)}
+    for param in ctx.command.params:
+        for output in _values(ctx, param) if param.type in (OUTPUT_FILE, OUTPUT_FOLDER) else ():
+            place = _real(output)
+            read = inputs.get(place)
+            if read is None and param.name == "output" and param.type is OUTPUT_FOLDER:
+                # An earlier output is replaced whole.
+                read = next((inputs[one] for one in inputs if place in one.parents), None)
+            if read is None and ctx.info_name == "rehearse":
+                from pact_offline.cache.targets import answers_place
+
+                read = inputs.get(_real(answers_place(Path(output))))
+            if read is not None:
+                raise SettingError(
+                    f"{param.opts[0]}: expected a place of its own, found {output}, which {read} "
+                    "reads"
+                )
+
+
+def _inputs(ctx: click.Context) -> Iterator[tuple[str, Path]]:
+    """What a command reads, and which option names it."""
+    for param in ctx.command.params:
+        name = param.opts[0] if isinstance(param, click.Option) else param.make_metavar(ctx)
+        for value in _values(ctx, param):
+            if param.name == "sets":
+                yield name, _real(str(value).rpartition("=")[2])
+            elif isinstance(param.type, Place | Name) and param.type not in (
+                OUTPUT_FILE,
+                OUTPUT_FOLDER,
+            ):
+                yield name, _real(value)
+                model, _, adapter = str(value).rpartition("+")
+                if model:
+                    yield from ((name, _real(part)) for part in (model, adapter))
+                if param.name == "metrics":
+                    yield name, _real(Path(value).with_name("answers.jsonl"))
+
+
+def _values(ctx: click.Context, param: click.Parameter) -> tuple[Any, ...]:
+    value = ctx.params.get(param.name or "")
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _real(place: str | Path) -> Path:
+    return Path(os.path.realpath(place))
