@@ -16,35 +16,45 @@ _AS_SAID = ("system", "user", "assistant")
 
 
 def left_out(
-    messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str]
+    messages: Sequence[Message],
+    text: str,
+    render: Callable[[Sequence[Message]], str],
+    behind: Sequence[Message] = (),
 ) -> InputError | None:
     """A message of which nothing is in the rendered text, if there is one.
 
-    Messages stand there in order, but for a system's, which some templates put below the others.
-    A tool's answer may be written otherwise, as JSON, but not without its words; and with another
-    in its place the text is another.
+    Messages stand there in order, but for a system's, which some templates put below the others,
+    and a tool's, which may stand before the text of the message that called it. A tool's answer may
+    be written otherwise, as JSON, but not without its words; and where those are others' too, the
+    text is another with another answer in its place.
 
     Args:
         messages: of the conversation, from the first.
         text: what is rendered.
         render: renders these messages instead, to the same text where nothing is changed.
+        behind: further messages that the text holds.
     """
-    at = 0
+    at = called = 0  # where the last message ends; where the one begins that called tools
     for index, message in enumerate(messages):
-        is_as_said, ends = message["role"] in _AS_SAID, [at]
+        role, ends = message["role"], [at]
+        start = 0 if role == "system" else at if role in _AS_SAID else called
+        others = (*messages[:index], *messages[index + 1 :], *behind)
         for what, said in said_by(message):
-            start = 0 if message["role"] == "system" else at
             found = text.find(said, start)
-            is_in = found >= 0 or (not is_as_said and _has_words(text[start:], said))
-            if is_in and (
-                is_as_said or what != "content" or _is_read(messages, index, text, render)
-            ):
-                ends.append(found + len(said) if message["role"] != "system" else at)
-                continue
-            return InputError(
-                f"messages[{index}].{what}: expected in what the chat template renders, found "
-                f"that it leaves this message of {message['role']:.40} out or changes it"
-            )
+            if role in _AS_SAID or what != "content":
+                is_in = found >= 0
+            else:
+                is_its_own = found >= 0 and not any(said in str(one["content"]) for one in others)
+                has_words = is_its_own or found >= 0 or _has_words(text[start:], said)
+                is_in = is_its_own or (has_words and _is_read(messages, index, text, render))
+            if not is_in:
+                return InputError(
+                    f"messages[{index}].{what}: expected in what the chat template renders, found "
+                    f"that it leaves this message of {role:.40} out or changes it"
+                )
+            if found >= 0 and role != "system":
+                ends.append(found + len(said))
+        called = at if role == "assistant" else called
         at = max(ends)
     return None
 

@@ -313,7 +313,8 @@ def parse_row(
     messages = form.parse(keys)
     named = keys.first("tools", "functions")
     tools = _tools(keys, named) if named else None
-    _require_wanted(keys, form)
+    if needs_response:
+        _require_wanted(keys)
     row = Row(
         tuple(messages), origin, tools, frozenset(keys.not_trained), (*keys.unread, *left_over)
     )
@@ -324,9 +325,10 @@ def parse_row(
     return row
 
 
-def _require_wanted(value: _Keys, form: Form) -> None:
+def _require_wanted(value: _Keys) -> None:
     """Refuse a completion that the row itself says is a bad one, as data for KTO does."""
-    if form.keys == ("prompt",) and isinstance(value.values.get("label"), bool):
+    is_of_kto = {"prompt", "completion"} <= {*value.values}
+    if is_of_kto and isinstance(value.values.get("label"), bool):
         if value["label"]:
             return
         raise InputError(
@@ -383,8 +385,9 @@ def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
     content = item.get("content", item.get("value"))
     others = {name: part for name, part in item.items() if name not in _MESSAGE_KEYS}
     message |= require_unicode(others, place, origin)
-    for name in ("tool_calls", "function_call"):  # the second is OpenAI's older one
-        if name in message and (calls := _calls(message.pop(name), f"{place}.{name}", origin)):
+    for name in ("function_call", "tool_calls"):  # the first is OpenAI's older one
+        given_calls = message.pop(name, None)
+        if given_calls and (calls := _calls(given_calls, f"{place}.{name}", origin)):
             message["tool_calls"] = calls
     if folded == "function_call" and "tool_calls" not in message:
         message["tool_calls"] = _calls(content, f"{place}.value", origin)
@@ -420,8 +423,10 @@ def _calls(value: Any, place: str, origin: str) -> list[Any]:
                 f"{origin}: {place}[{index}]: expected a call with name and arguments, found "
                 f"{shown(call)}"
             )
-        named = next((key for key in _ARGUMENTS if inner.get(key) is not None), None)
-        if named is None and (others := [key for key in inner if key not in _OF_CALLS]):
+        inner = {key: part for key, part in inner.items() if part is not None}
+        named = next((key for key in _ARGUMENTS if key in inner), None)
+        others = [key for key, part in inner.items() if isinstance(from_json(part), dict | list)]
+        if named is None and others:
             raise InputError(
                 f"{origin}: {place}[{index}]: expected the arguments of a call, found the keys "
                 f"{key_names(['name', *others])}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -136,7 +136,7 @@ def _render(
     for row, turns, text in zip(rows, chosen, texts, strict=False):
         if isinstance(text, InputError):
             found.append(text)
-        elif problem := left_out(row.messages[: turns[-1]], text, _renders(chat, row, turns[-1])):
+        elif problem := _left_out(chat, row, turns[-1], text):
             found.append(problem)
         else:
             found.append(_Rendered(row, turns, text, {}, {turns[-1]: text}))
@@ -148,14 +148,14 @@ def _render(
     return found
 
 
-def _renders(chat: Chat, row: Row, last: int) -> Callable[[Sequence[Message]], str]:
-    """Renders other messages before a row's last trained answer."""
+def _left_out(chat: Chat, row: Row, last: int, text: str) -> InputError | None:
+    """A message before a row's last trained answer that its text does not hold."""
+    answer = row.messages[last]
 
     def render(messages: Sequence[Message]) -> str:
-        whole = [*messages, row.messages[last]]
-        return chat.render(whole, generation_prompt=False, tools=row.tools)
+        return chat.render([*messages, answer], generation_prompt=False, tools=row.tools)
 
-    return render
+    return left_out(row.messages[:last], text, render, [answer])
 
 
 def _places(chat: Chat, item: _Rendered) -> list[_Place] | InputError:
@@ -215,7 +215,7 @@ def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
             continue
         own = min(common_start(text, other), other.find(marker))
         if (thought := _thought_at(chat, item, turn, marker)) is not None:
-            own = thought
+            own = min(own, thought)  # a mark that opens a thought may begin as the thought does
         shared = common_start(text, until or "")
         if until and (shared == len(until) or _holds(text[own:shared], message)):
             end = shared
@@ -236,7 +236,7 @@ def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
 
 
 def _thought_at(chat: Chat, item: _Rendered, turn: int, marker: str) -> int | None:
-    """Where an answer begins with its thought, in characters; None where it does not."""
+    """Where an answer's thought begins, in characters; None where it has none of its own."""
     message = item.row.messages[turn]
     key = next((key for key in THOUGHTS if message.get(key)), None)
     if key is None:
