@@ -15,7 +15,7 @@ from conftest import write_rows
 from pact_offline.errors import InputError
 from pact_offline.rows.files import values_of
 from pact_offline.rows.subset import Subset, write_subsets
-from pact_offline.training.checkpoints import Checkpoints, held
+from pact_offline.training.checkpoints import checkpoints_held
 
 Fails = Callable[..., str]
 
@@ -70,17 +70,34 @@ EVALUATE = "evaluate --name run --model A --task rows.jsonl --max-new-tokens 2"
          "A, which --model reads"),
         (f"{EVALUATE} --reference reference -o reference", "reference, which --reference reads"),
         (f"{EVALUATE} --set more:answer=reference/rows.jsonl -o reference", "which --set reads"),
+        (f"{EVALUATE} --rates adapter/more.py:one -o adapter", "adapter, which --rates reads"),
+        (f"score {SCORE} --chat-template t.jinja -o t.jinja", "which --chat-template reads"),
     ],
 )  # fmt: skip
 def test_an_output_that_is_an_input_is_refused(
     command: str, found: str, place: Path, fails: Fails
 ) -> None:
     shutil.copy(place / "rows.jsonl", place / "reference" / "rows.jsonl")
+    (place / "adapter" / "more.py").touch()
+    (place / "t.jinja").touch()
     before = tree(place)
     line = fails(*command.split())
     assert "expected a place of its own, found " in line
     assert found in line
     assert tree(place) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "finetune --model gpt2 --rows no.jsonl --objective none -o gpt2",
+        "finetune --model A --rows no+adapter --objective none -o adapter",
+        "evaluate --name x --model none --set xstest -o xstest",
+        "evaluate --name x --model none --harmful hub:adapter -o adapter",
+    ],
+)
+def test_a_name_that_is_no_path_is_no_input(command: str, place: Path, fails: Fails) -> None:
+    assert "place of its own" not in fails(*command.split())
 
 
 def test_subsets_are_written_all_or_none(tmp_path: Path) -> None:
@@ -134,15 +151,23 @@ def test_views_of_strings_are_copied(name: str, tmp_path: Path) -> None:
 
 
 def test_two_runs_of_one_output_do_not_share_checkpoints(tmp_path: Path) -> None:
-    one, other = (Checkpoints(tmp_path / "adapter", run) for run in ("a" * 64, "b" * 64))
-    with (
-        held(one),
-        pytest.raises(InputError, match="expected checkpoints of no other run that trains now"),
-        held(other),
-    ):
+    output, folder = tmp_path / "adapter", tmp_path / ".adapter.checkpoints"
+    expected = "expected checkpoints of no other run that trains now"
+    with checkpoints_held(output, keeps=True):
+        with pytest.raises(InputError, match=expected), checkpoints_held(output, keeps=True):
+            pass
+        with checkpoints_held(output, keeps=False):  # ends, and leaves what another one needs
+            pass
+        assert folder.exists()
+        with checkpoints_held(tmp_path / "another", keeps=True):
+            pass
+    assert not folder.exists()
+    with pytest.raises(KeyError), checkpoints_held(output, keeps=True):
+        raise KeyError
+    assert folder.exists()  # for the same command to go on from
+    with checkpoints_held(output, keeps=False):
         pass
-    with held(other), held(Checkpoints(tmp_path / "another", "a" * 64)), held(None):
-        pass
+    assert not folder.exists()
 
 
 def test_a_refused_rehearsal_leaves_the_one_that_is_there(

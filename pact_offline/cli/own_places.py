@@ -10,8 +10,11 @@ from typing import Any
 
 import click
 
-from pact_offline.cli.options import OUTPUT_FILE, OUTPUT_FOLDER, Name, Place
+from pact_offline.cli.options import MODEL, OUTPUT_FILE, OUTPUT_FOLDER, Name, Place
 from pact_offline.errors import SettingError
+
+_FILES = ("chat_template", "endpoint_prompt", "guard", "lm_eval_include")  # settings that name one
+_CODE = ("objective", "judge", "rates")  # FILE:FUNCTION
 
 
 def with_own_places(command: click.Command) -> click.Command:
@@ -51,22 +54,28 @@ def _require_own_places(ctx: click.Context) -> None:
 
 
 def _inputs(ctx: click.Context) -> Iterator[tuple[str, Path]]:
-    """What a command reads, and which option names it."""
+    """What a command reads, of what is there, and which option names it."""
     for param in ctx.command.params:
         name = param.opts[0] if isinstance(param, click.Option) else param.make_metavar(ctx)
         for value in _values(ctx, param):
-            if param.name == "sets":
-                yield name, _real(str(value).rpartition("=")[2])
-            elif isinstance(param.type, Place | Name) and param.type not in (
-                OUTPUT_FILE,
-                OUTPUT_FOLDER,
-            ):
-                yield name, _real(value)
-                model, _, adapter = str(value).rpartition("+")
-                if model:
-                    yield from ((name, _real(part)) for part in (model, adapter))
-                if param.name == "metrics":
-                    yield name, _real(Path(value).with_name("answers.jsonl"))
+            for place in _places(param, str(value)):
+                if os.path.lexists(place):  # any other is a name of the hub
+                    yield name, _real(place)
+
+
+def _places(param: click.Parameter, value: str) -> Iterator[str | Path]:
+    if param.type in (OUTPUT_FILE, OUTPUT_FOLDER) or value.startswith("hub:"):
+        return
+    if param.name == "sets":
+        yield from value.partition("=")[2:]
+    elif param.name in _CODE:
+        yield from (one.strip().rpartition(":")[0] for one in value.split(","))
+    elif param.name in _FILES or isinstance(param.type, Place | Name):
+        yield value
+        if param.type is MODEL:
+            yield from value.rpartition("+")[::2]
+        if param.name == "metrics":
+            yield Path(value).with_name("answers.jsonl")
 
 
 def _values(ctx: click.Context, param: click.Parameter) -> tuple[Any, ...]:

@@ -57,8 +57,12 @@ def generate(
     ends = ends_of_answers(own, tokenizer.eos_token_id, end_of_turn)
     avoided = [tokenizer(text, add_special_tokens=False).input_ids for text in avoid]
     avoided_first = [i for i in tokenizer.convert_tokens_to_ids(list(avoid_first)) if i is not None]
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
+    # A prompt whose answer ends early is asked alone, so that it ends no other's.
+    is_short = [most is not None and len(ids) + max_new_tokens > most for ids in prompts]
+    others = [i for i in order if not is_short[i]]
+    batches = [[i] for i in order if is_short[i]]
+    batches += [others[at : at + batch_size] for at in range(0, len(others), batch_size)]
+    for batch in batches:
         if known and all(i in known for i in batch):
             for i in batch:
                 answers[i] = known[i]
@@ -99,5 +103,7 @@ def generate(
 def _positions(model: Any) -> int | None:
     """How many positions a model has a table of, as GPT-2 does; None where it computes them."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
     tables = (part for part in model.modules() if isinstance(part, torch.nn.Embedding))
-    return most if any(table.num_embeddings == most for table in tables) else None
+    sizes = {table.num_embeddings for table in tables if table is not words}
+    return most if most is not None and sizes & {most, most + 2} else None  # 2 more: OPT

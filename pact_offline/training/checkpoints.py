@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,31 @@ class Checkpoints:
 
 
 @contextmanager
-def held(checkpoints: Checkpoints | None) -> Iterator[None]:
-    """Hold the checkpoints of an output, for as long as a run of it lives.
+def checkpoints_held(output: Path, *, keeps: bool) -> Iterator[None]:
+    """Hold the checkpoints of an output, for as long as a run of it lives; when it is done, remove
+    them.
+
+    Args:
+        output: where the result will be.
+        keeps: whether the run keeps checkpoints; another leaves those of a run that lives.
 
     Raises:
         InputError: another run has them.
     """
-    if checkpoints is None:
+    if not keeps:
         yield
+        if _folder_of(output).exists():
+            with suppress(InputError), _locked(output):
+                remove_checkpoints(output)
         return
-    folder = checkpoints.folder.parent
+    with _locked(output):
+        yield
+        remove_checkpoints(output)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    folder = _folder_of(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("a")

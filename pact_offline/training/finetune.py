@@ -47,10 +47,9 @@ from pact_offline.training.arguments import training_arguments
 from pact_offline.training.checkpoints import (
     Checkpoints,
     EpochOrder,
+    checkpoints_held,
     fingerprint,
-    held,
     interruption_told,
-    remove_checkpoints,
     require_space,
     step_of,
     tell_of_killed_runs,
@@ -157,7 +156,7 @@ def finetune(
             log.warning("%s", line)
         checkpoints.tell() if checkpoints else tell_of_killed_runs(output)
     with (
-        held(checkpoints) if is_main else nullcontext(),
+        checkpoints_held(output, keeps=bool(checkpoints)) if is_main else nullcontext(),
         interruption_told(checkpoints) if is_main else nullcontext(),
         output_aside(output) if is_main else scratch_folder() as aside,
     ):
@@ -219,7 +218,6 @@ def finetune(
             chat.tokenizer.save_pretrained(aside)
             (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
             write_json(aside / RUN_FILE, facts)
-    remove_checkpoints(output)
     return facts
 
 
