@@ -29,7 +29,7 @@ from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import RunConfig, WorkflowConfig, workflow_schema_text
 
 CONFIGS = [
-    "config.yaml", "sweep.yaml", "sweep-seeds.yaml", "study.yaml", "rivals.yaml",
+    "config.yaml", "sweep.yaml", "sweep-seeds.yaml", "seeds.yaml", "study.yaml", "rivals.yaml",
     "llama-3.1-8b.yaml",
 ]  # fmt: skip
 RUNS = ("sft", "pact", "kept")
