@@ -1,5 +1,5 @@
-# From a pair of models and rows to a report. The demo's config is stages/config.yaml, and every key is in
-# stages/config.schema.yaml.
+# From a pair of models and rows to a report. The demo's config is stages/config.yaml, and every key
+# is in stages/config.schema.yaml.
 from snakemake.utils import min_version
 
 min_version("9.10")

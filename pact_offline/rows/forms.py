@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pact_offline.errors import InputError
-from pact_offline.rows.columns import mapped, no_column, renamed, suggestion
+from pact_offline.rows.calls import calls_of, tool_of
+from pact_offline.rows.columns import mapped, no_column, renamed
 from pact_offline.rows.row import Message, Row, has_answer
-from pact_offline.rows.values import from_json, key_name, key_names, require_unicode, shown, text_of
+from pact_offline.rows.suggested_columns import suggestion
+from pact_offline.rows.values import key_name, key_names, require_unicode, shown, text_of
 
 ROLES = {
     "human": "user",
@@ -34,8 +36,6 @@ ROLES = {
 }
 _KNOWN_ROLES = {*ROLES, "system", "developer", "user", "assistant", "tool"}  # in any case
 _ANSWERS = ("response", "completion", "output", "answer")
-_ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call, as they are called
-_OF_CALLS = ("name", "id", "call_id", "type", "index", *_ARGUMENTS)
 _CONTROLS = ("weight", "train")  # of a message: whether it is learnt
 _TEXT_OR_LIST = "text or a list of messages"
 _MESSAGE_KEYS = ("role", "from", "content", "value", *_CONTROLS)
@@ -387,10 +387,10 @@ def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
     message |= require_unicode(others, place, origin)
     for name in ("function_call", "tool_calls"):  # the first is OpenAI's older one
         given_calls = message.pop(name, None)
-        if given_calls and (calls := _calls(given_calls, f"{place}.{name}", origin)):
+        if given_calls and (calls := calls_of(given_calls, f"{place}.{name}", origin)):
             message["tool_calls"] = calls
     if folded == "function_call" and "tool_calls" not in message:
-        message["tool_calls"] = _calls(content, f"{place}.value", origin)
+        message["tool_calls"] = calls_of(content, f"{place}.value", origin)
     elif content is not None:
         message["content"] = text_of(content, f"{place}.content", origin)
     elif not has_answer(message):
@@ -411,50 +411,6 @@ def _is_trained(item: dict[str, Any], place: str, origin: str) -> bool:
     return all(item.get(key, 1) for key in _CONTROLS)
 
 
-def _calls(value: Any, place: str, origin: str) -> list[Any]:
-    """Calls of tools as chat templates read them: the arguments an object, not its JSON text."""
-    calls = from_json(value)
-    calls = calls if isinstance(calls, list) else [calls]
-    found = []
-    for index, call in enumerate(calls):
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise InputError(
-                f"{origin}: {place}[{index}]: expected a call with name and arguments, found "
-                f"{shown(call)}"
-            )
-        inner = {key: part for key, part in inner.items() if part is not None}
-        named = next((key for key in _ARGUMENTS if key in inner), None)
-        others = [key for key, part in inner.items() if isinstance(from_json(part), dict | list)]
-        if named is None and others:
-            raise InputError(
-                f"{origin}: {place}[{index}]: expected the arguments of a call, found the keys "
-                f"{key_names(['name', *others])}"
-            )
-        outer = {k: v for k, v in call.items() if v is not None and k in ("id", "call_id")}
-        if "function" in call:
-            outer = {k: v for k, v in call.items() if v is not None}
-            kept = {key: part for key, part in inner.items() if key not in _ARGUMENTS}
-        else:
-            kept = {key: part for key, part in inner.items() if key not in _OF_CALLS}
-        function = {
-            "name": inner["name"],
-            **kept,
-            "arguments": from_json(inner[named] or {}) if named else {},
-        }
-        found.append({"type": "function", **outer, "function": function})
-    require_unicode(found, place, origin)
-    return found
-
-
 def _tools(value: _Keys, key: str) -> tuple[Any, ...] | None:
-    tools = tuple(_tool(from_json(tool)) for tool in value.listed(key))
+    tools = tuple(map(tool_of, value.listed(key)))
     return require_unicode(tools, key, value.origin) or None
-
-
-def _tool(tool: Any) -> Any:
-    """A tool as chat templates read it, below `function`, also where it is written without."""
-    if not isinstance(tool, dict) or "function" in tool or "name" not in tool:
-        return tool
-    inner = {key: part for key, part in tool.items() if key != "type" or part != "function"}
-    return {"type": "function", "function": inner}
