@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 from pact_offline.errors import InputError
 from pact_offline.rows.chat import Chat, Conversation, common_start
 from pact_offline.rows.dropped import MARKER, left_out, said_by
+from pact_offline.rows.pieces import Piece, encode, encode_apart, token_at
 from pact_offline.rows.row import THOUGHTS, Message, Row, has_answer
 
 Turns = Literal["all", "last"]
-_LEADS = "\n.a0"  # characters to put before a text, of which one is a token of its own
 
 
 class Turn(NamedTuple):
@@ -100,7 +100,7 @@ def find_spans(
         assert isinstance(item, _Rendered)
         found.append(None)
         located.append((item, index, places))
-    encoded = _encode(chat.tokenizer, [item.text for item, _, _ in located])
+    encoded = encode(chat.tokenizer, [item.text for item, _, _ in located])
     for (item, index, places), whole in zip(located, encoded, strict=True):
         spans = _tokens(chat.tokenizer, item.text, places, whole, train_scaffold)
         spans = spans._replace(unread=_thoughts_left_out(item, places))
@@ -298,50 +298,22 @@ def _variants(message: Message, marker: str) -> list[Message]:
     return variants if message["content"].strip() else variants[::-1]
 
 
-class _Piece(NamedTuple):
-    """A part of a text.
-
-    Attributes:
-        start: the character it begins at.
-        tokens: its encoding; None without a fast tokenizer.
-        offset: what to add to a token's number in the encoding.
-        first: the number of its first token.
-        lead: characters of the encoding that stand before the part.
-    """
-
-    start: int
-    tokens: Any
-    offset: int
-    first: int
-    lead: int = 0
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[Any]:
-    """Encodings that know which token a character lies in; None without a fast tokenizer."""
-    if not tokenizer.is_fast:
-        return [None] * len(texts)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return list(backend.encode_batch(texts, add_special_tokens=False))
-
-
 def _tokens(
     tokenizer: Any, text: str, places: list[_Place], whole: Any, train_scaffold: bool
 ) -> Spans:
     cuts: list[int] = []
     if whole is not None:
-        ids, pieces = list(whole.ids), [_Piece(0, whole, 0, 0)]
+        ids, pieces = list(whole.ids), [Piece(0, whole, 0, 0)]
         cuts = [at for place in places for at in _cuts(place, whole, text)]
     else:
         cuts = [at for place in places for at in (place.header, place.end)]
     if cuts or whole is None:
-        ids, pieces = _encode_apart(tokenizer, text, sorted({0, *cuts}))
+        ids, pieces = encode_apart(tokenizer, text, sorted({0, *cuts}))
     found = []
     for place in places:
-        end = _token_at(pieces, place.end, len(ids)) if place.end < len(text) else len(ids)
-        header = _token_at(pieces, place.header, end)
-        first = max(header, _token_at(pieces, place.own, end))
+        end = token_at(pieces, place.end, len(ids)) if place.end < len(text) else len(ids)
+        header = token_at(pieces, place.header, end)
+        first = max(header, token_at(pieces, place.own, end))
         found.append(Turn(header, header if train_scaffold else first, first, end))
     return Spans(ids[: found[-1].end], found)
 
@@ -361,47 +333,3 @@ def _cuts(place: _Place, whole: Any, text: str) -> list[int]:
         if start < at and (at == place.header or text[start:at].strip(" ")):
             found.append(at)
     return found
-
-
-def _encode_apart(tokenizer: Any, text: str, starts: list[int]) -> tuple[list[int], list[_Piece]]:
-    ids: list[int] = []
-    pieces = []
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-        part = text[start:end]
-        tokens, lead, skipped = _encode_behind(tokenizer, part, _LEADS if start else "")
-        pieces.append(_Piece(start, tokens, len(ids) - skipped, len(ids), lead))
-        if tokens is None:
-            ids += tokenizer(part, add_special_tokens=False).input_ids
-        else:
-            ids += tokens.ids[skipped:]
-    return ids, pieces
-
-
-def _encode_behind(tokenizer: Any, part: str, leads: str) -> tuple[Any, int, int]:
-    """A part's tokens, without a space that a tokenizer of SentencePiece's kind begins texts with.
-
-    Returns:
-        encoding; characters and tokens in it that stand before the part.
-    """
-    alone = _encode(tokenizer, [part])[0]
-    if alone is not None and alone.tokens and alone.tokens[0].startswith("▁"):
-        for lead in leads:
-            tokens = _encode(tokenizer, [lead + part])[0]
-            first = tokens.char_to_token(1)
-            if first is not None and tokens.token_to_chars(first)[0] == 1:
-                return tokens, 1, first
-    return alone, 0, 0
-
-
-def _token_at(pieces: list[_Piece], at: int, limit: int) -> int:
-    """The token that a character lies in, or the next that any character does."""
-    piece = next(piece for piece in reversed(pieces) if piece.start <= at)
-    if piece.tokens is None or at == piece.start:
-        return int(piece.first)
-    later = [other.first for other in pieces if other.start > piece.start]
-    place = at - piece.start + piece.lead
-    for char in range(place, place + 64):
-        token = piece.tokens.char_to_token(char)
-        if token is not None:
-            return int(piece.offset + token)
-    return later[0] if later else limit
