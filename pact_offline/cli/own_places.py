@@ -35,22 +35,27 @@ def with_own_places(command: click.Command) -> click.Command:
 
 def _require_own_places(ctx: click.Context) -> None:
     inputs = {place: option for option, place in _inputs(ctx)}
-    for param in ctx.command.params:
-        for output in _values(ctx, param) if param.type in (OUTPUT_FILE, OUTPUT_FOLDER) else ():
-            place = _real(output)
-            read = inputs.get(place)
-            if read is None and param.name == "output" and param.type is OUTPUT_FOLDER:
-                # An earlier output is replaced whole.
-                read = next((inputs[one] for one in inputs if place in one.parents), None)
-            if read is None and ctx.info_name == "rehearse":
-                from pact_offline.cache.targets import answers_place
+    for param, output, place in _outputs(ctx):
+        read = inputs.get(place)
+        if read is None and param.name == "output" and param.type is OUTPUT_FOLDER:
+            # An earlier output is replaced whole.
+            read = next((inputs[one] for one in inputs if place in one.parents), None)
+        if read is not None:
+            raise SettingError(
+                f"{param.opts[0]}: expected a place of its own, found {output}, which {read} reads"
+            )
 
-                read = inputs.get(_real(answers_place(Path(output))))
-            if read is not None:
-                raise SettingError(
-                    f"{param.opts[0]}: expected a place of its own, found {output}, which {read} "
-                    "reads"
-                )
+
+def _outputs(ctx: click.Context) -> Iterator[tuple[click.Parameter, str, Path]]:
+    """What a command writes: the option, what it names, and where that is."""
+    for param in ctx.command.params:
+        if param.type in (OUTPUT_FILE, OUTPUT_FOLDER):
+            for output in _values(ctx, param):
+                yield param, str(output), _real(output)
+                if ctx.info_name == "rehearse":
+                    from pact_offline.cache.targets import answers_place
+
+                    yield param, str(output), _real(answers_place(output))
 
 
 def _inputs(ctx: click.Context) -> Iterator[tuple[str, Path]]:
