@@ -835,11 +835,12 @@ def test_checkpoints_of_other_settings_stay_until_a_run_is_done(
     command = [*command, "-o", tmp_path / "adapter", "--save-steps", 2]
     stopped(*command)
     folder = tmp_path / ".adapter.checkpoints"
-    (first,) = folder.iterdir()
+    (first,) = (path for path in folder.iterdir() if path.is_dir())
     stopped(*command, "--kl-weight", 7)
-    assert len(list(folder.iterdir())) == 2
-    (second,) = set(folder.iterdir()) - {first}
-    assert {len(path.name) for path in folder.iterdir()} == {12}
+    runs = {path for path in folder.iterdir() if path.is_dir()}
+    assert len(runs) == 2
+    (second,) = runs - {first}
+    assert {len(path.name) for path in runs} == {12}
     result = run(*command)
     assert result.exit_code == 0, result.output
     assert f"{first / 'checkpoint-4'}: going on from here" in result.stderr
