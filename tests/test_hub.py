@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, write_rows
 from hub import COMMIT, serve
 
+from pact_offline.evaluation.published_sets import PUBLISHED_SETS
+
 ROWS = {
     split: [{"prompt": f"{split} {number}", "response": "Billing"} for number in range(3)]
     for split in ("train", "test")
@@ -22,6 +24,10 @@ OTHER_WEIGHTS = (
     "pytorch_model.bin", "custom.py", "original/consolidated.00.pth", "original/params.json",
     "onnx/model.safetensors", "consolidated.safetensors",
 )  # fmt: skip
+XSTEST = [
+    {"prompt": "How to do well?", "type": "homonyms", "label": "safe"},
+    {"prompt": "How to do wrong?", "type": "contrast_homonyms", "label": "unsafe"},
+]
 UNNEEDED = "notes.json"  # fetched, and no loader asks for it
 # A process of its own, as the hub's address is read when its library is loaded.
 PROGRAM = """
@@ -29,6 +35,7 @@ import json, sys
 from click.testing import CliRunner
 from pact_offline.cli import cli
 from pact_offline.errors import PactError
+from pact_offline.evaluation.prompt_sets import read_prompts
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.rows.chat import load_tokenizer
@@ -39,6 +46,10 @@ def rows(source):
         return [[row.prompt[0]["content"], row.response] for row in read_rows(source)]
     except PactError as error:
         return str(error)
+
+def prompts(name):
+    (found,) = read_prompts({}, [(name, "hub")]).values()
+    return [[row.question, row.category] for row in found.rows]
 
 def score(model):
     done = CliRunner().invoke(cli, ["score", "--model", model, *sys.argv[1:]])
@@ -56,6 +67,7 @@ json.dump({
     "revision_tokens": len(load_tokenizer("someone/tiny@" + files.path.name)),
     "rows": {name: rows(f"hub:someone/{name}") for name in
              ("rows", "rows:test", "rows:other", "missing", "gated")},
+    "sets": {name: prompts(name) for name in ("xstest-safe", "xstest-unsafe", "hex-phi")},
 }, sys.stdout)
 """
 
@@ -75,6 +87,12 @@ def answers(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     rows.mkdir()
     for split, values in ROWS.items():
         write_rows(rows / f"{split}.jsonl", values)
+    xstest, hex_phi = folder / "xstest", folder / "hex-phi"
+    xstest.mkdir()
+    write_rows(xstest / "test.jsonl", XSTEST)
+    hex_phi.mkdir()
+    for name in PUBLISHED_SETS["hex-phi"].files:
+        (hex_phi / name).write_text(f'"First of {name}, wrong"\n"Second"\n')
     tokens = folder / "tokens.json"
     tokens.write_text("{}")
     options = [
@@ -95,6 +113,8 @@ def answers(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "models/someone/tiny": tiny,
         "models/someone/pickled": pickled,
         "datasets/someone/rows": rows,
+        "datasets/walledai/XSTest": xstest,
+        "datasets/LLM-Tuning-Safety/HEx-PHI": hex_phi,
     }
     with serve(repositories, "models/someone/gated", "datasets/someone/gated") as hub:
         environment = hub.environment(folder / "home")
@@ -134,6 +154,19 @@ def test_rows_of_the_hub_are_read_by_split(answers: dict[str, Any]) -> None:
         "hub:someone/rows:other: cannot be read as a dataset: "
         "Unknown split \"other\". Should be one of ['train', 'test']."
     )
+
+
+def test_published_sets_are_read_as_the_hub_lays_them_out(answers: dict[str, Any]) -> None:
+    """XSTest has no split but `test`, and HEx-PHI a file a category, without names of columns."""
+    for said in (answers["online"], answers["offline"]):
+        sets = said["sets"]
+        assert sets["xstest-safe"] == [["How to do well?", "homonyms"]]
+        assert sets["xstest-unsafe"] == [["How to do wrong?", "contrast_homonyms"]]
+        assert sets["hex-phi"] == [
+            [prompt, category]
+            for name, category in PUBLISHED_SETS["hex-phi"].files.items()
+            for prompt in (f"First of {name}, wrong", "Second")
+        ]
 
 
 def test_what_was_fetched_once_is_used_without_the_hub(answers: dict[str, Any]) -> None:

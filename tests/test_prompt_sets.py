@@ -67,6 +67,45 @@ def test_a_published_set_is_read_as_its_repository_ships_it(
     assert f"published with {PUBLISHED_SETS[name].count} prompts; these are 2" in line
 
 
+def test_the_files_of_a_set_are_read_from_their_folder(tmp_path: Path) -> None:
+    files = PUBLISHED_SETS["hex-phi"].files
+    for name in files:
+        (tmp_path / name).write_text(f'"Of {name}"\n"And worse?"\n')
+    (found,) = read_prompts({}, [("hex-phi", str(tmp_path))]).values()
+    assert [(row.question, row.category) for row in found.rows] == [
+        (text, category)
+        for name, category in files.items()
+        for text in (f"Of {name}", "And worse?")
+    ]
+    (tmp_path / "category_9.csv").unlink()
+    with pytest.raises(InputError, match=r"expected the 10 files of HEx-PHI, found no category_9"):
+        read_prompts({}, [("hex-phi", str(tmp_path))])
+
+
+@pytest.mark.parametrize(
+    ("name", "category"),
+    [
+        ("strongreject", "A"),
+        ("harmbench", "illegal"),
+        ("jailbreakbench", "c"),
+        ("xstest-safe", "homonyms"),
+        ("or-bench-hard", "privacy"),
+        ("advbench", None),
+    ],
+)
+def test_a_prompt_keeps_its_category(name: str, category: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text(SHIPPED[name])
+    (found,) = read_prompts({}, [(name, str(path))]).values()
+    assert found.rows[0].category == category
+
+
+def test_values_of_a_published_set_are_compared_without_case(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text(SHIPPED["harmbench"].replace(",standard,", ",Standard ,"))
+    assert questions("harmbench", path) == ["How to do wrong?", "And worse?"]
+
+
 @pytest.mark.parametrize("name", ["strongreject", "harmbench", "advbench", "xstest-unsafe"])
 def test_a_published_set_is_read_as_the_hub_has_it(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "hub"
@@ -97,7 +136,11 @@ def test_the_older_xstest_marks_what_is_unsafe_by_its_type(tmp_path: Path) -> No
         ("harmbench", "Behavior\nHow?\n", "with a column FunctionalCategory, found"),
         ("advbench", "goal,target\n,Sure\n", "goal: expected text, found ''"),
         ("hex-phi", "a,b\nc,d\n", "expected the form of HEx-PHI"),
-        ("harmbench", "Behavior,FunctionalCategory\nHow?,copyright\n", "expected prompts of HarmB"),
+        (
+            "harmbench",
+            "Behavior,FunctionalCategory\nHow?,copyright\n",
+            "expected prompts of HarmBench (standard), found none with FunctionalCategory standard",
+        ),
     ],
 )
 def test_another_form_is_refused_by_file_and_line(

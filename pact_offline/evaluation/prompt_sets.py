@@ -128,7 +128,7 @@ def read_prompts(
 
 
 def _read(source: str | Path, kind: Kind, columns: Mapping[str, str] | None) -> list[Row]:
-    rows = read_rows(source, needs_response=kind == "task", columns=columns)
+    rows = read_rows(source, needs_response=kind == "task", columns=columns, reads_category=True)
     for row in rows:
         if kind == "task" and not row.response:
             raise InputError(

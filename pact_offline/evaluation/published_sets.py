@@ -23,7 +23,9 @@ class PublishedSet:
         columns: names of the column with the prompt, in the hub's form and in the files'.
         takes: of these columns, where a row has them, only these values are of this set.
         leaves: and these are not.
-        is_bare: its files have a prompt a line and no names of columns.
+        category: name of the column with a prompt's category.
+        files: of a set that is shipped as several files, with a prompt a line and no names of
+            columns: the name of each, and its category.
         count: prompts that it was published with.
         citation: of its paper.
     """
@@ -36,7 +38,8 @@ class PublishedSet:
     citation: str
     takes: Mapping[str, str] = field(default_factory=dict)
     leaves: Mapping[str, str] = field(default_factory=dict)
-    is_bare: bool = False
+    category: str = "category"
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 PUBLISHED_SETS: dict[str, PublishedSet] = {
@@ -56,6 +59,7 @@ PUBLISHED_SETS: dict[str, PublishedSet] = {
         200,
         "Mazeika et al. 2024, arXiv 2402.04249",
         takes={"FunctionalCategory": "standard"},
+        category="SemanticCategory",
     ),
     "jailbreakbench": PublishedSet(
         "JailbreakBench (harmful)",
@@ -64,6 +68,7 @@ PUBLISHED_SETS: dict[str, PublishedSet] = {
         ("Goal", "goal", "prompt"),
         100,
         "Chao et al. 2024, arXiv 2404.01318",
+        category="Category",
     ),
     "jailbreakbench-benign": PublishedSet(
         "JailbreakBench (benign)",
@@ -72,6 +77,7 @@ PUBLISHED_SETS: dict[str, PublishedSet] = {
         ("Goal", "goal", "prompt"),
         100,
         "Chao et al. 2024, arXiv 2404.01318",
+        category="Category",
     ),
     "advbench": PublishedSet(
         "AdvBench",
@@ -88,26 +94,39 @@ PUBLISHED_SETS: dict[str, PublishedSet] = {
         ("instruction", "prompt"),
         300,
         "Qi et al. 2023, arXiv 2310.03693",
-        is_bare=True,
+        files={
+            "category_1.csv": "illegal activity",
+            "category_3.csv": "hate, harassment and violence",
+            "category_4.csv": "malware",
+            "category_5.csv": "physical harm",
+            "category_6.csv": "economic harm",
+            "category_7.csv": "fraud and deception",
+            "category_8.csv": "adult content",
+            "category_9.csv": "political campaigning",
+            "category_10.csv": "privacy violation",
+            "category_11.csv": "tailored financial advice",
+        },
     ),
     "xstest-safe": PublishedSet(
         "XSTest (safe)",
         "answer",
-        "hub:walledai/XSTest",
+        "hub:walledai/XSTest:test",
         ("prompt",),
         250,
         "Röttger et al. 2023, arXiv 2308.01263",
         takes={"label": "safe"},
         leaves={"type": "contrast_"},
+        category="type",
     ),
     "xstest-unsafe": PublishedSet(
         "XSTest (unsafe)",
         "refuse",
-        "hub:walledai/XSTest",
+        "hub:walledai/XSTest:test",
         ("prompt",),
         200,
         "Röttger et al. 2023, arXiv 2308.01263",
         takes={"label": "unsafe", "type": "contrast_"},
+        category="type",
     ),
     "or-bench-hard": PublishedSet(
         "OR-Bench-Hard-1K",

@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import InputError
+from pact_offline.errors import InputError, first_line
 from pact_offline.evaluation.published_sets import PUBLISHED_SETS, PublishedSet
-from pact_offline.rows.files import origin_of, values_of
+from pact_offline.models.locate import hub_name, looks_like_path
+from pact_offline.rows.files import is_hub, origin_of, values_of
 from pact_offline.rows.row import Row
-from pact_offline.rows.values import key_names
+from pact_offline.rows.values import category_of, key_names, text_of
 
 log = logging.getLogger(__name__)
 
 
 def read_published(name: str, source: str | None) -> list[Row]:
-    """The prompts of a published set.
+    """The prompts of a published set, with their categories.
 
     Args:
         name: a key of `PUBLISHED_SETS`.
-        source: the file that its repository ships, or another place on the hub; None: the hub.
+        source: the file that its repository ships, of several files their folder or one of them,
+            or another place on the hub; None: the hub.
 
     Raises:
         MissingFileError, InputError: there is none, or it has another form; names file and line.
     """
     published = PUBLISHED_SETS[name]
     place = source or published.hub
-    rows = [
-        Row(({"role": "user", "content": prompt},), origin)
-        for prompt, origin in _prompts(published, place)
-    ]
+    rows = [row for file in _files(published, place) for row in _rows(published, file)]
     if not rows:
-        raise InputError(f"{place}: expected prompts of {published.title}, found none")
+        wanted = " and ".join(f"{key} {value}" for key, value in published.takes.items())
+        raise InputError(
+            f"{place}: expected prompts of {published.title}, found none"
+            + (f" with {wanted}" if wanted else "")
+        )
     if len(rows) != published.count:
         log.warning(
             "%s: %s was published with %d prompts; these are %d",
@@ -44,8 +48,50 @@ def read_published(name: str, source: str | None) -> list[Row]:
     return rows
 
 
-def _prompts(published: PublishedSet, source: str) -> Iterator[tuple[str, str]]:
-    """Each prompt of a set, with its file and line."""
+def _files(published: PublishedSet, place: str) -> list[str]:
+    """The sources that a set is in: of one that is shipped as several files, each."""
+    if not published.files:
+        return [place]
+    if is_hub(place):
+        folder = _fetched(published, place)
+    elif Path(place).is_dir():
+        folder = Path(place)
+    else:
+        return [place]
+    missing = [name for name in published.files if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{place}: expected the {len(published.files)} files of {published.title}, found no "
+            f"{', '.join(missing)}"
+        )
+    return [str(folder / name) for name in published.files]
+
+
+def _fetched(published: PublishedSet, place: str) -> Path:
+    """The folder with a set's files, fetched from the hub where they are not there yet."""
+    from huggingface_hub import snapshot_download
+
+    name = place.removeprefix("hub:")
+    if looks_like_path(name):
+        return Path(name)
+    repository, revision = hub_name(name)
+    try:
+        folder = snapshot_download(
+            repository,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=[*published.files],
+        )
+    except Exception as error:  # whatever the hub, or the way to it, raises
+        raise InputError(
+            f"{place}: {published.title} cannot be fetched: {first_line(error)}"
+        ) from None
+    return Path(folder)
+
+
+def _rows(published: PublishedSet, source: str) -> Iterator[Row]:
+    """The prompts of one file."""
+    of_file = published.files.get(Path(source).name)
     is_first = True
     for value in values_of(source):
         if value.problem is not None:
@@ -58,12 +104,13 @@ def _prompts(published: PublishedSet, source: str) -> Iterator[tuple[str, str]]:
                 f"{type(found).__name__}"
             )
         column = next((name for name in published.columns if name in found), None)
-        if column is None and published.is_bare and len(found) == 1:
+        if column is None and published.files and len(found) == 1:
             ((header, prompt),) = found.items()
             if is_first:  # the first line was taken for the names of columns
-                yield header, origin_of(source, 1)
+                first = origin_of(source, 1)
+                yield _row(_text(header, first, "prompt"), first, of_file)
                 is_first = False
-            yield _text(prompt, origin, header), origin
+            yield _row(_text(prompt, origin, "prompt"), origin, of_file)
             continue
         if column is None:
             raise InputError(
@@ -80,7 +127,12 @@ def _prompts(published: PublishedSet, source: str) -> Iterator[tuple[str, str]]:
                 f"{_or((*published.takes,))}, found {key_names(found)}"
             )
         if _is_of(published, found):
-            yield _text(found[column], origin, column), origin
+            category = of_file or category_of(found, published.category) or category_of(found)
+            yield _row(_text(found[column], origin, column), origin, category)
+
+
+def _row(prompt: str, origin: str, category: str | None) -> Row:
+    return Row(({"role": "user", "content": prompt},), origin, category=category)
 
 
 def _is_of(published: PublishedSet, row: Mapping[str, Any]) -> bool:
@@ -90,7 +142,9 @@ def _is_of(published: PublishedSet, row: Mapping[str, Any]) -> bool:
     """
 
     def matches(wanted: Mapping[str, str]) -> list[bool]:
-        known = {key: str(row[key]) for key in wanted if row.get(key) is not None}
+        known = {
+            key: str(row[key]).strip().lower() for key in wanted if row.get(key) is not None
+        }
         if "label" in known:
             known.pop("type", None)
         return [
@@ -105,7 +159,7 @@ def _is_of(published: PublishedSet, row: Mapping[str, Any]) -> bool:
 def _text(value: Any, origin: str, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{origin}: {column}: expected text, found {value!r:.40}")
-    return value
+    return text_of(value, column, origin)
 
 
 def _or(names: tuple[str, ...]) -> str:

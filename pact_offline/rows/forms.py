@@ -16,7 +16,14 @@ from pact_offline.rows.calls import calls_of, tool_of
 from pact_offline.rows.columns import mapped, no_column, renamed
 from pact_offline.rows.row import Message, Row, has_answer
 from pact_offline.rows.suggested_columns import suggestion
-from pact_offline.rows.values import key_name, key_names, require_unicode, shown, text_of
+from pact_offline.rows.values import (
+    category_of,
+    key_name,
+    key_names,
+    require_unicode,
+    shown,
+    text_of,
+)
 
 ROLES = {
     "human": "user",
@@ -316,7 +323,12 @@ def parse_row(
     if needs_response:
         _require_wanted(keys)
     row = Row(
-        tuple(messages), origin, tools, frozenset(keys.not_trained), (*keys.unread, *left_over)
+        tuple(messages),
+        origin,
+        tools,
+        frozenset(keys.not_trained),
+        (*keys.unread, *left_over),
+        category_of(given),
     )
     if not any(has_answer(message) for message in row.prompt):
         raise InputError(f"{origin}: expected a prompt, found none")

@@ -31,10 +31,12 @@ class Findings:
         bad: rows that cannot be used.
         problems: what is wrong with the first of them.
         unread: rows that have a key which nothing reads, by key.
+        reads_category: whether a prompt's category is read.
     """
 
     source: str
     bad_rows: BadRows = "refuse"
+    reads_category: bool = False
     read: int = 0
     bad: int = 0
     problems: list[str] = field(default_factory=list)
@@ -93,7 +95,8 @@ def iterate_rows(
         except InputError as error:
             findings.add_problems([str(error)])
             continue
-        findings.unread.update(set(row.unread))
+        read = {"category"} if findings.reads_category and row.category else set()
+        findings.unread.update({*row.unread} - read)
         yield value.place, row
 
 
@@ -121,13 +124,20 @@ def read_rows(
     needs_response: bool = True,
     columns: Mapping[str, str] | None = None,
     bad_rows: BadRows = "refuse",
+    reads_category: bool = False,
 ) -> list[Row]:
     """All rows of one source, in order.
+
+    Args:
+        source: a path, or hub:NAME[:CONFIG[:SPLIT]][@REVISION].
+        needs_response, columns: as of `parse_row`.
+        bad_rows: what becomes of a source with rows that cannot be used.
+        reads_category: the caller reads the rows' categories.
 
     Raises:
         MissingFileError, InputError: names file and line.
     """
-    findings = Findings(str(source), bad_rows)
+    findings = Findings(str(source), bad_rows, reads_category)
     rows = iterate_rows(findings, needs_response=needs_response, columns=columns)
     found = [row for _, row in rows]
     findings.tell()

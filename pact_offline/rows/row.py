@@ -20,6 +20,7 @@ class Row:
         tools: functions that the conversation may call; None: there are none.
         not_trained: positions of assistant messages that the row says not to learn.
         unread: keys of the row, or `messages[].KEY`, that no form reads.
+        category: of a prompt, as its set has it; nothing is trained by it.
     """
 
     messages: tuple[Message, ...]
@@ -27,6 +28,7 @@ class Row:
     tools: tuple[Any, ...] | None = None
     not_trained: frozenset[int] = frozenset()
     unread: tuple[str, ...] = ()
+    category: str | None = None
 
     @property
     def answers(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pact_offline.errors import InputError
@@ -27,6 +27,14 @@ def text_of(value: Any, key: str, origin: str) -> str:
             f"{error.start}"
         ) from None
     return value
+
+
+def category_of(value: Mapping[str, Any], key: str = "category") -> str | None:
+    """The category that a prompt has in its set; None where it has none in words."""
+    found = value.get(key)
+    if not isinstance(found, str):
+        return None
+    return found.encode("utf-8", "replace").decode().strip() or None
 
 
 def require_unicode(value: Any, key: str, origin: str) -> Any:
