@@ -191,9 +191,11 @@ def test_an_adapter_that_vllm_does_not_run_is_refused_or_left_to_transformers(
     assert found.provenance["answered_by"].startswith("transformers ")
 
 
-def test_an_adapter_that_changes_nothing_yet_is_no_error(
+def test_an_adapter_that_changes_nothing_yet_is_no_error_and_nothing_is_compiled(
     asked: list[Any], model: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
+    """torch's compiler takes no path with a space, and pays for no answer on a CPU."""
+    compiled = dict(torch._dynamo.utils.counters["frames"])
     policy = get_peft_model(
         load_model(str(model), "float32"), LoraConfig(target_modules=["q_proj"])
     )
@@ -201,6 +203,7 @@ def test_an_adapter_that_changes_nothing_yet_is_no_error(
     made = run("answer", *asked, "--adapter", tmp_path / "new", "--backend", "vllm",
                "--answers", tmp_path / "kept")  # fmt: skip
     assert made.exit_code == 0, made.output
+    assert torch._dynamo.utils.counters["frames"] == compiled
 
 
 def test_what_vllm_does_not_answer_is_said(

@@ -149,6 +149,7 @@ class VllmAnswers:
 
         vLLM may load an adapter and use none of its modules (vLLM #39369).
         """
+        import torch
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -161,12 +162,14 @@ class VllmAnswers:
         params = SamplingParams(
             temperature=0, max_tokens=1, prompt_logprobs=0, logprobs=0, detokenize=False
         )
-        found = [
-            self._llm.generate(
-                {"prompt_token_ids": [*prompt]}, params, lora_request=lora, use_tqdm=False
-            )[0]
-            for lora in (None, request)
-        ]
+        # Of two tokens nothing is worth compiling, and torch cannot at a path with a space.
+        with torch.compiler.set_stance("force_eager"):
+            found = [
+                self._llm.generate(
+                    {"prompt_token_ids": [*prompt]}, params, lora_request=lora, use_tqdm=False
+                )[0]
+                for lora in (None, request)
+            ]
         plain, adapted = [(one.prompt_logprobs, one.outputs[0].logprobs) for one in found]
         if plain == adapted and _changes_something(adapter):
             raise UnsupportedModelError(
