@@ -593,7 +593,8 @@ def test_the_published_protocol_is_planned_whole(tmp_path: Path) -> None:
     (tmp_path / "protocol").mkdir()
     config = read_yaml(ROOT / "stages" / "pact-paper.yaml")
     files = {file for files in config["datasets"].values() for file in files}
-    for file in (*files, config["evaluation"]["task"]):
+    asked = config["evaluation"]
+    for file in (*files, asked["task"], asked["sets"]["agnews:task"]):
         if not (ROOT / file).exists():
             write_rows(tmp_path / file, [{"prompt": "Where is it?", "response": "Shipping"}])
     planned = plan(ROOT / "stages" / "pact-paper.yaml", "--printshellcmds", directory=tmp_path)
@@ -603,6 +604,7 @@ def test_the_published_protocol_is_planned_whole(tmp_path: Path) -> None:
     for option in (
         *("--set strongreject=hub", "--set xstest-safe=hub", "--prefill 5,20"),
         *("--max-new-tokens 1024", "--guard meta-llama/Llama-Guard-3-8B", "--lm-eval sst2,gsm8k"),
+        *("agnews:task=protocol/agnews_test.jsonl", """--task-scores '{"agnews": "choice"}'"""),
     ):
         assert option in planned
 

@@ -117,7 +117,7 @@ def evaluate(
             plan.baseline.confidences, confidences, plan.tokens, len(contexts), divergences
         )
     files = _files(answers, confidences, judged)
-    means = mean_scores(answers, plan.sets)
+    means = mean_scores(answers, plan.sets, judged)
     if plan.lm_eval is not None and elsewhere is not None:
         files[RESULTS_FILE] = results_text(elsewhere)
         means |= plan.lm_eval.means(elsewhere)
@@ -265,6 +265,7 @@ def _files(
             **({"begun": answer.begun} if answer.begun else {}),
             **(judged[at].facts if at in judged else {}),
             **({"expected": answer.row.response} if answer.row.response else {}),
+            **({"category": answer.row.category} if answer.row.category else {}),
         }
         for at, answer in enumerate(answers)
     ]

@@ -75,7 +75,8 @@ def agreement_of_judges(answers: Sequence[Answer], judged: Mapping[int, Judged])
         "guard": [one.guard.refused if one.guard else None for one in judged.values()],
         "endpoint": [JUDGED_RATES["endpoint_refused"](one) for one in judged.values()],
     }
-    unsafe = {
+    unsafe: dict[str, list[bool | None]] = {
+        "no refusal": [not answers[at].refused for at in judged],
         "guard": [JUDGED_RATES["unsafe"](one) for one in judged.values()],
         "endpoint": [JUDGED_RATES["endpoint_unsafe"](one) for one in judged.values()],
     }

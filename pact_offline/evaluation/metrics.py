@@ -166,7 +166,8 @@ class Agreement(_Frozen):
     """How far two judges agree on the same answers.
 
     Attributes:
-        question: `refused` or `unsafe`.
+        question: `refused` or `unsafe`; of the latter, `no refusal` is a judge too: the answers
+            that are none, by the judge of refusals.
         judges: their names.
         answers: that both have a verdict on.
         agree: of these, with the same one.
@@ -222,7 +223,8 @@ class Metrics(_Frozen):
             and `NAME_unfinished` (thoughts without an end), of a task `NAME_accuracy`, of one that
             is to be refused `NAME_unsafe` (by the guard), `NAME_endpoint_unsafe` and
             `NAME_endpoint_refused` (by the judge at an endpoint); under an attack of NAME_ATTACK.
-        means: what is no share, by name: of a task that ROUGE-L scores `NAME_rouge_l`, of lm-eval
+        means: what is no share, by name: of a task that ROUGE-L scores `NAME_rouge_l`, of the score
+            of the judge at an endpoint `NAME_endpoint_score`, of lm-eval
             `lm_eval/TASK/METRIC,FILTER`.
         own_rates: those of `rates` that the user's own functions count.
         agreement: of every two judges of a question, over all answers that both judged.

@@ -142,9 +142,7 @@ def _is_of(published: PublishedSet, row: Mapping[str, Any]) -> bool:
     """
 
     def matches(wanted: Mapping[str, str]) -> list[bool]:
-        known = {
-            key: str(row[key]).strip().lower() for key in wanted if row.get(key) is not None
-        }
+        known = {key: str(row[key]).strip().lower() for key in wanted if row.get(key) is not None}
         if "label" in known:
             known.pop("type", None)
         return [

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pact_offline.errors import InputError
+from pact_offline.evaluation.endpoint import UNSAFE_FROM
 from pact_offline.evaluation.metrics import METRICS_FILE, Metrics
 from pact_offline.evaluation.reference import ANSWERS_FILE, CONFIDENCES_FILE, answers_sha256
 from pact_offline.files import read_json_lines, read_text
@@ -35,6 +36,15 @@ class Answer(BaseModel):
     expected: str | None = None
     correct: bool | None = None
     chosen: bool = False
+    category: str | None = None
+    guard_refused: bool | None = None
+    endpoint_refused: bool | None = None
+    endpoint_score: float | None = None
+
+    @property
+    def endpoint_unsafe(self) -> bool | None:
+        """The verdict of the judge at an endpoint, by its score."""
+        return None if self.endpoint_score is None else self.endpoint_score >= UNSAFE_FROM
 
     @property
     def set_name(self) -> str:
@@ -112,6 +122,12 @@ def verdicts_on(answer: Answer, kinds: Mapping[str, str]) -> tuple[Verdict, ...]
         verdicts.append(Verdict("right" if answer.correct else "wrong", answer.correct))
     if answer.unsafe is not None:
         verdicts.append(Verdict("unsafe" if answer.unsafe else "safe", not answer.unsafe))
+    for judge, refused in (("guard", answer.guard_refused), ("endpoint", answer.endpoint_refused)):
+        if refused is not None:
+            verdicts.append(Verdict(f"{judge}: {'refused' if refused else 'answered'}", None))
+    if answer.endpoint_unsafe is not None:
+        word = "unsafe" if answer.endpoint_unsafe else "safe"
+        verdicts.append(Verdict(f"endpoint: {word}", not answer.endpoint_unsafe))
     if answer.broken:
         verdicts.append(Verdict("broken", False))
     if answer.unfinished:

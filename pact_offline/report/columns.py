@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pact_offline.evaluation.metrics import AskedSet, Metrics
+from pact_offline.report.weighed import weighed
 
 HIGHER, LOWER = "higher is better", "lower is better"
 
@@ -30,18 +31,20 @@ COLUMNS = (
 
 
 def columns_of(models: Sequence[Metrics]) -> list[Column]:
-    """One for each rate of a name that was measured of any model, the users' own last."""
+    """One for each measured rate of our sets, for what else is weighed, and for the users' own."""
     own = {r.name: Column(r.name, r.title, r.better) for m in models for r in m.own_rates}
     measured = {name for m in models for name in m.rates}
-    return [column for column in (*COLUMNS, *own.values()) if column.rate in measured]
+    ours = {column.rate: column for column in COLUMNS if column.rate in measured}
+    titled = _titled(models)
+    others = {rate: titled[rate] for rate in weighed(models).signs if rate not in ours}
+    return [*ours.values(), *others.values(), *(own[rate] for rate in own if rate in measured)]
 
 
 def further_columns(models: Sequence[Metrics]) -> list[Column]:
     """One for each measured rate that `columns_of` has not; of broken text and of thoughts without
     an end only where some answer was so."""
     known = {column.rate for column in columns_of(models)}
-    sets = {name: asked for m in models for name, asked in m.sets.items()}
-    titled = {c.rate: c for name, asked in sets.items() for c in _columns_of_set(name, asked)}
+    titled = _titled(models)
     counts: dict[str, int] = {}
     for model in models:
         for name, rate in model.rates.items():
@@ -52,6 +55,12 @@ def further_columns(models: Sequence[Metrics]) -> list[Column]:
         if name not in known and (count or not name.endswith(("_broken", "_unfinished")))
     ]
     return [titled.get(name, Column(name, name, "")) for name in shown]
+
+
+def compared_columns(models: Sequence[Metrics]) -> list[Column]:
+    """Those of `columns_of`, and of the others what judges say of answers."""
+    said = ("_refused", "_unsafe", "_accuracy")
+    return [*columns_of(models), *(c for c in further_columns(models) if c.rate.endswith(said))]
 
 
 def mean_columns(models: Sequence[Metrics]) -> list[Column]:
@@ -67,6 +76,12 @@ def mean_columns(models: Sequence[Metrics]) -> list[Column]:
 def kinds_of_sets(models: Sequence[Metrics]) -> dict[str, str]:
     """What each set of prompts is for: `refuse`, `answer` or `task`."""
     return {name: asked.kind for model in models for name, asked in model.sets.items()}
+
+
+def _titled(models: Sequence[Metrics]) -> dict[str, Column]:
+    """The columns of all sets, by rate."""
+    sets = {name: asked for m in models for name, asked in m.sets.items()}
+    return {c.rate: c for name, asked in sets.items() for c in _columns_of_set(name, asked)}
 
 
 def _columns_of_set(name: str, asked: AskedSet) -> Iterator[Column]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.report.acceptance import acceptance
-from pact_offline.report.columns import Column, columns_of, mean_columns
+from pact_offline.report.columns import Column, compared_columns, mean_columns
 from pact_offline.report.groups import RESAMPLES, Group, Spread, fronts, group_runs, spread
 from pact_offline.report.paired import pairings
 from pact_offline.report.verdicts import Verdicts
@@ -17,7 +17,7 @@ def grouped(
     models: Sequence[Metrics], verdicts: Mapping[str, Mapping[str, Verdicts]]
 ) -> dict[str, Any]:
     """What the page says of groups of runs, by the names that `groups.html` has for it."""
-    groups, columns, means = group_runs(models), columns_of(models), mean_columns(models)
+    groups, columns, means = group_runs(models), compared_columns(models), mean_columns(models)
     front = fronts(groups)
     reference = next((m for m in models if m.is_reference), None)
     paired = pairings(reference, groups, [column.rate for column in columns], verdicts)

@@ -12,18 +12,12 @@ import numpy as np
 
 from pact_offline.evaluation.metrics import Metrics, Rate
 from pact_offline.report.verdicts import Verdicts
+from pact_offline.report.weighed import Weighed, weighed
 
 # Of what a run says of itself: its seed and what follows from it, and what changes no adapter.
 _BESIDE_SETTINGS = frozenset({"seed", "metrics", "save_steps", "report_to"})
 _OF_THE_ROWS = frozenset({"sources", "targets_sha256", "turns_refused", "tokens_refused"})
 RESAMPLES = 5000
-# Rates that a choice weighs, and whether more of it is better.
-WEIGHED = {
-    "harmful_refused": True,
-    "borderline_refused": False,
-    "benign_refused": False,
-    "task_accuracy": True,
-}
 
 
 @dataclass(frozen=True)
@@ -184,20 +178,30 @@ def fronts(groups: Sequence[Group]) -> list[Front]:
 
     Sets of one group, and those without two rates to weigh, have none.
     """
+    rates = rates_of(groups)
     by_rows: dict[str, list[Group]] = {}
     for group in groups:
-        if group.values("harmful_refused"):
+        if rates.harmful is not None and group.values(rates.harmful):
             by_rows.setdefault(json.dumps(group.sources, default=str), []).append(group)
     found = []
     for alike in by_rows.values():
-        rates = [rate for rate in WEIGHED if all(group.values(rate) for group in alike)]
-        if len(alike) > 1 and len(rates) > 1:
-            found.append(_front(alike, rates))
+        shared = {
+            rate: sign
+            for rate, sign in rates.signs.items()
+            if all(group.values(rate) for group in alike)
+        }
+        if len(alike) > 1 and len(shared) > 1:
+            found.append(_front(alike, shared))
     return found
 
 
-def _front(groups: Sequence[Group], rates: list[str]) -> Front:
-    signs = np.array([1 if WEIGHED[rate] else -1 for rate in rates])
+def rates_of(groups: Sequence[Group]) -> Weighed:
+    """The rates that the runs of the groups are weighed by."""
+    return weighed(run for group in groups for run in group.runs)
+
+
+def _front(groups: Sequence[Group], rates: Mapping[str, int]) -> Front:
+    signs = np.array([*rates.values()])
     worth = np.array([[group.mean(rate) for rate in rates] for group in groups]) * signs
     best: list[str] = []
     dominated: dict[str, str] = {}
@@ -209,4 +213,4 @@ def _front(groups: Sequence[Group], rates: list[str]) -> Front:
             )
         else:
             best.append(group.name)
-    return Front(rates, best, dominated)
+    return Front([*rates], best, dominated)

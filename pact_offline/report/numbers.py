@@ -85,3 +85,8 @@ def setting(value: Any) -> str:
     if value is None:
         return MISSING
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def in_a_sentence(title: str) -> str:
+    """A column's title without its capital; a name of more capitals keeps its own."""
+    return title if title[1:2].isupper() or ":" in title else title[:1].lower() + title[1:]

@@ -21,6 +21,7 @@ from pact_offline.report.answer_browser import (
     script_hash,
 )
 from pact_offline.report.answers import Answer
+from pact_offline.report.categories import by_category
 from pact_offline.report.columns import columns_of, further_columns, kinds_of_sets, mean_columns
 from pact_offline.report.contents import with_contents
 from pact_offline.report.drawing import draw_key
@@ -35,8 +36,15 @@ from pact_offline.report.stage_costs import read_stage_costs
 from pact_offline.report.styles import reference_style, styles_of
 from pact_offline.report.training_log import read_training_logs, training_panels
 from pact_offline.report.verdicts import verdicts_by_rate
+from pact_offline.report.weighed import weighed
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.texts import printable
+
+_LABELS = {
+    "harmful_refused": "harmful prompts refused",
+    "task_accuracy": "task accuracy",
+    "benign_refused": "benign prompts refused",
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ def write_report(
         columns=columns_of(every),
         further=further_columns(every),
         means=mean_columns(every),
+        categories=by_category(models, answers or {}),
         others=[*others],
         judges=_judges(models),
         agreement=[(m.name, found) for m in models for found in m.agreement],
@@ -129,7 +138,7 @@ def write_report(
 
 
 def headline(metrics: Sequence[Metrics]) -> list[str]:
-    """Up to three lines for the terminal: harmful prompts refused, task accuracy, benign refused.
+    """Up to three lines for the terminal: right refusals, accuracy, wrong refusals.
 
     What no model was measured on has no line.
 
@@ -137,12 +146,13 @@ def headline(metrics: Sequence[Metrics]) -> list[str]:
         InputError: no metrics.
     """
     models = in_order(metrics)
-    lines = (
-        ("harmful prompts refused", "harmful_refused"),
-        ("task accuracy", "task_accuracy"),
-        ("benign prompts refused", "benign_refused"),
-    )
-    wanted = [(label, rate) for label, rate in lines if any(rate in m.rates for m in models)]
+    rates, titles = weighed(models), {c.rate: c.title for c in columns_of(models)}
+    wrong = sorted(rates.harmless, key=lambda rate: rate != "benign_refused")[:1]
+    wanted = [
+        (_LABELS.get(rate, titles[rate]), rate)
+        for rate in (rates.harmful, rates.accuracy, *wrong)
+        if rate is not None
+    ]
     columns = [[label for label, _ in wanted]]
     for model in models:
         columns.append(
@@ -172,6 +182,7 @@ def _environment() -> Environment:
     environment.filters["with_contents"] = with_contents
     environment.filters["key"] = draw_key
     environment.filters["numbers_of"] = numbers_of
+    environment.filters["in_a_sentence"] = numbers.in_a_sentence
     environment.filters["share"] = numbers.share
     environment.filters["chance"] = numbers.chance
     environment.filters["plain_number"] = numbers.plain_number

@@ -9,7 +9,7 @@ import numpy as np
 
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.report.finding import is_plain
-from pact_offline.report.groups import Group, held_by_run
+from pact_offline.report.groups import Group, held_by_run, rates_of
 from pact_offline.report.verdicts import Verdicts
 
 
@@ -95,4 +95,5 @@ def pairings(
 def plain_beside(group: Group, groups: Sequence[Group]) -> Group | None:
     """Plain fine-tuning on the same rows; of several the one that refuses most harmful prompts."""
     alike = [g for g in groups if is_plain(g.runs[0]) and g.sources == group.sources]
-    return max(alike, key=lambda g: g.mean("harmful_refused") or 0, default=None)
+    harmful = rates_of(groups).harmful or ""
+    return max(alike, key=lambda g: g.mean(harmful) or 0, default=None)

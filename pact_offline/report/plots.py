@@ -10,9 +10,19 @@ import numpy as np
 from markupsafe import Markup
 
 from pact_offline.evaluation.metrics import Metrics, Rate
+from pact_offline.report.columns import columns_of
 from pact_offline.report.drawing import Curve, Point, draw_curves, draw_points, ticks_around
-from pact_offline.report.numbers import MISSING, interval, percent, share, small_share, token_text
+from pact_offline.report.numbers import (
+    MISSING,
+    in_a_sentence,
+    interval,
+    percent,
+    share,
+    small_share,
+    token_text,
+)
 from pact_offline.report.styles import Style, reference_style
+from pact_offline.report.weighed import weighed
 
 _SHOWN_TOKENS = 6
 
@@ -47,15 +57,21 @@ def scatter(
         styles: by name of the model.
         dominated: by name of the model, what dominates it.
     """
+    rates = weighed(models)
+    right, up = rates.accuracy, rates.harmful
+    if right is None or up is None:
+        return None
+    titles = {column.rate: column.title for column in columns_of(models)}
+    across, upwards = titles[right], titles[up]
     points = [
         _point(
             styles[m.name],
-            m.rates["task_accuracy"],
-            m.rates["harmful_refused"],
+            (across, m.rates[right]),
+            (upwards, m.rates[up]),
             dominated.get(m.name),
         )
         for m in models
-        if "task_accuracy" in m.rates and "harmful_refused" in m.rates
+        if right in m.rates and up in m.rates
     ]
     if not points:
         return None
@@ -65,8 +81,8 @@ def scatter(
             points,
             size,
             ticks=ticks,
-            titles=("Task accuracy →", "↑ Harmful prompts refused"),
-            label="Harmful prompts refused against task accuracy. "
+            titles=(f"{across} →", f"↑ {upwards}"),
+            label=f"{upwards} against {in_a_sentence(across)}. "
             + "; ".join(point.title for point in points),
             letters=letters,
         )
@@ -75,13 +91,16 @@ def scatter(
     return Scatter(wide, narrow, ticks[0] == 0)
 
 
-def _point(style: Style, accuracy: Rate, refused: Rate, other: str | None) -> Point:
-    title = (
-        f"{style.name}: task accuracy {percent(accuracy)} ({interval(accuracy)}), "
-        f"harmful prompts refused {percent(refused)} ({interval(refused)})"
+def _point(
+    style: Style, across: tuple[str, Rate], upwards: tuple[str, Rate], other: str | None
+) -> Point:
+    said = (
+        f"{in_a_sentence(title)} {percent(rate)} ({interval(rate)})"
+        for title, rate in (across, upwards)
     )
+    title = f"{style.name}: {', '.join(said)}"
     title += "" if other is None else f", dominated by {other}"
-    return Point(style, accuracy, refused, title, other is not None)
+    return Point(style, across[1], upwards[1], title, other is not None)
 
 
 def share_ticks(low: float, high: float) -> list[float]:

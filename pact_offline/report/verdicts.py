@@ -45,6 +45,8 @@ def _by_rate(answers: Sequence[Answer], metrics: Metrics) -> dict[str, Verdicts]
             "broken": answer.broken,
             "unfinished": answer.unfinished,
             "unsafe": answer.unsafe,
+            "endpoint_unsafe": answer.endpoint_unsafe,
+            "endpoint_refused": answer.endpoint_refused,
             "accuracy": answer.correct,
         }
         for what, verdict in verdicts.items():

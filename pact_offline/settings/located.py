@@ -41,6 +41,11 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
             return str(beside / name)
         return name
 
+    def prompts(key: str, source: str) -> Any:
+        """A published set may be shipped as a folder of files."""
+        place = folder(source)
+        return place if source == "hub" or (place and Path(place).is_dir()) else rows(key, source)
+
     def own(key: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(own(key, name) for name in value)
@@ -87,8 +92,8 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
                 {
                     **each(rows, "evaluation", our_sets),
                     "sets": {
-                        name: value if value == "hub" else rows(f"evaluation.sets.{name}", value)
-                        for name, value in config.evaluation.sets.items()
+                        name: prompts(f"evaluation.sets.{name}", source)
+                        for name, source in config.evaluation.sets.items()
                     },
                 },
             ),
