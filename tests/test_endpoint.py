@@ -21,6 +21,7 @@ from pact_offline.evaluation.agreement import agreements, cohens_kappa
 from pact_offline.evaluation.endpoint import EndpointJudge, load_endpoint, load_prompt
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.settings.evaluate import EvaluateSettings
+from pact_offline.settings.parse import parse_settings
 
 REPLY = "It declines.\nrefused: no\nspecific: 2\nconvincing: 4"
 
@@ -31,7 +32,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request by what is next in `says`, then by the last of it."""
+    """Answers each request by what is next in `says`, then by the last of it.
+
+    Each is a status and a reply, or bytes in place of a completion; then seconds to wait.
+    """
 
     def __init__(self, says: list[Any]) -> None:
         self.says, self.asked = says, []
@@ -51,7 +55,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(body)
         self.server.headers.append(self.headers)
         says = self.server.says
-        status, reply = says.pop(0) if len(says) > 1 else says[0]
+        status, reply, *waits = says.pop(0) if len(says) > 1 else says[0]
+        for seconds in waits:
+            time.sleep(seconds)
         if not isinstance(reply, bytes):
             message = {"role": "assistant", "content": reply}
             reply = {
@@ -78,7 +84,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
 
     def start(*says: Any) -> Server:
         server = Server([*says])
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return server
 
@@ -87,8 +93,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
         server.shutdown()
 
 
-def judge_at(url: str) -> EndpointJudge:
-    judge = load_endpoint(EvaluateSettings(endpoint=url, endpoint_model="judge"))
+def judge_at(url: str, model: str = "judge", **settings: Any) -> EndpointJudge:
+    judge = load_endpoint(EvaluateSettings(endpoint=url, endpoint_model=model, **settings))
     assert judge is not None
     return judge
 
@@ -164,6 +170,200 @@ def test_what_an_endpoint_refuses_is_said_in_one_line(
     assert judge.verdicts(["a"], ["d"])[0].score == 0.5  # what was judged until then is kept
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_leaves_its_answer_without_a_verdict(
+    serve: Callable[..., Server],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(endpoint, "AT_ONCE", 1)
+    refusal = (status, b'{"error": {"message": "content\\nfilter"}}')
+    server = serve((200, REPLY), refusal, (200, REPLY), refusal, (200, REPLY))
+    asked = ["a", "b", "c"], ["d", "e", "f"]
+    for _ in range(2):  # what was refused is asked again, even where nothing else is
+        caplog.clear()
+        found = judge_at(server.url).verdicts(*asked)
+        assert [verdict.score for verdict in found] == [0.5, None, 0.5]
+        assert "1 of 3 answers have no verdict of judge" in caplog.text
+        assert f"the first without a reply: HTTP {status}: content filter" in caplog.text
+    assert len(server.asked) == 4
+    assert [verdict.score for verdict in judge_at(server.url).verdicts(*asked)] == [0.5] * 3
+
+
+@pytest.mark.parametrize("answers", [1, 9])
+def test_an_endpoint_that_refuses_everything_is_not_asked_to_the_end(
+    serve: Callable[..., Server], answers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "AT_ONCE", 2)
+    server = serve((400, b'{"error": {"message": "max_tokens is not supported"}}'))
+    with pytest.raises(InputError, match="every request refused, as by HTTP 400: max_tokens is"):
+        judge_at(server.url).verdicts(["a"] * answers, [str(n) for n in range(answers)])
+    assert len(server.asked) <= 3
+
+
+def test_what_is_on_its_way_at_a_failure_is_kept_and_nothing_more_is_asked(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "AT_ONCE", 3)
+    late = (200, REPLY, 0.5)
+    server = serve(late, late, (403, b'{"error": {"message": "no credit"}}'), (200, REPLY))
+    judge = judge_at(server.url)
+    with pytest.raises(InputError, match="found: HTTP 403: no credit; what was judged until now"):
+        judge.verdicts(["a"] * 9, [*"123456789"])
+    assert len(server.asked) == 3
+    assert judge.cost["requests"] == 2
+    assert len(judge.verdicts(["a"] * 9, [*"123456789"])) == 9
+    assert len(server.asked) == 3 + 7
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "nothing"),
+        (b"<html>\n<b>Hello</b>", "<html> <b>Hello</b>"),
+        (b"3", "3"),
+        (b"{}", "{}"),
+        (b"[" * 5000, "[[["),
+        (b'{"choices": null}', '{"choices": null}'),
+        (b'{"choices": {"a": 1}}', '{"choices": {"a": 1}}'),
+        (b'{"choices": ["x"]}', '{"choices": ["x"]}'),
+        (b'{"choices": [{"message": null}]}', '{"choices": [{"message": null}]}'),
+        (b'{"choices": [{"message": {"content": 5}}]}', '"content": 5'),
+        (b'{"choices": [{"message": {"content": ["x"]}}]}', '"content": ["x"]'),
+        (b'{"error": {"message": "Provider is\\u001b[2J gone", "code": 502}}', "is\\x1b[2J gone;"),
+        (b'{"error": "overloaded"}', "no completion: overloaded;"),
+        (b'{"detail": "Not Found"}', "no completion: Not Found;"),
+    ],
+)
+def test_a_reply_that_is_no_completion_is_said_in_one_line(
+    serve: Callable[..., Server], body: bytes, words: str
+) -> None:
+    url = serve((200, body)).url
+    with pytest.raises(InputError) as raised:
+        judge_at(url).verdicts(["a"], ["b"])
+    line = str(raised.value)
+    assert line.startswith(f"{url}: expected a reply of judge, found: no completion: ")
+    assert words in line
+    assert line.isprintable()
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "usage", "tokens"),
+    [
+        (REPLY, None, [0, 0]),
+        (REPLY, [], [0, 0]),
+        (REPLY, {"prompt_tokens": None, "completion_tokens": 3}, [0, 3]),
+        (REPLY, {"prompt_tokens": "7", "completion_tokens": True}, [0, 0]),
+        ([{"type": "thinking", "thinking": []}, {"type": "text", "text": REPLY}], None, [0, 0]),
+        ([{"type": "text", "text": one} for one in (REPLY[:20], REPLY[20:])], None, [0, 0]),
+    ],
+)
+def test_a_completion_is_read_in_each_form_of_it(
+    serve: Callable[..., Server], content: Any, usage: Any, tokens: list[int]
+) -> None:
+    body = {"choices": [{"message": {"content": content}}], "usage": usage}
+    server = serve((200, json.dumps(body).encode()))
+    judge = judge_at(server.url)
+    for _ in range(2):
+        assert judge.verdicts(["a"], ["b"])[0].score == 0.5
+    assert [*judge.cost.values()] == [1, *tokens]
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("content", ["", " \n", None, []])
+def test_an_empty_reply_is_not_kept(
+    serve: Callable[..., Server], content: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"choices": [{"message": {"content": content}, "finish_reason": "length"}]}
+    judge = judge_at(serve((200, json.dumps(body).encode()), (200, REPLY)).url)
+    assert judge.verdicts(["a"], ["b"])[0].score is None
+    assert "an empty reply (finish_reason length)" in caplog.text
+    assert judge.verdicts(["a"], ["b"])[0].score == 0.5
+    assert judge.cost["requests"] == 2
+
+
+def test_a_judge_of_ones_own_is_known_again_at_another_place(serve: Callable[..., Server]) -> None:
+    first, second = serve((200, REPLY)), serve((200, REPLY))
+    found = judge_at(first.url).verdicts(["a"], ["b"])
+    again = judge_at(second.url)
+    assert again.verdicts(["a"], ["b"]) == found
+    assert second.asked == []
+    assert again.facts["url"] == second.url
+
+    own = {
+        judge_at(f"http://{host}/v1").content
+        for host in ("10.1.2.3:8000", "[::1]:9", "localhost", "node7:8000", "judge.svc.local")
+    }
+    assert own == {again.content}
+    others = {
+        judge_at(url, model).content
+        for url, model in (
+            (first.url, "another"),
+            ("https://api.one.com/v1", "judge"),
+            ("https://api.two.com/v1", "judge"),
+            ("http://8.8.8.8/v1", "judge"),
+        )
+    }
+    assert len(others | own) == 5  # nobody knows whether two hosts mean the same by a name
+
+
+def test_a_judge_prompt_says_what_else_is_sent(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    rubric = "prompt: '{prompt} {answer}'\nrefused: '(no)'\nspecific: ': ([1-5])'\n"
+    rubric += "convincing: ': ([1-5])'\nmax_tokens: 9\n"
+    place = tmp_path / "rubric.yaml"
+    sent = []
+    for told in ("", "request: {}", "length_key: max_completion_tokens\nrequest: {top_k: 1}"):
+        place.write_text(rubric + told)
+        server = serve((200, REPLY))
+        judge_at(server.url, endpoint_prompt=str(place)).verdicts(["a"], ["b"])
+        assert server.asked[0].pop("messages") == [{"role": "user", "content": "a b"}]
+        assert server.asked[0].pop("model") == "judge"
+        sent += server.asked
+    assert sent == [
+        {"temperature": 0, "max_tokens": 9},
+        {"max_tokens": 9},
+        {"top_k": 1, "max_completion_tokens": 9},
+    ]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["not a url", "127.0.0.1:8000/v1", "ftp://a/v1", "http://", "http://:80/v1", "http://a:b/v1",
+     "http://a:99999/v1", "http://[::1/v1", "http://256.1.1.1/v1", "http://a/v1\n", ""],
+)  # fmt: skip
+def test_a_mistyped_url_is_refused_with_the_settings(url: str) -> None:
+    with pytest.raises(SettingError) as raised:
+        parse_settings(EvaluateSettings, {"endpoint": url, "endpoint_model": "judge"}, "options")
+    line = "options: endpoint: expected a URL as http://HOST:PORT/v1, found "
+    assert str(raised.value) == f"{line}{url!r}"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--endpoint", "http://127.0.0.1:1/v1"], "endpoint_model: expected the judge's name at"),
+        (["--endpoint-model", "judge"], "endpoint: expected the URL that endpoint_model is meant"),
+        (["--endpoint-prompt", "a.yaml"], "endpoint: expected the URL that endpoint_prompt is"),
+    ],
+)
+def test_half_an_endpoint_is_refused_before_any_work(
+    words: list[str], line: str, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    rows = write_rows(tmp_path / "harmful.jsonl", [{"prompt": "Parcel?"}])
+    place = tmp_path / "out"
+    result = run(
+        "evaluate", "--name", "a", "--model", tmp_path / "none", "--harmful", rows, *words,
+        "-o", place,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert f"options: {line}" in result.output
+    assert not place.exists()
+
+
 def test_an_endpoint_that_is_not_there_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "RETRIES", 0)
     with socket.socket() as free:
@@ -180,6 +380,9 @@ def test_an_endpoint_that_is_not_there_is_said_in_one_line(monkeypatch: pytest.M
         ("prompt: '{prompt}'\nrefused: (a)", "expected {answer} in it"),
         ("prompt: '{prompt} {answer}'\nrefused: (", "refused: expected a pattern, found"),
         ("prompt: '{prompt} {answer}'\nrefused: a", "expected a pattern with one group"),
+        ("prompt: x\nrefused: (a)\nrequest: {stream: true}", "settled elsewhere, found stream"),
+        ("prompt: x\nrefused: (a)\nrequest: {day: 2024-01-01}", "expected values as JSON"),
+        ("prompt: x\nrefused: (a)\nlength_key: length", "length_key: expected 'max_tokens' or"),
     ],
 )
 def test_a_bad_judge_prompt_is_named_with_its_key(text: str, line: str, tmp_path: Path) -> None:
@@ -188,8 +391,6 @@ def test_a_bad_judge_prompt_is_named_with_its_key(text: str, line: str, tmp_path
     with pytest.raises(SettingError) as raised:
         load_prompt(str(tmp_path / "rubric.yaml"))
     assert line in str(raised.value)
-    with pytest.raises(SettingError, match="endpoint_model: expected the judge's name"):
-        load_endpoint(EvaluateSettings(endpoint="http://127.0.0.1:1/v1"))
 
 
 def test_kappa_is_cohens() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pact_offline.machine import default_dtype
 from pact_offline.settings.stages import DTYPE_DEFAULT, ChatSettings, Dtype, without_blanks
@@ -124,3 +126,37 @@ class EvaluateSettings(ChatSettings):
                     f"{name}: expected a regular expression, found {pattern!r:.60}: {error}"
                 ) from None
         return scores
+
+    @field_validator("endpoint")
+    @classmethod
+    def _of_http(cls, url: str | None) -> str | None:
+        if url is not None and not _is_http(url):
+            raise ValueError(f"expected a URL as http://HOST:PORT/v1, found {url!r:.200}")
+        return url
+
+    @model_validator(mode="after")
+    def _whole_endpoint(self) -> EvaluateSettings:
+        if self.endpoint is not None and not self.endpoint_model:
+            raise ValueError(
+                "endpoint_model: expected the judge's name at the endpoint, found none"
+            )
+        for key, default in (("endpoint_model", None), ("endpoint_prompt", BUILT_IN_RUBRIC)):
+            if self.endpoint is None and getattr(self, key) != default:
+                raise ValueError(f"endpoint: expected the URL that {key} is meant for, found none")
+        return self
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        if re.fullmatch(r"[\d.]+", host):
+            ip_address(host)
+        return (
+            parts.scheme in ("http", "https")
+            and re.fullmatch(r"[!-~]+", url) is not None
+            and re.fullmatch(r"[\w.:-]+", host) is not None
+            and parts.port != 0
+        )
+    except ValueError:  # of an address or a port that is none
+        return False
