@@ -342,6 +342,14 @@ def test_a_mistyped_url_is_refused_with_the_settings(url: str) -> None:
     assert str(raised.value) == f"{line}{url!r}"
 
 
+def test_a_password_in_the_url_is_refused_and_not_said() -> None:
+    """It would stand in metrics.json."""
+    settings = {"endpoint": "https://me:secret@api.one.com/v1", "endpoint_model": "judge"}
+    with pytest.raises(SettingError, match="without a password") as raised:
+        parse_settings(EvaluateSettings, settings, "options")
+    assert "secret" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

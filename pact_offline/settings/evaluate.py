@@ -132,6 +132,8 @@ class EvaluateSettings(ChatSettings):
     def _of_http(cls, url: str | None) -> str | None:
         if url is not None and not _is_http(url):
             raise ValueError(f"expected a URL as http://HOST:PORT/v1, found {url!r:.200}")
+        if url is not None and "@" in urlsplit(url).netloc:  # it would stand in metrics.json
+            raise ValueError("expected a URL without a password, found one; give it as a key")
         return url
 
     @model_validator(mode="after")
