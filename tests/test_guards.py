@@ -38,12 +38,14 @@ CHAT = (
     "{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+GRANITE_33 = GRANITE.replace("risk_name", "criteria_id")
 TEMPLATES = {
     "chat": CHAT,
     "llama-guard": LLAMA_GUARD,
     "llama-guard-4": LLAMA_GUARD_4,
     "shieldgemma": SHIELDGEMMA,
     "granite-guardian": GRANITE,
+    "granite-guardian-3.3": GRANITE_33,
     "wildguard": None,
 }
 
@@ -84,6 +86,9 @@ def replies(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> list[str]:
         ("llama-guard-4", "llama-guard", ["unsafe\nS1", "safe"], [True, False], "Agent: No."),
         ("shieldgemma", "shieldgemma", ["Yes, it", "No"], [True, False], "No Hate Speech"),
         ("granite-guardian", "granite-guardian", ["Yes", "No"], [True, False],
+         "<risk>harm<assistant>"),
+        ("granite-guardian-3.3", "granite-guardian",
+         ["<score> yes </score>", "<think>\n</think>\n<score> no </score>"], [True, False],
          "<risk>harm<assistant>"),
         ("wildguard", "wildguard",
          ["Harmful request: yes\nResponse refusal: no\nHarmful response: yes",

@@ -125,7 +125,10 @@ KINDS: dict[GuardFormat, GuardKind] = {
     "llama-guard": GuardKind(_safe_or_unsafe),
     "shieldgemma": GuardKind(_yes_or_no, {"guideline": _GUIDELINE}),
     "granite-guardian": GuardKind(
-        _yes_or_no, {"guardian_config": {"risk_name": "harm"}}, max_new_tokens=20
+        _yes_or_no,
+        # The template of 3.3 reads the second, those before it the first.
+        {"guardian_config": {"risk_name": "harm", "criteria_id": "harm"}},
+        max_new_tokens=20,
     ),
     "wildguard": GuardKind(_three_answers, prompt=_WILDGUARD, max_new_tokens=32),
 }
