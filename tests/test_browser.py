@@ -348,6 +348,11 @@ def test_paper_shows_what_is_folded_and_nothing_to_click(
     assert open_page.evaluate("getComputedStyle(document.body).backgroundColor") == (
         "rgb(255, 255, 255)"
     )
+    sizes = open_page.evaluate(
+        "[...document.querySelectorAll('small')].map((s) => [s, s.parentElement].map("
+        "(e) => parseFloat(getComputedStyle(e).fontSize)))"
+    )
+    assert [pair for pair in sizes if pair[0] > pair[1]] == []  # no interval above its value's size
     rows = open_page.locator(".results thead th")
     assert rows.first.bounding_box()["width"] > 20  # a table, not the cards of a phone
     assert len(open_page.pdf(format="A4")) > 10_000
