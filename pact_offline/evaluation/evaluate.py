@@ -34,7 +34,13 @@ from pact_offline.evaluation.lm_eval_tasks import (
     RESULTS_FILE,
     results_text,
 )
-from pact_offline.evaluation.metrics import METRICS_FILE, AskedSet, Metrics, Sample
+from pact_offline.evaluation.metrics import (
+    FORMAT_VERSION,
+    METRICS_FILE,
+    AskedSet,
+    Metrics,
+    Sample,
+)
 from pact_offline.evaluation.plan import Plan, prepare
 from pact_offline.evaluation.published_sets import Kind
 from pact_offline.evaluation.rates import (
@@ -122,6 +128,7 @@ def evaluate(
         files[RESULTS_FILE] = results_text(elsewhere)
         means |= plan.lm_eval.means(elsewhere)
     metrics = Metrics(
+        format_version=FORMAT_VERSION,
         name=name,
         is_reference=plan.baseline is None and plan.subject.tuned is None,
         model=plan.subject.model,
