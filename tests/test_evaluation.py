@@ -95,6 +95,15 @@ def test_a_chat_model_is_refused_as_a_guard_before_any_answer(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["", " \n"])
+def test_a_run_without_a_name_is_refused(
+    name: str, command: list[Any], tmp_path: Path, fails: Callable[..., str], no_model: None
+) -> None:
+    line = fails(*command, "--name", name, "-o", tmp_path / "out")
+    assert line == "pact-offline: --name: expected a name, found nothing"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_directory_that_is_no_adapter_is_refused(
     command: list[Any], tmp_path: Path, fails: Callable[..., str]
 ) -> None:

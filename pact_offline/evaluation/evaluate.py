@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pact_offline.errors import SettingError
 from pact_offline.evaluation.answers import Answer, answer_all
 from pact_offline.evaluation.by_vllm import answer_by_vllm
 from pact_offline.evaluation.drift import (
@@ -94,6 +95,8 @@ def evaluate(
         reference: output directory of the reference's evaluation; None for the reference itself.
         answers_folder: where answers are kept, and looked up; None: only until this is done.
     """
+    if not name.strip():
+        raise SettingError("--name: expected a name, found nothing")
     require_place(output, METRICS_FILE)
     plan = prepare(model_name, adapter, sources, further, tokens_path, settings, reference)
     if plan.baseline is None and plan.subject.tuned is not None:
