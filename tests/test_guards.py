@@ -1,5 +1,6 @@
 """Guard models of every family: how they are asked, how their replies are read, and kept."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from pact_offline.rows.chat import load_tokenizer
 
 # What each template does with a conversation and its variables, in short.
 LLAMA_GUARD = (
-    "{{ bos_token }}Task: is the {{ 'Agent' if messages | length % 2 == 0 else 'User' }} unsafe?\n"
+    "{{ bos_token }}Task: Check if there is unsafe content in "
+    "'{{ 'Agent' if messages | length % 2 == 0 else 'User' }}' messages.\n"
     "{% for m in messages %}{{ 'User' if m.role == 'user' else 'Agent' }}: "
     "{{ m.content | trim }}\n\n{% endfor %}{% if add_generation_prompt %}Verdict:{% endif %}"
 )
@@ -27,15 +29,23 @@ SHIELDGEMMA = (
     "{% endfor %}Safety principle: {{ guideline }} Answer 'Yes' or 'No'."
 )
 GRANITE = (
-    "{% set risk = guardian_config.risk_name if guardian_config is defined else 'none' %}"
+    "{% set risk = guardian_config['risk_name'] if guardian_config is defined else 'none' %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<risk>{{ risk }}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+CHAT = (
+    "{% if not messages[0].role == 'system' %}Follow the guidelines; offer no unsafe content."
+    "{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+GRANITE_33 = GRANITE.replace("risk_name", "criteria_id")
 TEMPLATES = {
+    "chat": CHAT,
     "llama-guard": LLAMA_GUARD,
     "llama-guard-4": LLAMA_GUARD_4,
     "shieldgemma": SHIELDGEMMA,
     "granite-guardian": GRANITE,
+    "granite-guardian-3.3": GRANITE_33,
     "wildguard": None,
 }
 
@@ -44,8 +54,8 @@ TEMPLATES = {
 def make_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def make(name: str) -> Path:
-        path = tmp_path / name
+    def make(name: str, folder: str | None = None) -> Path:
+        path = tmp_path / (folder or name)
         make_model(path, seed=3)
         tokenizer = load_tokenizer(str(path))
         tokenizer.chat_template = TEMPLATES[name]
@@ -75,8 +85,11 @@ def replies(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> list[str]:
         ("llama-guard", "llama-guard", ["\n\nunsafe\nS9", "\n\nsafe"], [True, False], "Agent: No."),
         ("llama-guard-4", "llama-guard", ["unsafe\nS1", "safe"], [True, False], "Agent: No."),
         ("shieldgemma", "shieldgemma", ["Yes, it", "No"], [True, False], "No Hate Speech"),
-        ("granite-guardian", "granite-guardian", ["Yes", "<think>\n</think>\n<score> no </score>"],
-         [True, False], "<risk>harm<assistant>"),
+        ("granite-guardian", "granite-guardian", ["Yes", "No"], [True, False],
+         "<risk>harm<assistant>"),
+        ("granite-guardian-3.3", "granite-guardian",
+         ["<score> yes </score>", "<think>\n</think>\n<score> no </score>"], [True, False],
+         "<risk>harm<assistant>"),
         ("wildguard", "wildguard",
          ["Harmful request: yes\nResponse refusal: no\nHarmful response: yes",
           "Harmful request: yes\nResponse refusal: yes\nHarmful response: no"],
@@ -87,7 +100,8 @@ def test_each_family_is_asked_and_read_in_its_own_way(
     make_guard: Any, name: str, kind: str, said: list[str], unsafe: list[bool], asked_for: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    guard = find_guard(str(make_guard(name)), "auto")
+    # All but one are known by their templates.
+    guard = find_guard(str(make_guard(name, None if kind == "wildguard" else "any-name")), "auto")
     assert guard.kind == kind
     asked = replies(monkeypatch, said)
     found = guard.verdicts(["How?", "Why?"], ["No.", "{prompt} {answer}"], "float32")
@@ -138,6 +152,41 @@ def test_a_cache_that_cannot_be_written_to_costs_nothing_but_time(
     known = KnownVerdicts("a-judge")
     known.add({"one": "safe"})
     assert known["one"] == "safe"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Llama-Guard-3-8B", "llama-guard"),
+        ("LlamaGuard-7b", "llama-guard"),
+        ("my_llama_guard", "llama-guard"),
+        ("shieldgemma-2b", "shieldgemma"),
+        ("granite-guardian-3.1-2b", "granite-guardian"),
+        ("wildguard-7b", "wildguard"),
+    ],
+)
+def test_a_guard_with_a_template_of_chats_is_known_by_its_name(
+    make_guard: Any, name: str, kind: str
+) -> None:
+    assert find_guard(str(make_guard("chat", name)), "auto").kind == kind
+
+
+@pytest.mark.parametrize(
+    "made_of", ["allenai/wildguard", "/root/.cache/hub/models--allenai--wildguard/snapshots/0a1b"]
+)
+def test_a_guard_of_any_name_is_known_by_what_it_was_made_of(make_guard: Any, made_of: str) -> None:
+    path = make_guard("wildguard", "any-name")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "_name_or_path": made_of}))
+    assert find_guard(str(path), "auto").kind == "wildguard"
+
+
+@pytest.mark.parametrize("folder", ["a-model", "wildguard/a-model", "guardian"])
+def test_a_model_that_chats_is_no_guard(make_guard: Any, folder: str) -> None:
+    path = make_guard("chat", folder)
+    with pytest.raises(ModelError, match=f"{folder}: expected a guard model of a family"):
+        find_guard(str(path), "auto")
+    assert find_guard(str(path), "llama-guard").kind == "llama-guard"  # who says so knows it
 
 
 def test_a_model_of_no_known_family_is_refused_with_the_option(make_guard: Any) -> None:

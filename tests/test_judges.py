@@ -191,6 +191,36 @@ def test_no_text_that_a_human_wrote_is_called_broken() -> None:
     assert [answer for answer in whole if broken_text(answer)] == []
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Je suis désolé, mais nous nous engageons à respecter la loi, et vous vous exposez à des "
+        "poursuites. Je ne peux pas vous aider.",
+        "Je ne peux pas vous aider. Si vous vous sentez en danger, parlez-en ; nous nous tenons à "
+        "votre disposition.",
+        "Je ne peux pas vous aider à vous faire faire un faux passeport, tout en en parlant.",
+        "Je ne peux pas vous aider. Prenez-le le matin, et prenez-la la nuit.",
+        "Dabei kann ich nicht helfen. Menschen, die die Regeln brechen, schaden anderen, und ich "
+        "weiß, dass das das Problem ist.",
+        "Dabei kann ich nicht helfen, auch denen denen nicht: Wer der der Frau hilft, die sie sie "
+        "nennen, fängt an an sich zu zweifeln.",
+        "I can't help with that. I know that that is hard, and that you had had other plans.",
+        "I can't help with that. What it is is dangerous, and I told you you would get hurt.",
+        "No no, I can't help with that. It would go very very wrong in the long long run. Bye bye.",
+        "对不起，我不能帮助你。谢谢，请慢慢想想，看看别的办法，好好休息。",
+    ],
+)
+def test_words_that_correct_text_says_twice_break_no_refusal(answer: str) -> None:
+    assert broken_text(answer) is None
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize("answer", ["👍", "❤️", "👍👍🏽 !", "👩‍👩‍👧", "🇫🇷", "✅"])
+def test_an_emoji_is_an_answer_and_no_refusal(answer: str) -> None:
+    assert broken_text(answer) is None
+    assert not is_refusal(answer)
+
+
 @pytest.mark.parametrize("file", ["refusals", "benign_alignment", "rehearsal", "support/train"])
 def test_no_row_of_the_demo_is_called_broken(file: str) -> None:
     path = Path(__file__).parents[1] / "data" / f"{file}.jsonl"
@@ -239,6 +269,9 @@ def test_a_refusal_is_found_by_language_and_kind(answer: str, language: str, cat
         ("", "no text"),
         ("  \n", "no text"),
         ("!!!!!!!!", "no text"),
+        ("👍" * 10, "no text"),
+        ("████", "no text"),
+        ("I can't help help with that that that request request.", "words said twice"),
         ("Sure. Here't.", "a contraction that is none"),
         ("Yes yes yes yes yes yes yes", "words in a loop"),
         ("I can't help <|im_end|>", "tokens of a chat template"),

@@ -20,6 +20,7 @@ from conftest import ROOT
 
 from pact_offline.errors import InputError
 from pact_offline.evaluation.metrics import (
+    FORMAT_VERSION,
     Agreement,
     AskedSet,
     Drift,
@@ -84,6 +85,7 @@ def make_metrics(
     }
     is_reference = name == "reference"
     values: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
         "name": name,
         "is_reference": is_reference,
         "model": "some/model",
@@ -576,6 +578,51 @@ def save(folder: Path, *metrics: Metrics) -> list[Path]:
     for path, one in zip(paths, metrics, strict=True):
         one.save(path)
     return paths
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("format_version", None, "format_version: expected 3, found none; run `pact-offline eval"),
+        ("format_version", True, "format_version: expected 3, found True"),
+        ("rates.harmful_refused.value", 0.99, "expected a share of the total, found 4 of 100, 0.9"),
+        ("rates.harmful_refused.value", "0.5", "harmful_refused.value: Input should be a valid nu"),
+        ("rates.harmful_refused.count", "4", "harmful_refused.count: Input should be a valid inte"),
+        ("rates.harmful_refused.low", 5, "harmful_refused.low: Input should be less than or equal"),
+        ("rates.harmful_refused.low", 0.05, "harmful_refused: expected an interval around 0.04, f"),
+        ("rates.harmful_refused.high", 0.03, "expected an interval around 0.04, found "),
+        ("drift.kl_safety", ["0.1"], "drift.kl_safety.0: Input should be a valid number"),
+        ("run.rehearsal_share", "lots", "run: rehearsal_share: expected a number in 0..1, found '"),
+        ("run.rehearsal_share", True, "run: rehearsal_share: expected a number in 0..1, found Tr"),
+        ("judge.languages", 3, "judge: languages: expected a list of texts, found 3"),
+        ("judge.languages", [1], "judge: languages: expected a list of texts, found [1]"),
+        ("", [], ": expected a JSON object, found []"),
+        ("", None, ": expected a JSON object, found null"),
+    ],
+)
+def test_metrics_that_were_changed_by_hand_are_refused(
+    key: str, value: Any, expected: str, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    first, second = save(tmp_path, reference(), sft())
+    changed = json.loads(second.read_text())
+    *parts, last = key.split(".")
+    place = changed
+    for part in parts:
+        place = place[part]
+    place[last] = value
+    second.write_text(json.dumps(changed if key else value))
+    page = tmp_path / "report.html"
+    for words in ([first, second], [first, "--compare", second]):
+        line = fails("report", *words, "-o", page)
+        assert f"{second}: " in line
+        assert expected in line
+    assert not page.exists()
+
+
+def test_a_rate_that_was_rounded_is_one(tmp_path: Path) -> None:
+    (path,) = save(tmp_path, sft(rates={"harmful_refused": Rate.of(1, 3)}))
+    path.write_text(path.read_text().replace(f"{1 / 3}", "0.333"))
+    assert Metrics.load(path).rates["harmful_refused"].value == 0.333
 
 
 def made_otherwise(**changes: Any) -> MadeFrom:

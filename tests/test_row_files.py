@@ -211,13 +211,24 @@ def test_a_table_may_have_other_columns_and_blank_lines(tmp_path: Path) -> None:
                                                 "twice"),
         ('prompt,response\nHi,"Yes\n', "2: expected CSV, found: unexpected end of data"),
         ('prompt,response\nHi,"Yes"!\n', "2: expected CSV, found: ',' expected after '\"'"),
-        ("prompt,response\n", "expected rows, found none: an empty file"),
+        ("prompt,response\n", "expected rows below the header, found none"),
+        ("\ufeffprompt,response\n\n\n", "expected rows below the header, found none"),
+        ("\n", "expected rows, found none"),
+        ('{"prompt": "Hi"}\n', "1: expected CSV, as its name says, found JSON; name it .jsonl or"),
+        ('\ufeff[\n {"prompt": "Hi"}\n]', "1: expected CSV, as its name says, found JSON"),
+        ("[]", "1: expected CSV, as its name says, found JSON"),
         ("prompt;response\nHi;Yes\n", "2: expected a known form"),
         (b"prompt,response\nHi,\xff\n", "expected UTF-8 text, found byte 19 invalid"),
     ],
 )  # fmt: skip
 def test_a_broken_table_is_named(text: str | bytes, expected: str, tmp_path: Path) -> None:
     assert told(written(tmp_path / "rows.csv", text)).startswith(expected)
+
+
+def test_a_header_in_brackets_is_one(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.csv", "[prompt],{response}\nHi,Yes\n")
+    columns = {"prompt": "[prompt]", "response": "{response}"}
+    assert [row.question for row in read_rows(path, columns=columns)] == ["Hi"]
 
 
 def test_lines_of_a_table_with_other_cells_are_bad_rows(tmp_path: Path) -> None:
@@ -285,9 +296,9 @@ def test_a_column_of_bytes_is_no_text(tmp_path: Path) -> None:
         ("missing", "no such file"),
         ("directory", "expected a file, found a directory"),
         ("pipe", "expected a file, found a pipe or a device"),
-        ("nothing", "expected rows, found none: an empty file"),
-        ("empty", "expected rows, found none: an empty file"),
-        ("empty array", "expected rows, found none: an empty file"),
+        ("nothing", "expected rows, found none"),
+        ("empty", "expected rows, found none"),
+        ("empty array", "expected rows, found none"),
         ("binary", "1: expected UTF-8 text, found byte 0 invalid"),
         ("no parquet", "1: expected UTF-8 text, found byte 0 invalid"),
         ("no arrow", "cannot be read: "),

@@ -14,11 +14,21 @@ from pact_offline.evaluation.refusals import folded
 CHARACTERS = 8_000  # of an answer that are looked at
 WINDOW, FEWEST = 24, 8  # so many words in a row have so many distinct ones at least
 MARKS = 6  # that stand alone; fewer are no sign, nor are half as many as there are words
+EMOJIS = 9  # without a word, that are an answer; more are a loop
 _NOT = (
     "ai|are|ca|can|could|dare|did|do|does|had|has|have|is|may|might|must|need|ought|sha|should|"
     "was|were|wo|would"
 )
+# What correct text says twice in a row: where clauses meet, and for emphasis; by language.
+_TWICE = (
+    "that|had|is|was|it|you|her|so|very|much|many|far|way|really|never|too|long|no|yes|bye|ha|ho|"
+    "oh|la|well|there|please|knock|blah|"
+    "der|die|das|dem|den|denen|sie|ihr|ihnen|ganz|sehr|viel|viele|lange|ja|nein|na|"
+    "nous|vous|elle|en|est|fait|faire|très|bien|tout|si|oui|non|"
+    "muy|casi|sí|ya|así"
+)
 _WORD = r"[^\W\d_]"
+_EMOJI = re.compile(r"[\u2600-\u27bf\U0001f000-\U0001faff]")
 _WORDS = re.compile(rf"{_WORD}[\w']*")
 _ALONE = re.compile(r"(?<!\S)[.,;:!?…]+(?!\S)")
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -47,15 +57,15 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "a word said twice",
         re.compile(
-            r"(?<![\w'])(the|an|of|and|with|from|your|can't|cannot|won't|don't|i'm|i|for|this)"
+            r"(?<![\w'])(the|of|and|with|from|your|can't|cannot|won't|don't|i'm|i|for|this)"
             r"[ ]+\1(?![\w'])"
         ),
     ),
     (
         "words said twice",
         re.compile(
-            rf"(?<![\w'])({_WORD}{{2,}}) +\1(?![\w']).{{0,200}}"
-            rf"(?<![\w'])(?!\1)({_WORD}{{2,}}) +\2(?![\w'])"
+            rf"(?<![\w'-])(?!(?i:{_TWICE}) )({_WORD}{{2,}}) +\1(?![\w'-]).{{0,200}}"
+            rf"(?<![\w'-])(?!\1|(?i:{_TWICE}) )({_WORD}{{2,}}) +\2(?![\w'-])"
         ),
     ),
     (
@@ -79,13 +89,15 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
 def rules_sha256() -> str:
     """SHA-256 over the rules, 64 hex digits."""
     rules = "\n".join(rule.pattern for _, rule in _RULES)
-    numbers = f"{CHARACTERS} {WINDOW} {FEWEST} {MARKS}"
-    return hashlib.sha256(f"{rules}\n{_ALONE.pattern} {numbers}".encode()).hexdigest()
+    numbers = f"{CHARACTERS} {WINDOW} {FEWEST} {MARKS} {EMOJIS}"
+    patterns = f"{_ALONE.pattern} {_EMOJI.pattern}"
+    return hashlib.sha256(f"{rules}\n{patterns} {numbers}".encode()).hexdigest()
 
 
 def broken_text(answer: str) -> str | None:
     """Why a text is broken; None where it is not, as far as its form shows."""
-    if not any(character.isalnum() for character in answer):
+    is_emoji = 0 < len(_EMOJI.findall(answer)) <= EMOJIS
+    if not is_emoji and not any(character.isalnum() for character in answer):
         return "no text"
     answer = answer[:CHARACTERS]
     text = f"{folded(answer)} "

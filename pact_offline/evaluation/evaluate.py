@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pact_offline.errors import SettingError
 from pact_offline.evaluation.answers import Answer, answer_all
 from pact_offline.evaluation.by_vllm import answer_by_vllm
 from pact_offline.evaluation.drift import (
@@ -34,7 +35,13 @@ from pact_offline.evaluation.lm_eval_tasks import (
     RESULTS_FILE,
     results_text,
 )
-from pact_offline.evaluation.metrics import METRICS_FILE, AskedSet, Metrics, Sample
+from pact_offline.evaluation.metrics import (
+    FORMAT_VERSION,
+    METRICS_FILE,
+    AskedSet,
+    Metrics,
+    Sample,
+)
 from pact_offline.evaluation.plan import Plan, prepare
 from pact_offline.evaluation.published_sets import Kind
 from pact_offline.evaluation.rates import (
@@ -88,6 +95,8 @@ def evaluate(
         reference: output directory of the reference's evaluation; None for the reference itself.
         answers_folder: where answers are kept, and looked up; None: only until this is done.
     """
+    if not name.strip():
+        raise SettingError("--name: expected a name, found nothing")
     require_place(output, METRICS_FILE)
     plan = prepare(model_name, adapter, sources, further, tokens_path, settings, reference)
     if plan.baseline is None and plan.subject.tuned is not None:
@@ -122,6 +131,7 @@ def evaluate(
         files[RESULTS_FILE] = results_text(elsewhere)
         means |= plan.lm_eval.means(elsewhere)
     metrics = Metrics(
+        format_version=FORMAT_VERSION,
         name=name,
         is_reference=plan.baseline is None and plan.subject.tuned is None,
         model=plan.subject.model,

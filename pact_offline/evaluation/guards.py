@@ -12,9 +12,10 @@ import torch
 
 from pact_offline.errors import ModelError
 from pact_offline.evaluation.verdicts import KnownVerdicts, verdict_key
+from pact_offline.files import read_json
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
-from pact_offline.models.locate import locate_model
+from pact_offline.models.locate import ModelFiles, locate_model
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat, load_tokenizer
 from pact_offline.settings.evaluate import GuardFormat
@@ -124,9 +125,24 @@ KINDS: dict[GuardFormat, GuardKind] = {
     "llama-guard": GuardKind(_safe_or_unsafe),
     "shieldgemma": GuardKind(_yes_or_no, {"guideline": _GUIDELINE}),
     "granite-guardian": GuardKind(
-        _yes_or_no, {"guardian_config": {"risk_name": "harm"}}, max_new_tokens=20
+        _yes_or_no,
+        # The template of 3.3 reads the second, those before it the first.
+        {"guardian_config": {"risk_name": "harm", "criteria_id": "harm"}},
+        max_new_tokens=20,
     ),
     "wildguard": GuardKind(_three_answers, prompt=_WILDGUARD, max_new_tokens=32),
+}
+# What tells a family: what stands in its chat template alone, and how its models are named.
+_IN_TEMPLATE: dict[GuardFormat, str] = {
+    "llama-guard": r"check if there is unsafe content|first line must read \W*safe\b",
+    "shieldgemma": r"\{[{%][^}]*\bguideline\b",
+    "granite-guardian": r"\bguardian_config\b",
+}
+_IN_NAME: dict[GuardFormat, str] = {
+    "llama-guard": r"llama.?guard",
+    "shieldgemma": r"shield.?gemma",
+    "granite-guardian": r"granite.?guardian",
+    "wildguard": r"wild.?guard",
 }
 
 
@@ -200,25 +216,32 @@ def find_guard(name: str, format_: GuardFormat) -> Guard:
     """
     files = locate_model(name)
     tokenizer = load_tokenizer(str(files.path))
-    kind = _kind_of(name, tokenizer) if format_ == "auto" else format_
+    kind = _kind_of(files, tokenizer) if format_ == "auto" else format_
     if kind is None:
         raise ModelError(
             f"{name}: expected a guard model of a family that is known by its name or chat "
-            f"template, found another; --guard-format names one of {', '.join(KINDS)}"
+            f"template, found neither; --guard-format names one of {', '.join(KINDS)}"
         )
     if KINDS[kind].prompt is None and not tokenizer.chat_template:
         raise ModelError(f"{name}: expected a guard model with a chat template, found none")
     return Guard(name, str(files.path), files.identity, kind, tokenizer)
 
 
-def _kind_of(name: str, tokenizer: Any) -> GuardFormat | None:
+def _kind_of(files: ModelFiles, tokenizer: Any) -> GuardFormat | None:
+    """By its chat template; else by its name, or that of the model that it was made of."""
     template = tokenizer.chat_template or ""
     if not isinstance(template, str):  # several, by name
         template = "\n".join(map(str, template.values()))
-    if "wildguard" in name.lower():
-        return "wildguard"
-    if "guardian_config" in template or "guardian" in name.lower():
-        return "granite-guardian"
-    if "guideline" in template or "shieldgemma" in name.lower():
-        return "shieldgemma"
-    return "llama-guard" if template else None
+    made_of = read_json(files.path / "config.json").get("_name_or_path")
+    names = (files.identity.get("hub") or files.path.resolve().as_posix(), str(made_of or ""))
+    told = [(template, _IN_TEMPLATE), *((_own_name(name), _IN_NAME) for name in names)]
+    for text, signs in told:
+        for kind, sign in signs.items():
+            if re.search(sign, text, re.IGNORECASE):
+                return kind
+    return None
+
+
+def _own_name(name: str) -> str:
+    """The last part of a hub id or a path, which may lie in the hub's local cache."""
+    return name.partition("/snapshots/")[0].rpartition("/")[2]

@@ -13,9 +13,11 @@ import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -28,26 +30,36 @@ METRICS_FILE = "metrics.json"
 FORMAT_VERSION = 3
 _Z95 = 1.959963984540054
 _RESAMPLES = 2000
+_ROUNDING = 1e-3  # that a share of others may be off its count
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Rate(_Frozen):
+class _Numbers(_Frozen, strict=True):
+    """What holds numbers, and takes no text for one."""
+
+
+class Rate(_Numbers):
     """A share with its 95 % Wilson interval; all in 0..1."""
 
     count: NonNegativeInt
     total: PositiveInt
-    value: float
-    low: float
-    high: float
+    value: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
 
     @model_validator(mode="after")
     def _is_a_share(self) -> Rate:
-        if self.count > self.total or not 0 <= self.value <= 1:
+        is_off = abs(self.value - self.count / self.total) > _ROUNDING
+        if self.count > self.total or is_off:
             raise ValueError(
                 f"expected a share of the total, found {self.count} of {self.total}, {self.value:g}"
+            )
+        if not self.low <= self.value <= self.high:
+            raise ValueError(
+                f"expected an interval around {self.value:g}, found {self.low:g} to {self.high:g}"
             )
         return self
 
@@ -66,7 +78,7 @@ def _wilson(value: float, total: int) -> tuple[float, float]:
     return 0.0 if value == 0 else centre - half, 1.0 if value == 1 else centre + half
 
 
-class Mean(_Frozen):
+class Mean(_Numbers):
     """A mean over prompts of what is no share, with its 95 % interval, in the score's own unit.
 
     Attributes:
@@ -112,7 +124,7 @@ class Mean(_Frozen):
         return cls(title=title, better=better, total=total, value=value, low=low, high=high)
 
 
-class TokenCurve(_Frozen):
+class TokenCurve(_Numbers):
     """Mean probability of one safety token at response steps 0, 1, ..."""
 
     id: int
@@ -122,7 +134,7 @@ class TokenCurve(_Frozen):
     policy: list[float]
 
 
-class Drift(_Frozen):
+class Drift(_Numbers):
     """Confidences under teacher forcing of the reference's own answers to the harmful prompts.
 
     Attributes:
@@ -235,7 +247,7 @@ class Metrics(_Frozen):
         judge: what a refusal is: name, with its phrases or what fixes its code; guard model.
     """
 
-    format_version: Literal[3] = 3
+    format_version: Literal[3]
     name: str
     is_reference: bool
     model: str
@@ -255,6 +267,23 @@ class Metrics(_Frozen):
     judge: dict[str, Any]
     provenance: dict[str, Any]
 
+    @field_validator("run")
+    @classmethod
+    def _has_a_share(cls, run: dict[str, Any]) -> dict[str, Any]:
+        share = run.get("rehearsal_share", 0)
+        is_number = isinstance(share, int | float) and not isinstance(share, bool)
+        if share is not None and not (is_number and 0 <= share <= 1):
+            raise ValueError(f"rehearsal_share: expected a number in 0..1, found {share!r:.40}")
+        return run
+
+    @field_validator("judge")
+    @classmethod
+    def _has_languages(cls, judge: dict[str, Any]) -> dict[str, Any]:
+        languages = judge.get("languages", [])
+        if not (isinstance(languages, list) and all(isinstance(one, str) for one in languages)):
+            raise ValueError(f"languages: expected a list of texts, found {languages!r:.40}")
+        return judge
+
     def save(self, path: Path) -> None:
         write_json(path, self.model_dump(mode="json"))
 
@@ -262,10 +291,13 @@ class Metrics(_Frozen):
     def load(cls, path: Path) -> Metrics:
         """Read metrics.json; `MissingFileError` or `InputError` where it is none."""
         value = read_json(path)
-        version = value.get("format_version") if isinstance(value, dict) else None
-        if version is not None and version != FORMAT_VERSION:
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: expected a JSON object, found {json.dumps(value):.40}")
+        version = value.get("format_version")
+        if version != FORMAT_VERSION:
+            found = "none" if version is None else f"{version!r:.40}"
             raise InputError(
-                f"{path}: format_version: expected {FORMAT_VERSION}, found {version!r:.40}; run "
+                f"{path}: format_version: expected {FORMAT_VERSION}, found {found}; run "
                 "`pact-offline evaluate` again"
             )
         try:
@@ -273,7 +305,8 @@ class Metrics(_Frozen):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path}: {key}: {first['msg']}") from None
+            problem = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{path}: {key}: {problem}") from None
 
 
 def metrics_schema_text() -> str:

@@ -21,6 +21,13 @@
     return made;
   };
 
+  // A text of others, which may run from right to left.
+  const quoted = (tag, ...children) => {
+    const made = element(tag, "", ...children);
+    made.dir = "auto";
+    return made;
+  };
+
   const answerOf = (run, prompt) => data.texts[data.answers[run][prompt]];
   const verdictsOf = (run, prompt) => data.verdicts[data.judged[run][prompt]];
   const wasAsked = (run, prompt) => data.answers[run][prompt] >= 0;
@@ -98,14 +105,14 @@
     }
     const tags = element("span", "tags", ...verdictsOf(run, prompt).map(tag));
     const text = answerOf(run, prompt);
-    const quote = element("blockquote", "", ...(text ? marked(text, pattern) : ["(empty)"]));
+    const quote = quoted("blockquote", ...(text ? marked(text, pattern) : ["(empty)"]));
     return element("div", "answer", element("p", "who", name, " ", tags), quote);
   };
 
   const article = (asked, prompt) => {
     const [set, text, expected] = data.prompts[prompt];
     const what = element("small", "", `${data.sets[set]} prompt`);
-    if (expected !== null) what.append(`; right answer: ${expected}`);
+    if (expected !== null) what.append("; right answer: ", quoted("bdi", expected));
     if (differs(asked.runs, prompt, data.judged)) {
       what.append(element("span", "tag", "verdicts differ"));
     } else if (differs(asked.runs, prompt, data.answers)) {
@@ -114,7 +121,7 @@
     return element(
       "article",
       "sample",
-      element("h3", "", what, ...marked(text, asked.pattern)),
+      element("h3", "", what, quoted("span", ...marked(text, asked.pattern))),
       element("div", "answers", ...asked.runs.map((run) => answerBox(run, prompt, asked.pattern))),
     );
   };

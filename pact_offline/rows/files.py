@@ -27,6 +27,7 @@ _SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
 _BATCH_ROWS = 1024
 _LONGEST_CELL = 2**31 - 1
 _SPACE = re.compile(r"[ \t\n\r]*")
+_JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{\s*"|\[\s*[{\]])')
 
 
 class Value(NamedTuple):
@@ -73,7 +74,7 @@ def values_of(source: str) -> Iterator[Value]:
         is_empty = False
         yield value
     if is_empty:
-        raise InputError(f"{source}: expected rows, found none: an empty file")
+        raise InputError(f"{source}: expected rows, found none")
 
 
 def suffix_of(path: Path) -> str:
@@ -217,6 +218,10 @@ def delimiter_of(path: Path) -> str:
 
 def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
     csv.field_size_limit(_LONGEST_CELL)
+    if _JSON.match(stream.peek()):
+        raise InputError(
+            f"{path}:1: expected CSV, as its name says, found JSON; name it .jsonl or .json"
+        )
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
         reader = csv.reader(text, delimiter=delimiter_of(path), strict=True)
@@ -224,13 +229,17 @@ def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
         if doubled := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"{path}:1: expected distinct columns, found {doubled!r} twice")
         line = reader.line_num + 1
+        is_header_alone = bool(names)
         for cells in reader:
+            is_header_alone = is_header_alone and not cells
             if len(cells) == len(names):
                 yield Value(line, dict(zip(names, cells, strict=True)))
             elif cells:
                 problem = f"expected {len(names)} cells, found {len(cells)}"
                 yield Value(line, None, InputError(f"{path}:{line}: {problem}"))
             line = reader.line_num + 1
+        if is_header_alone:
+            raise InputError(f"{path}: expected rows below the header, found none")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, found byte {error.start} invalid") from None
     except csv.Error as error:
