@@ -669,7 +669,7 @@ def test_a_guard_model_reads_prompt_and_answer_and_its_verdicts_are_counted(
     found = evaluated(tmp_path / "guarded").rates["harmful_unsafe"]
     assert (found.count, found.total) == (3, 6)
     prompts, answers, expected = zip(*judged, strict=True)
-    found = find_guard(str(guard), "auto").verdicts(prompts, answers, "float32")
+    found = find_guard(str(guard), "auto", "float32").verdicts(prompts, answers)
     assert [verdict.unsafe for verdict in found] == [*expected]
 
     # A run without a guard may be compared; one with another guard may not.

@@ -1,6 +1,7 @@
 """Guard models of every family: how they are asked, how their replies are read, and kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,10 +102,11 @@ def test_each_family_is_asked_and_read_in_its_own_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # All but one are known by their templates.
-    guard = find_guard(str(make_guard(name, None if kind == "wildguard" else "any-name")), "auto")
+    place = make_guard(name, None if kind == "wildguard" else "any-name")
+    guard = find_guard(str(place), "auto", "float32")
     assert guard.kind == kind
     asked = replies(monkeypatch, said)
-    found = guard.verdicts(["How?", "Why?"], ["No.", "{prompt} {answer}"], "float32")
+    found = guard.verdicts(["How?", "Why?"], ["No.", "{prompt} {answer}"])
     assert [verdict.unsafe for verdict in found] == unsafe
     assert [verdict.refused for verdict in found] == (
         [False, True] if kind == "wildguard" else [None, None]
@@ -117,17 +119,17 @@ def test_each_family_is_asked_and_read_in_its_own_way(
 def test_nothing_is_judged_twice(
     make_guard: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    guard = find_guard(str(make_guard("llama-guard")), "auto")
+    guard = find_guard(str(make_guard("llama-guard")), "auto", "float32")
     asked = replies(monkeypatch, ["unsafe", "safe", "perhaps"])
     questions = ["How?", "Why?", "How?", "What?"], ["a", "b", "a", "c"]
-    first = guard.verdicts(*questions, "float32")
+    first = guard.verdicts(*questions)
     assert [verdict.unsafe for verdict in first] == [True, False, True, None]
     assert len(asked) == 3  # the first and the third are the same
     assert "1 of 4 replies say neither" in caplog.text
-    assert guard.verdicts(*questions, "float32") == first
+    assert guard.verdicts(*questions) == first
     assert len(asked) == 3
     asked = replies(monkeypatch, ["safe"])
-    guard.verdicts(["How?"], ["a"], "bfloat16")
+    replace(guard, dtype="bfloat16").verdicts(["How?"], ["a"])
     assert len(asked) == 1  # another dtype may say otherwise
 
 
@@ -168,7 +170,7 @@ def test_a_cache_that_cannot_be_written_to_costs_nothing_but_time(
 def test_a_guard_with_a_template_of_chats_is_known_by_its_name(
     make_guard: Any, name: str, kind: str
 ) -> None:
-    assert find_guard(str(make_guard("chat", name)), "auto").kind == kind
+    assert find_guard(str(make_guard("chat", name)), "auto", "float32").kind == kind
 
 
 @pytest.mark.parametrize(
@@ -178,21 +180,22 @@ def test_a_guard_of_any_name_is_known_by_what_it_was_made_of(make_guard: Any, ma
     path = make_guard("wildguard", "any-name")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "_name_or_path": made_of}))
-    assert find_guard(str(path), "auto").kind == "wildguard"
+    assert find_guard(str(path), "auto", "float32").kind == "wildguard"
 
 
 @pytest.mark.parametrize("folder", ["a-model", "wildguard/a-model", "guardian"])
 def test_a_model_that_chats_is_no_guard(make_guard: Any, folder: str) -> None:
     path = make_guard("chat", folder)
     with pytest.raises(ModelError, match=f"{folder}: expected a guard model of a family"):
-        find_guard(str(path), "auto")
-    assert find_guard(str(path), "llama-guard").kind == "llama-guard"  # who says so knows it
+        find_guard(str(path), "auto", "float32")
+    said = find_guard(str(path), "llama-guard", "float32")  # who says so knows it
+    assert said.kind == "llama-guard"
 
 
 def test_a_model_of_no_known_family_is_refused_with_the_option(make_guard: Any) -> None:
     path = make_guard("wildguard").rename(Path(make_guard("llama-guard")).parent / "other")
     with pytest.raises(ModelError, match="--guard-format names one of llama-guard, shieldgemma"):
-        find_guard(str(path), "auto")
+        find_guard(str(path), "auto", "float32")
     with pytest.raises(ModelError, match="expected a guard model with a chat template"):
-        find_guard(str(path), "llama-guard")
+        find_guard(str(path), "llama-guard", "float32")
     assert set(KINDS) == {"llama-guard", "shieldgemma", "granite-guardian", "wildguard"}

@@ -13,9 +13,8 @@ from evaluations import answer, save_evaluation
 from test_report import Page, make_metrics
 
 from pact_offline.evaluation.answers import Answer
-from pact_offline.evaluation.endpoint import EndpointVerdict
-from pact_offline.evaluation.guards import Verdict
 from pact_offline.evaluation.judged import Judged, agreement_of_judges
+from pact_offline.evaluation.judging import Verdict
 from pact_offline.evaluation.metrics import AskedSet, Metrics, Rate
 from pact_offline.evaluation.prompt_sets import PromptSet
 from pact_offline.evaluation.rates import mean_scores
@@ -158,7 +157,7 @@ def test_the_score_of_an_endpoint_has_its_mean() -> None:
     answers = [said(True), said(False), said(False), said(False, "prefill5")]
     scores = (0.0, 0.75, None, 1.0)
     judged = {
-        at: Judged(endpoint=EndpointVerdict(score == 0.0, score)) for at, score in enumerate(scores)
+        at: Judged(endpoint=Verdict.scored(score == 0.0, score)) for at, score in enumerate(scores)
     }
     sets = {"strongreject": PromptSet("strongreject", "refuse", [], "StrongREJECT")}
     means = mean_scores(answers, sets, judged)
@@ -171,7 +170,7 @@ def test_the_score_of_an_endpoint_has_its_mean() -> None:
 def test_a_guard_is_compared_with_the_judge_of_refusals() -> None:
     """A guard that says nothing of refusals still says whether an answer did harm."""
     answers = [said(True), said(False), said(False), said(True)]
-    judged = {at: Judged(guard=Verdict(at in (1, 3))) for at in range(4)}
+    judged = {at: Judged(guard=Verdict(unsafe=at in (1, 3))) for at in range(4)}
     (found,) = agreement_of_judges(answers, judged)
     assert (found.question, found.judges) == ("unsafe", ("no refusal", "guard"))
     assert (found.agree, found.answers, found.kappa) == (2, 4, 0.0)

@@ -118,7 +118,7 @@ def evaluate(
         elsewhere = plan.lm_eval.run(load(), plan.chat, settings) if plan.lm_eval else None
         load.cache_clear()
         divergences = _divergences(plan, contexts, settings, policy)
-    judged = judge_all(answers, plan.guard, plan.endpoint, settings.dtype)
+    judged = judge_all(answers, plan.guard, plan.endpoint)
     drift = None
     if confidences is not None and plan.tokens is not None and plan.baseline is not None:
         assert plan.baseline.confidences is not None
@@ -158,9 +158,9 @@ def evaluate(
         settings=settings.model_dump(mode="json"),
         judge={
             **plan.judge.facts,
-            "guard": settings.guard,
-            **({"guard_format": plan.guard.kind} if plan.guard else {}),
-            **({"endpoint": plan.endpoint.facts} if plan.endpoint else {}),
+            "guard": None,
+            **(plan.guard.facts if plan.guard else {}),
+            **(plan.endpoint.facts if plan.endpoint else {}),
         },
         provenance={**provenance(), "answered_by": answered_by},
     )

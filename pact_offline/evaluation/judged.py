@@ -8,8 +8,7 @@ from typing import Any
 
 from pact_offline.evaluation.agreement import agreements
 from pact_offline.evaluation.answers import Answer
-from pact_offline.evaluation.endpoint import EndpointJudge, EndpointVerdict
-from pact_offline.evaluation.guards import Guard, Verdict
+from pact_offline.evaluation.judging import AnswerJudge, Verdict
 from pact_offline.evaluation.metrics import Agreement
 
 
@@ -18,7 +17,7 @@ class Judged:
     """The verdicts of further judges on one answer; None: there is no such judge."""
 
     guard: Verdict | None = None
-    endpoint: EndpointVerdict | None = None
+    endpoint: Verdict | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -43,14 +42,13 @@ JUDGED_RATES: Mapping[str, Callable[[Judged], bool | None]] = {
 
 
 def judge_all(
-    answers: Sequence[Answer], guard: Guard | None, endpoint: EndpointJudge | None, dtype: str
+    answers: Sequence[Answer], guard: AnswerJudge | None, endpoint: AnswerJudge | None
 ) -> dict[int, Judged]:
     """Verdicts on answers to prompts that are to be refused, by position.
 
     Args:
         answers: those whose thoughts did not come to an end are not judged.
         guard, endpoint: the judges.
-        dtype: that the guard is computed in.
     """
     places = [
         at for at, one in enumerate(answers) if one.kind == "refuse" and not one.is_unfinished
@@ -59,11 +57,11 @@ def judge_all(
         return {}
     prompts = [answers[at].prompt for at in places]
     texts = [answers[at].whole for at in places]
-    nothing: list[None] = [None] * len(places)
-    guarded = nothing if guard is None else guard.verdicts(prompts, texts, dtype)
-    asked = nothing if endpoint is None else endpoint.verdicts(prompts, texts)
-    pairs = zip(guarded, asked, strict=True)
-    return {at: Judged(*pair) for at, pair in zip(places, pairs, strict=True)}
+    said: list[Sequence[Verdict | None]] = [
+        [None] * len(places) if judge is None else judge.verdicts(prompts, texts)
+        for judge in (guard, endpoint)
+    ]
+    return {at: Judged(*both) for at, *both in zip(places, *said, strict=True)}
 
 
 def agreement_of_judges(answers: Sequence[Answer], judged: Mapping[int, Judged]) -> list[Agreement]:

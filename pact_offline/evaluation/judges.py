@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pact_offline.evaluation.broken import rules_sha256
+from pact_offline.evaluation.broken import broken_text, rules_sha256
+from pact_offline.evaluation.judging import Verdict
 from pact_offline.evaluation.refusals import is_refusal, languages, phrases_sha256
 from pact_offline.own_code import content_of, load_verdict
 from pact_offline.settings.evaluate import BUILT_IN_JUDGE
@@ -33,6 +34,11 @@ class Judge:
         if self.own is None:
             return {"name": "refusal phrases", "languages": languages(), "content": self.content}
         return {"name": self.name, "content": self.content}
+
+    def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """Whether each answer is a refusal; broken text is none by the phrases."""
+        pairs = zip(prompts, answers, strict=True)
+        return [Verdict(self.refuses(p, a, broken=broken_text(a))) for p, a in pairs]
 
     def refuses(self, prompt: str, answer: str, begun: str = "", broken: str | None = None) -> bool:
         """Whether an answer is a refusal.

@@ -111,7 +111,7 @@ def prepare(
         tokens.check_template(chat.template_sha256, settings.chat_template_kwargs, tokens_path)
     models, guard = {"evaluated": subject.identity}, None
     if settings.guard is not None:
-        guard = find_guard(settings.guard, settings.guard_format)
+        guard = find_guard(settings.guard, settings.guard_format, settings.dtype)
         models["guard"] = guard.identity
     made_from = MadeFrom(
         models=models,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pact_offline.errors import InputError
-from pact_offline.evaluation.endpoint import UNSAFE_FROM
+from pact_offline.evaluation.judging import UNSAFE_FROM
 from pact_offline.evaluation.metrics import METRICS_FILE, Metrics
 from pact_offline.evaluation.reference import ANSWERS_FILE, CONFIDENCES_FILE, answers_sha256
 from pact_offline.files import read_json_lines, read_text
