@@ -290,7 +290,7 @@ def test_a_judge_of_ones_own_is_known_again_at_another_place(serve: Callable[...
     again = judge_at(second.url)
     assert again.verdicts(["a"], ["b"]) == found
     assert second.asked == []
-    assert again.facts["url"] == second.url
+    assert again.facts["endpoint"]["url"] == second.url
 
     own = {
         judge_at(f"http://{host}/v1").content
