@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -241,14 +242,43 @@ def _require_line(error: PactError, model: Path, said: str) -> None:
     assert "\n" not in str(error)
 
 
+def _resharded(model: Path, folder: Path) -> Path:
+    load_model(str(model), "float32").save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
 def test_sharded_weights_are_the_same_model(model: Path, tmp_path: Path) -> None:
     whole = load_model(str(model), "float32")
-    whole.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
-    shards = {file.name for file in (tmp_path / "sharded").glob("*.safetensors")}
-    assert shards < {*locate_model(str(tmp_path / "sharded")).identity}
+    folder = _resharded(model, tmp_path / "sharded")
+    shards = {file.name for file in folder.glob("*.safetensors")}
+    assert shards < {*locate_model(str(folder)).identity}
     assert len(shards) > 1
-    sharded = load_model(str(tmp_path / "sharded"), "float32").state_dict()
+    sharded = load_model(str(folder), "float32").state_dict()
     assert all(torch.equal(sharded[name], weight) for name, weight in whole.state_dict().items())
+
+
+def test_a_models_identity_is_of_its_config_and_the_weights_that_are_read(
+    model: Path, tmp_path: Path
+) -> None:
+    """Stores and adapters of earlier releases keep theirs: it is that of the whole folder."""
+    for folder in (model, _resharded(model, tmp_path / "sharded")):
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+        before = {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
+        assert [*locate_model(str(folder)).identity.items()] == [*before.items()]
+        for stray in ("consolidated", "optimizer", "adapter_model"):
+            save_file({"x": torch.zeros(2)}, folder / f"{stray}.safetensors")
+        (folder / "training_state.safetensors").write_bytes(b"rubbish")
+        assert locate_model(str(folder)).identity == before
+
+
+def test_a_single_file_of_weights_goes_before_an_index(model: Path, tmp_path: Path) -> None:
+    """transformers reads it alone."""
+    shutil.copytree(_resharded(model, tmp_path / "sharded"), model, dirs_exist_ok=True)
+    weights = load_file(model / WEIGHTS)
+    weights[NORM] += 1
+    save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+    assert {*locate_model(str(model)).identity} == {"config.json", WEIGHTS}
+    assert torch.equal(load_model(str(model), "float32").state_dict()[NORM], weights[NORM])
 
 
 def _loading_calls(tree: ast.AST) -> Iterator[ast.Call]:
