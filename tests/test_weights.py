@@ -18,7 +18,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from pact_offline.errors import ModelError, PactError
-from pact_offline.models.load import load_model
+from pact_offline.models.load import load_model, make_savable
 from pact_offline.models.locate import locate_model
 from pact_offline.rows.chat import load_tokenizer
 
@@ -279,6 +279,34 @@ def test_a_single_file_of_weights_goes_before_an_index(model: Path, tmp_path: Pa
     save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
     assert {*locate_model(str(model)).identity} == {"config.json", WEIGHTS}
     assert torch.equal(load_model(str(model), "float32").state_dict()[NORM], weights[NORM])
+
+
+@pytest.mark.parametrize(
+    ("said", "dropped"),
+    [
+        ({"pad_token_id": -1}, "pad_token_id -1"),
+        ({"early_stopping": True}, "early_stopping True"),
+        ({"length_penalty": 2.0, "top_p": 0.5, "top_k": 50}, "top_p 0.5, length_penalty 2.0"),
+        ({"output_scores": True}, "output_scores True"),
+        ({"pad_token_id": -1, "num_beams": 2, "early_stopping": True}, "pad_token_id -1"),
+    ],
+)
+def test_what_transformers_refuses_to_save_of_a_generation_config_is_left_out(
+    said: dict[str, Any], dropped: str, model: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], **said}))
+    loaded = load_model(str(model), "float32")
+    make_savable(loaded, str(model))
+    expected = f"{model}: generation config: what is saved has no {dropped}, of no use there"
+    ours = [one.message for one in caplog.records if one.name == make_savable.__module__]
+    assert ours == [expected]
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    gone = {part.split(" ")[0] for part in dropped.split(", ")}
+    kept = {key: value for key, value in said.items() if key not in gone}
+    assert {**saved, "eos_token_id": [2, 5], **kept} == saved
+    assert not gone & {*saved}
 
 
 def _loading_calls(tree: ast.AST) -> Iterator[ast.Call]:
