@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import InputError, MissingFileError, TargetsMismatchError, first_line
+from pact_offline.errors import (
+    InputError,
+    MissingFileError,
+    PactError,
+    TargetsMismatchError,
+    first_line,
+)
 from pact_offline.files import read_json, sha256_file
 from pact_offline.folders import RUN_FILE
-from pact_offline.models.locate import ModelFiles, locate_model
+from pact_offline.models.locate import (
+    ModelFiles,
+    hub_name,
+    locate_model,
+    looks_like_path,
+    weight_checksums,
+)
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FACTS = ("model", "model_identity", "settings", "metrics", "rows", "targets_sha256")
@@ -54,46 +69,132 @@ class FineTuned:
         return cls(folder, is_whole, read_facts(folder), digest)
 
     def require_of(self, model: ModelFiles) -> None:
-        """Refuse what was trained from another model; what `finetune` did not make says nothing.
+        """Refuse what was trained from another model.
+
+        Of an adapter that `finetune` did not make, its config names the model, and its weights have
+        to fit. Such a whole model says nothing.
 
         Raises:
             TargetsMismatchError: it was.
+            InputError: an adapter has weights that fit nothing in the model.
         """
-        if self.facts is not None and self.facts["model_identity"] != model.identity:
-            raise TargetsMismatchError(
-                f"{self.folder}: expected an adapter of {model.name}, found one of "
-                f"{self.facts['model']}, or of other weights"
+        if self.facts is not None:
+            if self.facts["model_identity"] != model.identity:
+                raise TargetsMismatchError(
+                    f"{self.folder}: expected an adapter of {model.name}, found one of "
+                    f"{self.facts['model']}, or of other weights"
+                )
+        elif not self.is_whole:
+            self._require_named(model)
+            self._require_fitting(model)
+
+    def _require_named(self, model: ModelFiles) -> None:
+        """Refuse an adapter whose config names another model, or warn where that is not proven."""
+        named = read_json(self.folder / CONFIG).get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            return
+        is_same = _is_name_of(named, model)
+        if is_same is None:
+            log.warning(
+                "%s: an adapter of %.200r, as its config says; whether %s has the same weights is "
+                "not known",
+                self.folder,
+                named,
+                model.name,
             )
+        elif not is_same:
+            raise TargetsMismatchError(
+                f"{self.folder / CONFIG}: base_model_name_or_path: expected {model.name}, found "
+                f"{named!r:.200}, another model; if it fits all the same, write {model.name} there"
+            )
+
+    def _require_fitting(self, model: ModelFiles) -> None:
+        """Refuse weights that fit nothing, before the model's own are loaded: vLLM tells none."""
+        from pact_offline.models.load import empty_model
+
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                _, unfitting = self._on(empty_model(str(model.path)))[1]
+        except Exception:  # of a model that cannot be made without weights, `added_to` will tell
+            return
+        self._require_none_of(unfitting)
+
+    def _require_none_of(self, unfitting: list[str]) -> None:
+        if unfitting:
+            raise InputError(
+                f"{self.folder / WEIGHTS}: expected weights of what {CONFIG} names and the model "
+                f"has, found {unfitting[0]}{_and_others(unfitting)}"
+            )
+
+    def _on(self, model: Any) -> tuple[Any, tuple[list[str], list[str]]]:
+        """The model with the adapter; the weights that it lacks, and those that fit nothing."""
+        from peft import PeftModel
+
+        policy = PeftModel.from_pretrained(model, str(self.folder))
+        found = policy.load_adapter(  # again: only so does peft say what it found
+            str(self.folder),
+            "default",
+            key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
+        )
+        return policy, (list(found.missing_keys), list(found.unexpected_keys))
 
     def added_to(self, model: Any) -> Any:
         """The model with the adapter, in eval mode: merged in, but not into weights in few bits,
         which would be rounded again, or embeddings that are the LM head too, as both would change.
 
         Raises:
-            InputError: peft cannot load it, or it lacks weights for the modules that it names.
+            InputError: peft cannot load it, or it lacks weights for the modules that it names, or
+                has others.
         """
-        from peft import PeftModel
         from peft.tuners.lora import LoraLayer
 
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                policy = PeftModel.from_pretrained(model, str(self.folder))
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                policy, (missing, unfitting) = self._on(model)
                 if not any(isinstance(module, LoraLayer) for module in policy.modules()):
                     raise ValueError(f"{CONFIG} names no module of the model")
-                is_partial = any("missing adapter keys" in str(one.message) for one in said)
                 stays = getattr(model, "is_quantized", False) or _adapts_tied(policy)
                 merged = policy.eval() if stays else policy.merge_and_unload().eval()
-            except Exception as error:  # peft raises of all kinds
-                raise InputError(
-                    f"{self.folder}: expected a peft adapter, found: {first_line(error)}"
-                ) from None
-        if is_partial:
+        except Exception as error:  # peft raises of all kinds
+            raise InputError(
+                f"{self.folder}: expected a peft adapter, found: {first_line(error)}"
+            ) from None
+        if missing:
             raise InputError(
                 f"{self.folder / WEIGHTS}: expected weights of every module that {CONFIG} names, "
-                "found modules without"
+                f"found none of {missing[0]}{_and_others(missing)}"
             )
+        self._require_none_of(unfitting)
         return merged
+
+
+def _is_name_of(named: str, model: ModelFiles) -> bool | None:
+    """Whether the name in an adapter's config is that of a model; None where nothing shows it.
+
+    Weights are compared where both are folders, names where both are of the hub, whatever the
+    revision. A model that was added up has neither.
+    """
+    identity, folder = model.identity, Path(named)
+    is_plain, is_of_hub = "adapter" not in identity, "hub" in identity
+    try:
+        if not looks_like_path(named):
+            is_same = hub_name(named)[0].lower() == identity.get("hub", "").lower()
+            return is_same if is_plain and is_of_hub else None
+        if folder.resolve() == model.path.resolve():
+            return True
+        if not is_plain or is_of_hub:
+            return None
+        return _weights(weight_checksums(folder)) == _weights(identity)
+    except (PactError, OSError, ValueError):  # it is not there, no model, or no path at all
+        return None
+
+
+def _weights(checksums: dict[str, str]) -> list[str]:
+    return sorted(value for name, value in checksums.items() if name != "config.json")
+
+
+def _and_others(keys: list[str]) -> str:
+    return f" and {len(keys) - 1} others" if keys[1:] else ""
 
 
 def _adapts_tied(policy: Any) -> bool:
@@ -141,6 +242,17 @@ def _require_lora(folder: Path) -> None:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise InputError(f"{folder / CONFIG}: peft_type: expected 'LORA', found {kind!r:.40}")
+    if (start := str(config.get("init_lora_weights"))).startswith("pissa_niter"):
+        raise InputError(
+            f"{folder / CONFIG}: init_lora_weights: expected a kind that takes the same from the "
+            f"model at every load, found {start!r:.40}; convert it by peft "
+            "(path_initial_model_for_weight_conversion)"
+        )
+    if layers := config.get("layer_replication"):
+        raise InputError(
+            f"{folder / CONFIG}: layer_replication: expected none, as it makes a model of other "
+            f"layers, found {layers!r:.40}"
+        )
     from safetensors import SafetensorError, safe_open
 
     try:

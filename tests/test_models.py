@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 from examples import prompt_of
+from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from pact_offline import files
-from pact_offline.errors import InputError
+from pact_offline.errors import InputError, ModelError
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.models.log_confidences import _padded_logits, reads_padding, response_logits
+from pact_offline.models.vllm_answers import _repetition_penalty
 from pact_offline.models.vllm_engine import prepare_environment
 from pact_offline.rows.chat import Chat, load_tokenizer
 from pact_offline.rows.contexts import Context
@@ -196,6 +198,75 @@ def test_an_answer_ends_at_the_templates_own_end_of_turn(aligned: Path) -> None:
     assert chat.end_of_turn in end_ids(str(aligned), chat)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "")
     assert Chat(tokenizer).end_of_turn is None
+
+
+def answers_of(model: Path, prompts: list[list[int]]) -> list[str]:
+    loaded, tokenizer = load_model(str(model), "float32"), load_tokenizer(str(model))
+    return generate(loaded, tokenizer, prompts, max_new_tokens=8, batch_size=2)
+
+
+OTHER_WAYS: dict[str, dict[str, Any]] = {
+    "a dict of all": {"return_dict_in_generate": True, "output_scores": True},
+    "stop strings": {"stop_strings": ["e"]},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+    "dola": {"dola_layers": "high"},
+    "beams": {"num_beams": 3, "early_stopping": True, "length_penalty": 4.0},
+    "guidance": {"guidance_scale": 3.0},
+    "contrast": {"penalty_alpha": 0.9, "top_k": 4},
+    "lengths": {"min_new_tokens": 20, "max_length": 3},
+    "n-grams": {"no_repeat_ngram_size": 1},
+    "suppressed": {"suppress_tokens": list(range(3, 300))},
+    "sampling": {"do_sample": True, "temperature": 9.0},
+    "static cache": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_answers_are_greedy_whatever_the_model_generates_by(
+    way: str, aligned: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(aligned, tmp_path / "model"))
+    config = model / "generation_config.json"
+    said = json.loads(config.read_text())
+    prompts = [[5, 6, 7, 8], [9, 40, 41], [77, 200]]
+    config.write_text(json.dumps({**said, **OTHER_WAYS[way]}))
+    assert answers_of(model, prompts) == answers_of(aligned, prompts)
+
+
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+def test_a_penalty_of_repetition_is_heeded_alike_by_both_engines(
+    place: str, aligned: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(aligned, tmp_path / "model"))
+    if place == "config.json":
+        (model / "generation_config.json").unlink()
+    said = json.loads((model / place).read_text())
+    prompts = [[5, 6, 7, 8]]
+    assert _repetition_penalty(model) == 1
+    (model / place).write_text(json.dumps({**said, "repetition_penalty": 5.0}))
+    assert _repetition_penalty(model) == 5
+    assert answers_of(model, prompts) != answers_of(aligned, prompts)
+    for wrong in (-1.0, 0, "much"):
+        (model / place).write_text(json.dumps({**said, "repetition_penalty": wrong}))
+        expected = f"{model}: generation config: repetition_penalty: expected a number above 0"
+        for use in (_repetition_penalty, lambda folder: answers_of(folder, prompts)):
+            with pytest.raises(ModelError, match=expected):
+                use(model)
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_model_that_has_answered_keeps_its_own_generation_config(
+    has_adapter: bool, aligned: Path
+) -> None:
+    """It may be saved afterwards."""
+    model: Any = load_model(str(aligned), "float32")
+    model.generation_config.num_beams = 3
+    own = model.generation_config
+    asked = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if has_adapter else model
+    tokenizer = load_tokenizer(str(aligned))
+    assert generate(asked, tokenizer, [[5, 6]], max_new_tokens=2, batch_size=1)
+    assert model.generation_config is asked.generation_config is own
+    assert own.num_beams == 3
 
 
 RECURRENT = {

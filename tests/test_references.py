@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import make_model
 
+from pact_offline.errors import InputError, TargetsMismatchError
+from pact_offline.fine_tuned import FineTuned
 from pact_offline.models.load import load_model
-from pact_offline.models.locate import split_adapter
+from pact_offline.models.locate import ModelFiles, split_adapter
 from pact_offline.references import locate_reference
 
 
@@ -111,6 +115,142 @@ def test_what_is_no_adapter_of_the_model_is_refused(
     (adapter / "adapter_model.safetensors").write_bytes(b"rubbish")
     assert "expected safetensors" in fails(*words, f"{aligned}+{adapter}")
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.fixture
+def theirs(adapter: Path) -> Path:
+    """An adapter of somebody else's."""
+    (adapter / "pact_offline.json").unlink()
+    return adapter
+
+
+def say(adapter: Path, **values: Any) -> None:
+    """Change an adapter's config."""
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **values}))
+
+
+def ways(model: Any, adapter: Path, rows: Path, tokens: Path, folder: Path) -> list[list[Any]]:
+    """What makes a reference of a model and an adapter, and what evaluates the adapter."""
+    return [
+        ["score", "--model", f"{model}+{adapter}", "--rows", rows, "--safety-tokens", tokens,
+         "--cache", folder / "c", "--backend", "transformers", "-o", folder / "t.json"],
+        ["evaluate", "--model", model, "--adapter", adapter, "--task", rows, "--name", "x",
+         "--max-new-tokens", 2, "--dtype", "float32", "-o", folder / "out"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("named", ["the path", "a copy", "a copy of other settings"])
+def test_an_adapter_is_of_the_weights_that_its_config_names(
+    named: str, theirs: Path, aligned: Path, base: Path, rows_file: Path, tokens_file: Path,
+    tmp_path: Path, run: Callable[..., Result], fails: Callable[..., str],
+) -> None:  # fmt: skip
+    model = aligned
+    if named != "the path":
+        model = Path(shutil.copytree(aligned, tmp_path / "copy"))
+    if named == "a copy of other settings":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "use_cache": False}))
+    say(theirs, base_model_name_or_path=f"{aligned}/../{aligned.name}")
+    for words in ways(model, theirs, rows_file, tokens_file, tmp_path):
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+        assert "is not known" not in result.stderr
+    for words in ways(base, theirs, rows_file, tokens_file, tmp_path):
+        line = fails(*words)
+        assert f"adapter_config.json: base_model_name_or_path: expected {base}, found '" in line
+        assert line.endswith(f"another model; if it fits all the same, write {base} there")
+
+
+@pytest.mark.parametrize("named", ["owner/model", "/nowhere/model", "x" * 5000, "a\nb", "a\0b"])
+def test_where_an_adapters_model_cannot_be_told_a_line_says_so(
+    named: str, theirs: Path, aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    say(theirs, base_model_name_or_path=named)
+    for words in ways(aligned, theirs, rows_file, tokens_file, tmp_path):
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+        said = [line for line in result.stderr.splitlines() if "is not known" in line]
+        assert len(said) == 1
+        assert said[0].startswith(f"{theirs}: an adapter of {named[:3]!r}"[:-1])
+
+
+@pytest.mark.parametrize(
+    ("identity", "named", "is_known"),
+    [
+        ({"hub": "Owner/Model", "commit": "a"}, "owner/model@v2", True),
+        ({"hub": "owner/model", "commit": "a"}, "owner/other", False),
+        ({"hub": "owner/model", "commit": "a", "adapter": "b"}, "owner/model", None),
+        ({"hub": "owner/model", "commit": "a"}, "/nowhere/model", None),
+    ],
+)
+def test_names_of_the_hub_are_compared_as_the_hub_does(
+    identity: dict[str, str], named: str, is_known: bool | None, theirs: Path, aligned: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    say(theirs, base_model_name_or_path=named)
+    model = ModelFiles("owner/model@main", aligned, identity)
+    if is_known is False:
+        with pytest.raises(TargetsMismatchError, match="expected owner/model@main, found 'owner/o"):
+            FineTuned.read(theirs).require_of(model)
+    else:
+        FineTuned.read(theirs).require_of(model)
+    assert ("is not known" in caplog.text) == (is_known is None)
+
+
+@pytest.mark.parametrize("what", ["a layer less", "a module more"])
+def test_weights_that_fit_nothing_are_refused_before_a_model_is_loaded(
+    what: str, theirs: Path, aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path,
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model, weights = aligned, theirs / "adapter_model.safetensors"
+    if what == "a layer less":
+        model = make_model(tmp_path / "m", num_hidden_layers=1)
+        expected = "model.layers.1.self_attn.q_proj.lora_A.weight and 3 others"
+    else:
+        more = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+        save_file({**load_file(weights), more: torch.ones(8, 64)}, weights)
+        expected = more
+    say(theirs, base_model_name_or_path=None)
+    for place in ("pact_offline.models.load", "pact_offline.evaluation.subject"):
+        monkeypatch.setattr(f"{place}.load_model", lambda *_: pytest.fail("a model was loaded"))
+    for words in ways(model, theirs, rows_file, tokens_file, tmp_path):
+        line = fails(*words)
+        assert f"{weights}: expected weights of what adapter_config.json names and" in line
+        assert line.endswith(expected)
+    with pytest.raises(InputError, match="expected weights of what"):
+        FineTuned.read(theirs).added_to(load_model(str(model), "float32"))
+
+
+@pytest.mark.parametrize(
+    "said", [{"init_lora_weights": "pissa_niter_4"}, {"layer_replication": [[0, 2], [1, 2]]}]
+)
+def test_an_adapter_that_peft_cannot_give_back_is_refused(
+    said: dict[str, Any], theirs: Path, aligned: Path, rows_file: Path, tokens_file: Path,
+    tmp_path: Path, fails: Callable[..., str],
+) -> None:  # fmt: skip
+    """One takes other numbers from the model at every load, one makes a model of other layers."""
+    say(theirs, **said)
+    for words in ways(aligned, theirs, rows_file, tokens_file, tmp_path):
+        assert f"adapter_config.json: {next(iter(said))}: expected" in fails(*words)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_an_adapter_that_changes_the_models_weights_is_loaded_as_it_was_made(
+    kind: str, aligned: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=kind)
+    made = get_peft_model(load_model(str(aligned), "float32"), config)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    made.save_pretrained(str(tmp_path / kind))
+    ids = torch.arange(7, 27)[None]
+    reference = locate_reference(f"{aligned}+{tmp_path / kind}")
+    ours = load_model(str(reference.path), "float32")(ids).logits
+    torch.testing.assert_close(ours, made.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_with_a_plus_in_its_name_is_itself(aligned: Path, tmp_path: Path) -> None:

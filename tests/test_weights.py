@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from pact_offline.errors import ModelError, PactError
-from pact_offline.models.load import load_model
+from pact_offline.models.load import load_model, make_savable
 from pact_offline.models.locate import locate_model
 from pact_offline.rows.chat import load_tokenizer
 
@@ -241,14 +242,71 @@ def _require_line(error: PactError, model: Path, said: str) -> None:
     assert "\n" not in str(error)
 
 
+def _resharded(model: Path, folder: Path) -> Path:
+    load_model(str(model), "float32").save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
 def test_sharded_weights_are_the_same_model(model: Path, tmp_path: Path) -> None:
     whole = load_model(str(model), "float32")
-    whole.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
-    shards = {file.name for file in (tmp_path / "sharded").glob("*.safetensors")}
-    assert shards < {*locate_model(str(tmp_path / "sharded")).identity}
+    folder = _resharded(model, tmp_path / "sharded")
+    shards = {file.name for file in folder.glob("*.safetensors")}
+    assert shards < {*locate_model(str(folder)).identity}
     assert len(shards) > 1
-    sharded = load_model(str(tmp_path / "sharded"), "float32").state_dict()
+    sharded = load_model(str(folder), "float32").state_dict()
     assert all(torch.equal(sharded[name], weight) for name, weight in whole.state_dict().items())
+
+
+def test_a_models_identity_is_of_its_config_and_the_weights_that_are_read(
+    model: Path, tmp_path: Path
+) -> None:
+    """Stores and adapters of earlier releases keep theirs: it is that of the whole folder."""
+    for folder in (model, _resharded(model, tmp_path / "sharded")):
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+        before = {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
+        assert [*locate_model(str(folder)).identity.items()] == [*before.items()]
+        for stray in ("consolidated", "optimizer", "adapter_model"):
+            save_file({"x": torch.zeros(2)}, folder / f"{stray}.safetensors")
+        (folder / "training_state.safetensors").write_bytes(b"rubbish")
+        assert locate_model(str(folder)).identity == before
+
+
+def test_a_single_file_of_weights_goes_before_an_index(model: Path, tmp_path: Path) -> None:
+    """transformers reads it alone."""
+    shutil.copytree(_resharded(model, tmp_path / "sharded"), model, dirs_exist_ok=True)
+    weights = load_file(model / WEIGHTS)
+    weights[NORM] += 1
+    save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+    assert {*locate_model(str(model)).identity} == {"config.json", WEIGHTS}
+    assert torch.equal(load_model(str(model), "float32").state_dict()[NORM], weights[NORM])
+
+
+@pytest.mark.parametrize(
+    ("said", "dropped"),
+    [
+        ({"pad_token_id": -1}, "pad_token_id -1"),
+        ({"early_stopping": True}, "early_stopping True"),
+        ({"length_penalty": 2.0, "top_p": 0.5, "top_k": 50}, "top_p 0.5, length_penalty 2.0"),
+        ({"output_scores": True}, "output_scores True"),
+        ({"pad_token_id": -1, "num_beams": 2, "early_stopping": True}, "pad_token_id -1"),
+    ],
+)
+def test_what_transformers_refuses_to_save_of_a_generation_config_is_left_out(
+    said: dict[str, Any], dropped: str, model: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], **said}))
+    loaded = load_model(str(model), "float32")
+    make_savable(loaded, str(model))
+    expected = f"{model}: generation config: what is saved has no {dropped}, of no use there"
+    ours = [one.message for one in caplog.records if one.name == make_savable.__module__]
+    assert ours == [expected]
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    gone = {part.split(" ")[0] for part in dropped.split(", ")}
+    kept = {key: value for key, value in said.items() if key not in gone}
+    assert {**saved, "eos_token_id": [2, 5], **kept} == saved
+    assert not gone & {*saved}
 
 
 def _loading_calls(tree: ast.AST) -> Iterator[ast.Call]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from pact_offline.errors import InputError
+from pact_offline.errors import InputError, ModelError
 from pact_offline.models.ends import ends_of_answers
 from pact_offline.models.log_confidences import reads_padding
 
@@ -29,6 +31,9 @@ def generate(
 ) -> list[str]:
     """Greedy answers to prompts, in their order.
 
+    Of the model's own generation config count the ends and the penalty of repetition, as in
+    `VllmAnswers`. The rest is for other ways to answer, such as beams, or would stop this one.
+
     Args:
         model, tokenizer: a chat model.
         prompts: token ids of each, from `Chat.prompt_ids`.
@@ -47,14 +52,16 @@ def generate(
 
     Raises:
         InputError: a prompt leaves no position for an answer.
+        ModelError: the model's penalty of repetition is none.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id or 0
     batch_size = 1 if reads_padding(model) else batch_size
-    own = model.generation_config.eos_token_id
+    own = model.generation_config
     most = _positions(model)
-    ends = ends_of_answers(own, tokenizer.eos_token_id, end_of_turn)
+    ends = ends_of_answers(own.eos_token_id, tokenizer.eos_token_id, end_of_turn)
+    penalty = repetition_penalty(own, model.config._name_or_path)
     avoided = [tokenizer(text, add_special_tokens=False).input_ids for text in avoid]
     avoided_first = [i for i in tokenizer.convert_tokens_to_ids(list(avoid_first)) if i is not None]
     # A prompt whose answer ends early is asked alone, so that it ends no other's.
@@ -76,19 +83,21 @@ def generate(
         for row, i in enumerate(batch):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+        config = GenerationConfig(
             max_new_tokens=longest,
             do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             pad_token_id=pad_id,
             eos_token_id=ends or None,
+            repetition_penalty=penalty,
             bad_words_ids=avoided or None,
             begin_suppress_tokens=avoided_first or None,
         )
+        with _in_place_of_own(model, config):
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+            )
         for row, i in enumerate(batch):
             answer = output[row, width:].tolist()
             stop = next((at for at, token in enumerate(answer) if token in ends), len(answer))
@@ -98,6 +107,32 @@ def generate(
         if progress is not None:
             progress(sum(i not in (known or {}) for i in batch))
     return answers
+
+
+def repetition_penalty(config: Any, model: str) -> float:
+    """What a generation config asks for; 1 where it asks for nothing.
+
+    Raises:
+        ModelError: it is no number above 0.
+    """
+    found = 1.0 if config.repetition_penalty is None else config.repetition_penalty
+    if not isinstance(found, int | float) or not found > 0:
+        raise ModelError(
+            f"{model}: generation config: repetition_penalty: expected a number above 0, found "
+            f"{found!r:.60}"
+        )
+    return float(found)
+
+
+@contextmanager
+def _in_place_of_own(model: Any, config: Any) -> Iterator[None]:
+    """transformers takes what a config leaves open from the model's own."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, inner.generation_config = inner.generation_config, config
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _positions(model: Any) -> int | None:

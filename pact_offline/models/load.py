@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -54,17 +55,17 @@ def require_trainable_attention(attention: str) -> None:
         )
 
 
-_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff",
-                "eta_cutoff")  # fmt: skip
+_REFUSED = re.compile(r"^- `(\w+)`: ", re.MULTILINE)  # as `validate` lists keys
 
 
 def make_savable(model: Any, name: str) -> None:
     """Take out of a generation config what transformers would refuse to save, and say so.
 
-    Values for sampling do nothing where a config does not sample, and some models have them.
+    It refuses what it does not heed, as values for sampling where nothing is sampled or a pad below
+    0, and some models have them.
 
     Raises:
-        ModelError: it would refuse something else.
+        ModelError: it would refuse something else, or an end.
     """
     config = model.generation_config
     try:
@@ -72,16 +73,14 @@ def make_savable(model: Any, name: str) -> None:
         return
     except ValueError as error:
         reason = first_line(error)
-    unused = {
-        key: value for key in _OF_SAMPLING if (value := getattr(config, key, None)) is not None
-    }
-    if not config.do_sample:
+        unused = {key: getattr(config, key, None) for key in _REFUSED.findall(str(error))}
+    if unused and "eos_token_id" not in unused:
         for key in unused:
             setattr(config, key, None)
         with suppress(ValueError):
             config.validate(strict=True)
             log.warning(
-                "%s: generation config: does not sample, so what is saved has no %s",
+                "%s: generation config: what is saved has no %s, of no use there",
                 name,
                 ", ".join(f"{key} {value}" for key, value in unused.items()),
             )

@@ -270,7 +270,12 @@ def _loadable_snapshot(name: str, revision: str | None) -> Path | None:
 
 
 def weight_checksums(path: Path) -> dict[str, str]:
-    """SHA-256 of a local model's config and weight files, by name."""
+    """SHA-256 of a local model's config and of the weight files that transformers reads, by name.
+
+    Others beside them, as of an optimizer or in Mistral's own layout, are not part of the model.
+    """
     require_safetensors(path)
-    weights = sorted(file for file in path.glob("*.safetensors") if file.is_file())
-    return {file.name: remembered_checksum(file) for file in [path / "config.json", *weights]}
+    names = {_WEIGHTS}
+    if not (path / _WEIGHTS).is_file():  # it goes before an index
+        names = {*_read_object(path / f"{_WEIGHTS}.index.json")["weight_map"].values()}
+    return {name: remembered_checksum(path / name) for name in ["config.json", *sorted(names)]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -223,14 +222,22 @@ def _room_for(rank: int) -> int:
 
 
 def _repetition_penalty(model: Path) -> float:
-    """What the model's own generation config asks for, as `generate` of transformers heeds it."""
+    """What the model's own generation config asks for, as `generate` heeds it.
+
+    Raises:
+        ModelError: it is no number above 0.
+    """
     from transformers import GenerationConfig
 
-    penalty = None
-    with suppress(OSError, ValueError):
+    from pact_offline.models.generate import repetition_penalty
+
+    try:
         found = GenerationConfig.from_pretrained(model, trust_remote_code=False)
-        penalty = found.repetition_penalty
-    return float(penalty or 1)
+    except OSError:  # older models say it in config.json, where transformers looks too
+        found = GenerationConfig.from_pretrained(
+            model, config_file_name="config.json", _from_model_config=True, trust_remote_code=False
+        )
+    return repetition_penalty(found, str(model))
 
 
 def _changes_something(adapter: Path) -> bool:
