@@ -172,14 +172,18 @@ def _is_name_of(named: str, model: ModelFiles) -> bool | None:
     """Whether the name in an adapter's config is that of a model; None where nothing shows it.
 
     Weights are compared where both are folders, names where both are of the hub, whatever the
-    revision. A model that was added up has neither.
+    owner and revision. A model that was added up has neither.
     """
     identity, folder = model.identity, Path(named)
     is_plain, is_of_hub = "adapter" not in identity, "hub" in identity
     try:
         if not looks_like_path(named):
-            is_same = hub_name(named)[0].lower() == identity.get("hub", "").lower()
-            return is_same if is_plain and is_of_hub else None
+            # Whose it is decides nothing: gpt2 is openai-community/gpt2.
+            ours, theirs = (
+                name.lower().rpartition("/")[2]
+                for name in (hub_name(named)[0], identity.get("hub", ""))
+            )
+            return ours == theirs if is_plain and is_of_hub else None
         if folder.resolve() == model.path.resolve():
             return True
         if not is_plain or is_of_hub:

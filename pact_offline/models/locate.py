@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import InputError, MissingFileError, ModelError, first_line
+from pact_offline.errors import (
+    InputError,
+    MissingFileError,
+    ModelError,
+    UnsupportedModelError,
+    first_line,
+)
 from pact_offline.files import read_json, remembered_checksum, status_of
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -275,7 +281,26 @@ def weight_checksums(path: Path) -> dict[str, str]:
     Others beside them, as of an optimizer or in Mistral's own layout, are not part of the model.
     """
     require_safetensors(path)
-    names = {_WEIGHTS}
-    if not (path / _WEIGHTS).is_file():  # it goes before an index
-        names = {*_read_object(path / f"{_WEIGHTS}.index.json")["weight_map"].values()}
-    return {name: remembered_checksum(path / name) for name in ["config.json", *sorted(names)]}
+    names = ["config.json", *sorted(_weight_files(path))]
+    return {name: remembered_checksum(path / name) for name in names}
+
+
+def require_no_other_weights(path: Path) -> None:
+    """Refuse a model beside whose weights lie others: vLLM reads every file, or an index first.
+
+    Raises:
+        UnsupportedModelError: names one of them.
+    """
+    names = _weight_files(path)
+    others = {file.name for file in path.glob("*.safetensors")} - names
+    if names == {_WEIGHTS} and others:  # of files in an index vLLM reads no other
+        raise UnsupportedModelError(
+            f"{path}: expected no weights beside {_WEIGHTS}, as vLLM would read them too, found "
+            f"{min(others)}; use --backend transformers"
+        )
+
+
+def _weight_files(path: Path) -> set[str]:
+    if (path / _WEIGHTS).is_file():  # it goes before an index
+        return {_WEIGHTS}
+    return {*_read_object(path / f"{_WEIGHTS}.index.json")["weight_map"].values()}

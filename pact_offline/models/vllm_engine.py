@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from pact_offline.errors import ModelError, UnsupportedModelError, first_line
+from pact_offline.models.locate import require_no_other_weights
 
 SEQUENCES_AT_ONCE = 128
 _PRELOADED = ("torch.libs/libgomp*.so*", "torch/lib/libgomp*.so*", "vllm/libs/libtcmalloc*.so*")
@@ -63,10 +64,12 @@ def known_architecture(model: Path) -> str:
     """The model's architecture.
 
     Raises:
-        UnsupportedModelError: vLLM does not know it.
+        UnsupportedModelError: vLLM does not know it, or would read other weights.
         ModelError: none is named.
     """
     import vllm
+
+    require_no_other_weights(model)
 
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     architecture = _architecture(model)
