@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pact_offline.errors import ModelError, SettingError, first_line
+from pact_offline.models.few_bits import mend_few_bits
 from pact_offline.models.locate import (
     locate_model,
     looks_like_path,
@@ -175,5 +176,6 @@ def load_model(
         # cuDNN's attention plans every shape anew, 2 to 4 ms each, and each batch has another.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if getattr(loaded, "is_quantized", False):  # is where its loader has put it
+        mend_few_bits(loaded)
         return loaded.eval()
     return loaded.to(device).eval()
