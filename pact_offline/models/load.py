@@ -118,6 +118,18 @@ def empty_model(model: str) -> Any:
         raise ModelError(f"{model}: cannot be made: {why_not_loaded(error)}") from None
 
 
+def _leave_quantisation(model: Any, dtype: torch.dtype) -> None:
+    """Finish a model whose quantised weights transformers has made full ones of.
+
+    It gives those of mxfp4 in bfloat16, whatever it is asked for. It would quantise them again
+    where they are saved, in part, and without a word of it in the config.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.to(dtype)
+    model._weight_conversions = None
+
+
 def load_model(
     model: str,
     dtype: str,
@@ -178,4 +190,6 @@ def load_model(
     if getattr(loaded, "is_quantized", False):  # is where its loader has put it
         mend_few_bits(loaded)
         return loaded.eval()
+    if getattr(config, "quantization_config", None) is not None:
+        _leave_quantisation(loaded, getattr(torch, dtype))
     return loaded.to(device).eval()
