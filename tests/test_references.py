@@ -14,7 +14,10 @@ import pytest
 import torch
 from click.testing import Result
 from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import LlamaForCausalLM
 
+from pact_offline.errors import ModelError
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import split_adapter
 from pact_offline.references import locate_reference
@@ -111,6 +114,32 @@ def test_what_is_no_adapter_of_the_model_is_refused(
     (adapter / "adapter_model.safetensors").write_bytes(b"rubbish")
     assert "expected safetensors" in fails(*words, f"{aligned}+{adapter}")
     assert not (tmp_path / "t.json").exists()
+
+
+def test_a_sum_that_does_not_load_as_it_was_is_not_kept(
+    adapter: Path, aligned: Path, tmp_path: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def save(model: Any, folder: Path, **options: Any) -> None:
+        saved(model, folder, state_dict={**model.state_dict(), "extra": torch.ones(1)}, **options)
+
+    saved = LlamaForCausalLM.save_pretrained
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    line = fails("merge", "--model", aligned, "--adapter", adapter, "-o", tmp_path / "merged")
+    told = f"{aligned}: expected what is saved to load again as it was, found extra, which it has"
+    assert told in line
+    assert not [*tmp_path.glob("*merged*")]
+    with pytest.raises(ModelError, match="has no place for"):
+        locate_reference(f"{aligned}+{adapter}")
+    assert not [*(tmp_path / "home").rglob("*.safetensors")]
+
+    def fail(*_: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+    line = fails("merge", "--model", aligned, "--adapter", adapter, "-o", tmp_path / "merged")
+    assert "its sum cannot be saved: Error while serializing: I/O error: No space left" in line
 
 
 def test_a_model_with_a_plus_in_its_name_is_itself(aligned: Path, tmp_path: Path) -> None:

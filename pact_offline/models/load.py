@@ -90,7 +90,7 @@ def make_savable(model: Any, name: str) -> None:
     raise ModelError(f"{name}: generation config: expected one that can be saved, found {reason}")
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """What loads a model: also one that sees or hears beside text, where it is no text model too.
 
     Raises:
@@ -113,7 +113,7 @@ def empty_model(model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            return _model_class(config).from_config(config, trust_remote_code=False)
+            return model_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{model}: cannot be made: {why_not_loaded(error)}") from None
 
@@ -164,7 +164,7 @@ def load_model(
     chosen = attention if attention != "auto" else "eager" if is_cpu_default else None
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        loaded, found = _model_class(config).from_pretrained(
+        loaded, found = model_class(config).from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             attn_implementation=chosen,
