@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pact_offline.errors import InputError, ModelError, PactError
+from pact_offline.errors import InputError, ModelError, PactError, first_line
 from pact_offline.files import read_json, read_text, user_cache
 from pact_offline.fine_tuned import FineTuned
 from pact_offline.folders import output_aside
@@ -109,13 +109,14 @@ def save_merged(
         dtype: of the result; None: the model's own.
 
     Raises:
-        ModelError: the model is quantised, the adapter is of tied embeddings, or the generation
-            config cannot be saved.
+        ModelError: the model is quantised, the adapter is of tied embeddings, the generation
+            config or the weights cannot be saved, or do not load again as they were.
         InputError: peft cannot load the adapter.
     """
     import torch
 
     from pact_offline.models.load import load_model, make_savable
+    from pact_offline.models.saved import require_model_saved
     from pact_offline.rows.chat import load_tokenizer
 
     loaded: Any = load_model(str(tuned.folder if tuned.is_whole else model.path), "float32")
@@ -132,7 +133,13 @@ def save_merged(
         )
     make_savable(merged, model.name)
     kept = getattr(torch, dtype) if dtype else own_dtype(model.path)
-    merged.to(kept).save_pretrained(folder, safe_serialization=True)
+    try:
+        merged.to(kept).save_pretrained(folder, safe_serialization=True)
+    except OSError:
+        raise
+    except Exception as error:  # a full disk too: safetensors has errors of its own
+        raise ModelError(f"{model.name}: its sum cannot be saved: {first_line(error)}") from None
+    require_model_saved(folder, merged.state_dict(), model.name)
     tokenizer = load_tokenizer(str(model.path))
     if (tuned.folder / "chat_template.jinja").is_file():  # what it was trained with
         tokenizer.chat_template = read_text(tuned.folder / "chat_template.jinja")

@@ -14,10 +14,12 @@ import pytest
 import torch
 from click.testing import Result
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import make_model
+from transformers import LlamaForCausalLM
 
-from pact_offline.errors import InputError, TargetsMismatchError
+from pact_offline.errors import InputError, ModelError, TargetsMismatchError
 from pact_offline.fine_tuned import FineTuned
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import ModelFiles, split_adapter
@@ -251,6 +253,32 @@ def test_an_adapter_that_changes_the_models_weights_is_loaded_as_it_was_made(
     reference = locate_reference(f"{aligned}+{tmp_path / kind}")
     ours = load_model(str(reference.path), "float32")(ids).logits
     torch.testing.assert_close(ours, made.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sum_that_does_not_load_as_it_was_is_not_kept(
+    adapter: Path, aligned: Path, tmp_path: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def save(model: Any, folder: Path, **options: Any) -> None:
+        saved(model, folder, state_dict={**model.state_dict(), "extra": torch.ones(1)}, **options)
+
+    saved = LlamaForCausalLM.save_pretrained
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    line = fails("merge", "--model", aligned, "--adapter", adapter, "-o", tmp_path / "merged")
+    told = f"{aligned}: expected what is saved to load again as it was, found extra, which it has"
+    assert told in line
+    assert not [*tmp_path.glob("*merged*")]
+    with pytest.raises(ModelError, match="has no place for"):
+        locate_reference(f"{aligned}+{adapter}")
+    assert not [*(tmp_path / "home").rglob("*.safetensors")]
+
+    def fail(*_: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+    line = fails("merge", "--model", aligned, "--adapter", adapter, "-o", tmp_path / "merged")
+    assert "its sum cannot be saved: Error while serializing: I/O error: No space left" in line
 
 
 def test_a_model_with_a_plus_in_its_name_is_itself(aligned: Path, tmp_path: Path) -> None:

@@ -20,9 +20,13 @@ import torch
 from click.testing import Result
 from conftest import write_rows
 from examples import examples_of
+from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file
 from tiny import TEMPLATE, make_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
 
 from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, Interrupted, ModelError
@@ -382,8 +386,6 @@ def test_torch_at_a_path_with_a_space_does_not_compile_and_is_told(
 def test_finetune_writes_an_adapter_that_peft_loads(
     command: list[Any], tmp_path: Path, run: Callable[..., Result], aligned: Path, targets: Path
 ) -> None:
-    from peft import PeftModel
-
     output = tmp_path / "adapter"
     result = run(*command, "-o", output, "--objective", "pact", "--json")
     assert result.exit_code == 0, result.output
@@ -475,6 +477,81 @@ def test_what_was_trained_is_kept_where_saving_fails(
     assert (kept / "adapter_model.safetensors").stat().st_size > 1000
 
 
+def saves_badly(kind: Any, damage: str) -> Callable[..., None]:
+    """A `save_pretrained` that does something to the first weight that it saves, or fails."""
+    save_well = kind.save_pretrained
+
+    def save(model: Any, folder: Path, **options: Any) -> None:
+        if damage == "full":
+            raise OSError(28, "No space left on device")
+        save_well(model, folder, **options)
+        (file,) = Path(folder).glob("*.safetensors")
+        weights = load_tensors(file)
+        first = min(weights)
+        if damage == "missing":
+            del weights[first]
+        elif damage == "unexpected":
+            weights[f"{first}_scale_inv"] = torch.ones(1)
+        else:
+            weights[first].view(-1)[-1] += 1e-5
+        save_file(weights, file, metadata={"format": "pt"})
+
+    return save
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("missing", "found none of "),
+        ("unexpected", "_scale_inv, which it has no place for"),
+        ("other", "found another "),
+        ("full", "cannot be saved: No space left on device"),
+    ],
+)
+def test_weights_that_are_not_saved_as_they_were_trained_are_left_plain(
+    damage: str, said: str, method: str, command: list[Any], tmp_path: Path,
+    fails: Callable[..., str], run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    words = [*command, "--epochs", 1, "--method", method, "-o"]
+    assert run(*words, tmp_path / "well").exit_code == 0
+    kind = PeftModel if method == "lora" else LlamaForCausalLM
+    monkeypatch.setattr(kind, "save_pretrained", saves_badly(kind, damage))
+    line = fails(*words, tmp_path / "out")
+    kept = tmp_path / "out.unsaved"
+    assert said in line
+    assert line.endswith(
+        f" (the weights are left as trained.safetensors); what there is of it is in {kept}"
+    )
+    assert not (tmp_path / "out").exists()
+    (well,) = (tmp_path / "well").glob("*.safetensors")
+    (left,) = kept.glob("*.safetensors")
+    found, expected = load_tensors(left), load_tensors(well)
+    assert {name.replace(".default", "") for name in found} == set(expected)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name.replace(".default", "")])
+
+
+def test_weights_go_among_temporary_files_where_the_place_is_full(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(weights: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        if path.is_relative_to(tmp_path) and not path.is_relative_to(tmp_path / "tmp"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device")
+        save_file(weights, path)
+
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr("pact_offline.models.saved.save_file", save)
+    monkeypatch.setattr(PeftModel, "save_pretrained", saves_badly(PeftModel, "full"))
+    line = fails(*command, "--epochs", 1, "-o", tmp_path / "out")
+    (left,) = (tmp_path / "tmp").glob("out.unsaved.*/trained.safetensors")
+    assert f"No space left on device (the weights are left as {left}); what there is" in line
+    assert len(load_tensors(left)) == 8
+    assert not [*(tmp_path / "out.unsaved").glob("*.safetensors")]
+
+
 @pytest.mark.parametrize(
     ("options", "free", "needed"), [((), 1e4, "0.00 GB"), (("--save-steps", 2), 1e5, "checkpoints")]
 )
@@ -494,8 +571,6 @@ def test_merge_writes_a_model_that_answers_as_the_adapter_does(
     command: list[Any], tmp_path: Path, run: Callable[..., Result], aligned: Path, base: Path,
     fails: Callable[..., str],
 ) -> None:  # fmt: skip
-    from peft import PeftModel
-
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     assert run(*command, "-o", adapter, "--learning-rate", "0.01").exit_code == 0
     words = ["merge", "--adapter", adapter, "-o", merged, "--dtype", "float32"]
@@ -541,8 +616,6 @@ def test_vllm_loads_the_adapter_and_the_merged_model(
     command: list[Any], tmp_path: Path, run: Callable[..., Result], aligned: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from peft import PeftModel
-
     # vLLM compiles how it ranks what is likely, and torch's compiler takes no path with a space.
     monkeypatch.setattr(torch._dynamo.config, "disable", True)
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"

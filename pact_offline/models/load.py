@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pact_offline.errors import ModelError, SettingError, first_line
+from pact_offline.models.few_bits import mend_few_bits
 from pact_offline.models.locate import (
     locate_model,
     looks_like_path,
@@ -88,7 +89,7 @@ def make_savable(model: Any, name: str) -> None:
     raise ModelError(f"{name}: generation config: expected one that can be saved, found {reason}")
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """What loads a model: also one that sees or hears beside text, where it is no text model too.
 
     Raises:
@@ -111,9 +112,21 @@ def empty_model(model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            return _model_class(config).from_config(config, trust_remote_code=False)
+            return model_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{model}: cannot be made: {why_not_loaded(error)}") from None
+
+
+def _leave_quantisation(model: Any, dtype: torch.dtype) -> None:
+    """Finish a model whose quantised weights transformers has made full ones of.
+
+    It gives those of mxfp4 in bfloat16, whatever it is asked for. It would quantise them again
+    where they are saved, in part, and without a word of it in the config.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.to(dtype)
+    model._weight_conversions = None
 
 
 def load_model(
@@ -150,7 +163,7 @@ def load_model(
     chosen = attention if attention != "auto" else "eager" if is_cpu_default else None
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        loaded, found = _model_class(config).from_pretrained(
+        loaded, found = model_class(config).from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             attn_implementation=chosen,
@@ -174,5 +187,8 @@ def load_model(
         # cuDNN's attention plans every shape anew, 2 to 4 ms each, and each batch has another.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if getattr(loaded, "is_quantized", False):  # is where its loader has put it
+        mend_few_bits(loaded)
         return loaded.eval()
+    if getattr(config, "quantization_config", None) is not None:
+        _leave_quantisation(loaded, getattr(torch, dtype))
     return loaded.to(device).eval()

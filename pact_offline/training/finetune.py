@@ -37,6 +37,12 @@ from pact_offline.models.load import (
 from pact_offline.models.locate import ModelFiles
 from pact_offline.models.log_confidences import reads_padding
 from pact_offline.models.quantised import require_quantisation
+from pact_offline.models.saved import (
+    adapter_weights,
+    require_adapter_saved,
+    require_model_saved,
+    weights_left,
+)
 from pact_offline.objectives.registry import objective_named
 from pact_offline.own_code import content_of
 from pact_offline.provenance import provenance
@@ -213,12 +219,40 @@ def finetune(
         if not is_main:
             return facts
         with kept_if_it_fails(aside, output):
-            policy = trainer.accelerator.unwrap_model(trainer.model)
-            policy.save_pretrained(aside, state_dict=gathered)
+            _save_weights(trainer, gathered, aside, output, model.name)
             chat.tokenizer.save_pretrained(aside)
             (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
             write_json(aside / RUN_FILE, facts)
     return facts
+
+
+def _save_weights(
+    trainer: PactTrainer, gathered: dict[str, Any], folder: Path, output: Path, model: str
+) -> None:
+    """Save what was trained, and load it again before anybody relies on it.
+
+    Args:
+        trainer: that is done.
+        gathered: the policy's state, whole.
+        folder: to save to.
+        output: where that will be in the end.
+        model: its name, for messages.
+
+    Raises:
+        InputError: says why not, and where the weights are left.
+    """
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    is_whole = not hasattr(policy, "peft_config")
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = gathered if is_whole else adapter_weights(gathered)
+    with weights_left(weights, folder, output):
+        policy.save_pretrained(folder, state_dict=dict(gathered))
+        if is_sharded:  # loading is for all processes together
+            return
+        if is_whole:
+            require_model_saved(folder, weights, model)
+        else:
+            require_adapter_saved(folder, weights, policy, model)
 
 
 def _checkpoints(
