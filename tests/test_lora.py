@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pact_offline.errors import SettingError
 from pact_offline.fine_tuned import FineTuned
-from pact_offline.models.load import load_model
+from pact_offline.models.load import empty_model, load_model
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.lora import check_lora_modules, lora_targets, with_adapter
 
@@ -52,6 +52,7 @@ def adapted(policy: Any) -> set[str]:
         ("gpt2", {"c_attn"}),
         ("deepseek-v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}),
         ("qwen3.5", {"q_proj", "v_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"}),
+        ("nemotron-h", {"q_proj", "v_proj"}),  # its layers' parts are all a "mixer"
     ],
 )
 def test_the_default_is_what_attention_reads_with(family: str, expected: set[str]) -> None:
@@ -59,8 +60,10 @@ def test_the_default_is_what_attention_reads_with(family: str, expected: set[str
     assert set(modules) == expected
     assert not parameters
     assert {name.rpartition(".")[2] for name in adapted(policy)} == expected
-    layers = policy.config.num_hidden_layers
-    assert {name.split(".")[2] for name in adapted(policy)} == {str(i) for i in range(layers)}
+    layers = set(range(policy.config.num_hidden_layers))
+    if family == "nemotron-h":
+        layers = {policy.config.layer_types.index("full_attention")}
+    assert {int(name.split(".")[2]) for name in adapted(policy)} == layers
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss", "llama4", "deepseek-v3"])
@@ -72,6 +75,23 @@ def test_all_linear_has_experts_and_neither_routers_nor_the_head(family: str) ->
     assert any("o_proj" in name for name in names)
     for name in names:
         assert not {"router", "gate", "lm_head"} & set(name.split("."))
+
+
+@pytest.mark.parametrize("kind", ["nemotron_h", "falcon_h1", "mamba", "mamba2", "falcon_mamba"])
+def test_all_linear_leaves_out_what_peft_adapts_in_no_model_of_a_type(
+    kind: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    config = CONFIG_MAPPING[kind](num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    all_linear = FinetuneSettings(lora_modules=("all-linear",), lora_dropout=0)
+    check_lora_modules(str(tmp_path), all_linear)
+    assert f"peft adapts no out_proj in a model of type {kind}" in caplog.text
+    policy = empty_model(str(tmp_path))
+    names = adapted(with_adapter(policy, kind, all_linear))
+    assert {"in_proj"} <= {name.rpartition(".")[2] for name in names}
+    assert not any("out_proj" in name for name in names)
+    with pytest.raises(SettingError, match=r"--lora-modules: expected .* found 'out_proj'"):
+        check_lora_modules(str(tmp_path), FinetuneSettings(lora_modules=("out_proj",)))
 
 
 def test_all_linear_with_experts_needs_no_dropout(

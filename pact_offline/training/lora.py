@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,10 +15,15 @@ from pact_offline.errors import ModelError, SettingError, first_line
 from pact_offline.models.load import empty_model
 from pact_offline.settings.stages import LoraSettings
 
+log = logging.getLogger(__name__)
+
 _QUERY_AND_VALUE = {"q_proj", "v_proj"}  # of the published script
 # What an attention module adds up its heads with; all else in it reads what comes in.
 _OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "wo"}
-_ATTENTION = re.compile(r"(.*\.)?[^.]*(attn|attention)[^.]*\.([^.]+)")
+_ATTENTION = re.compile(r".*(attn|attention)[^.]*")
+# Of these peft adapts no such module: their kernels read its weight, and would pass an adapter by.
+_MAMBAS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_READ_BY_KERNELS = r".*\.(out_proj|conv1d)"
 _ROUTERS = r".*\.(router|gate|shared_expert_gate)(\..*)?"
 _MOST_LAYERS = 10_000  # of a model that does not say how many it has
 _EXPERT_DIMENSIONS = 3  # the weights of all experts, in one parameter
@@ -43,7 +49,8 @@ def lora_targets(policy: Any, model: str, settings: LoraSettings) -> LoraTargets
 
     `auto` are the query and value projections, or what else a layer's attention reads with, fused
     or low-rank, where it has no such two. `all-linear` are all linear modules and the experts, but
-    neither the LM head nor routers. Of a model that also sees or hears, towers have none.
+    neither the LM head nor routers, nor what peft adapts in no model of its type (`out_proj` of
+    Mamba's). Of a model that also sees or hears, towers have none.
 
     Args:
         policy: the model, its weights need not be there.
@@ -103,7 +110,7 @@ def adapted_modules(policy: Any, targets: LoraTargets) -> dict[str, list[str]]:
 
 
 def check_lora_modules(model: str, settings: LoraSettings) -> None:
-    """`lora_targets` before weights are loaded.
+    """`lora_targets` before weights are loaded; says what `all-linear` has to leave out.
 
     A model that cannot be made without its weights is left to `with_adapter`.
 
@@ -117,6 +124,12 @@ def check_lora_modules(model: str, settings: LoraSettings) -> None:
     except ModelError:  # loading it will say what is wrong
         return
     lora_targets(policy, model, settings)
+    if settings.lora_modules == ("all-linear",) and policy.config.model_type in _MAMBAS:
+        log.warning(
+            "--lora-modules all-linear: peft adapts no out_proj in a model of type %s; all other "
+            "linear modules get an adapter",
+            policy.config.model_type,
+        )
 
 
 def with_adapter(policy: Any, model: str, settings: LoraSettings) -> Any:
@@ -171,13 +184,16 @@ def _linear_modules(policy: Any, excluded: str | None) -> dict[str, Any]:
 
 def _attention_inputs(linear: Iterable[str]) -> tuple[str, ...]:
     """Of every layer, the query and value projections, or what its attention has in their place."""
-    of_layers: dict[str, set[str]] = {}
+    inside: dict[str, set[str]] = {}
     for name in linear:
-        if (found := _ATTENTION.fullmatch(name)) is not None:
-            of_layers.setdefault(found[1] or "", set()).add(found[3])
+        place, _, end = name.rpartition(".")
+        inside.setdefault(place, set()).add(end)
     names = set()
-    for inside in of_layers.values():
-        names |= _QUERY_AND_VALUE if inside >= _QUERY_AND_VALUE else inside - _OUTPUTS
+    for place, ends in inside.items():
+        if ends >= _QUERY_AND_VALUE:
+            names |= _QUERY_AND_VALUE
+        elif _ATTENTION.fullmatch(place):
+            names |= ends - _OUTPUTS
     return tuple(sorted(names))
 
 
@@ -211,6 +227,7 @@ def _excluded(policy: Any, settings: LoraSettings, *, routers: bool) -> str | No
         _layers_before(min(settings.lora_first_layer, layers)),
         _outside_of_language_model(policy),
         _ROUTERS if routers else None,
+        _READ_BY_KERNELS if policy.config.model_type in _MAMBAS else None,
     ]
     names = [name for name, _ in policy.named_modules()]
     fitting = [one for one in patterns if one and any(_is(name, one) for name in names)]
