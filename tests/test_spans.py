@@ -39,6 +39,7 @@ MARKS = sorted(
     {mark for text in TEMPLATES.values() for mark in re.findall(r"<[|｜]?[/\w▁]+[|｜]?>", text)}
 )
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+MERGE = ChatSettings(system_role="merge")
 MESSAGES = [{"role": "user", "content": "Is it here?"}, {"role": "assistant", "content": "Yes."}]
 
 
@@ -551,6 +552,25 @@ def test_a_system_message_is_rendered_or_the_setting_that_mends_it_is_named(name
     assert merged.template_sha256 != chat.template_sha256
     twice = prepared(merged.tokenizer, ChatSettings(system_role="merge"))
     assert twice.render(messages, generation_prompt=False) == text
+
+
+def test_every_named_template_merges_the_system_message(tmp_path: Path) -> None:
+    """Command-R and Hermes 3 have several templates, of which transformers takes one by name."""
+    refuses = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    tokenizer = copy.copy(TOKENIZERS["newlines"]())
+    tokenizer.chat_template = {"default": refuses + TEMPLATE, "tool_use": refuses + WORDS}
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    messages, tools = said("One?", "Shipping", system="Be kind."), [{"type": "function"}]
+    with pytest.raises(InputError, match="--system-role merge puts"):
+        Chat(copy.copy(tokenizer)).render(messages, generation_prompt=False)
+    merged = prepared(prepared(tokenizer, MERGE).tokenizer, MERGE)  # twice is once
+    for called, template in ((None, TEMPLATE), (tools, WORDS)):
+        assert merged.render(messages, generation_prompt=False, tools=called) == chat_with(
+            template
+        ).render(said("Be kind.\n\nOne?", "Shipping"), generation_prompt=False)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(

@@ -312,9 +312,8 @@ def chat_with(tokenizer: Any, settings: ChatSettings) -> Chat:
     Raises:
         ModelError: there is no chat template.
     """
-    template = getattr(tokenizer, "chat_template", None)
-    if settings.system_role == "merge" and isinstance(template, str):
-        tokenizer.chat_template = _MERGED + template.removeprefix(_MERGED)
+    if settings.system_role == "merge":
+        tokenizer.chat_template = _merging(getattr(tokenizer, "chat_template", None))
     return Chat(tokenizer, settings.chat_template_kwargs, settings.assistant_header)
 
 
@@ -326,6 +325,13 @@ _MERGED = r"""
 {%- set messages = [dict(messages[1], content=said)] + messages[2:] -%}
 {%- endif -%}
 """[1:-1]
+
+
+def _merging(template: Any) -> Any:
+    """A chat template that merges the system message; of several, by name, each."""
+    if isinstance(template, dict):
+        return {name: _merging(one) for name, one in template.items()}
+    return _MERGED + template.removeprefix(_MERGED) if isinstance(template, str) else template
 
 
 def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
