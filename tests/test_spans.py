@@ -554,6 +554,27 @@ def test_a_system_message_is_rendered_or_the_setting_that_mends_it_is_named(name
     assert twice.render(messages, generation_prompt=False) == text
 
 
+def test_a_system_message_of_the_last_turn_alone_is_missed_with_what_mends_it() -> None:
+    """Mistral 7B v0.3 and Nemo write it into what the user says last, until an answer follows."""
+    chat = chat_with(
+        "{% if messages[0].role == 'system' %}{% set rule = messages[0].content + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+        "{% if m.role == 'user' %}[INST] {% if loop.last %}{{ rule }}{% endif %}{{ m.content }}"
+        "[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    messages = said("One?", "Shipping", system="Be kind.")
+    missed = r"messages\[0\]\.content: .* leaves this message of system out .*"
+    with pytest.raises(InputError, match=missed + r"\(--system-role merge puts the system message"):
+        spans_of(chat, messages)
+    merged = prepared(copy.copy(chat.tokenizer), MERGE)
+    assert answers_of(merged, messages) == [" Shipping<|im_end|>"]
+    deaf = chat_with(
+        TEMPLATE.replace("for m in messages", "for m in messages if m.content != 'Two?'")
+    )
+    with pytest.raises(InputError, match=r"this message of user out or changes it$"):
+        spans_of(deaf, said("One?", "Shipping", "Two?", "Returns", system="Be kind."))
+
+
 def test_every_named_template_merges_the_system_message(tmp_path: Path) -> None:
     """Command-R and Hermes 3 have several templates, of which transformers takes one by name."""
     refuses = (

@@ -21,7 +21,7 @@ from pact_offline.models.locate import (
     split_adapter,
     why_not_loaded,
 )
-from pact_offline.rows.dropped import MARKER, left_out
+from pact_offline.rows.dropped import MARKER, MERGE, can_merge, left_out
 from pact_offline.rows.row import Message, Row
 from pact_offline.settings.stages import ChatSettings
 
@@ -348,12 +348,8 @@ def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 def _mended(messages: Sequence[Message], error: Exception) -> str:
     """What may help where a template refuses a conversation."""
-    begins = [message["role"] for message in messages[:2]]
-    if begins == ["system", "user"] and re.search(
-        "system|role|alternat", str(error), re.IGNORECASE
-    ):
-        return " (--system-role merge puts the system message before what the user says first)"
-    return ""
+    is_of_roles = re.search("system|role|alternat", str(error), re.IGNORECASE)
+    return MERGE if can_merge(messages) and is_of_roles else ""
 
 
 def _with_arguments_as_text(messages: list[Message]) -> list[Message]:
