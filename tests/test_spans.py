@@ -622,6 +622,25 @@ def test_a_template_of_a_file_takes_the_place_of_the_models(aligned: Path, tmp_p
         chat_of(str(aligned), ChatSettings(chat_template=str(tmp_path / "gone.jinja")))
 
 
+def test_a_template_may_be_in_json_as_processors_ship_it(aligned: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat_template.json"
+    settings = ChatSettings(chat_template=str(file))
+    file.write_text(json.dumps({"chat_template": WORDS}))
+    assert chat_of(str(aligned), settings).tokenizer.chat_template == WORDS
+    named = [{"name": "default", "template": WORDS}]
+    for value, found in (({"template": WORDS}, "none"), ({"chat_template": named}, "list"),
+                         (WORDS, "none"), (None, "none")):  # fmt: skip
+        file.write_text(json.dumps(value))
+        expected = (
+            rf"json: expected a chat template as text at the key chat_template, found {found}$"
+        )
+        with pytest.raises(InputError, match=expected):
+            chat_of(str(aligned), settings)
+    file.write_text(WORDS)
+    with pytest.raises(InputError, match=r"chat_template\.json:1: expected JSON, found"):
+        chat_of(str(aligned), settings)
+
+
 def test_variables_reach_the_template() -> None:
     template = TEMPLATE + "{% if add_generation_prompt and quiet %}<think>{% endif %}"
     for variables, end in (({"quiet": True}, "assistant\n<think>"), ({}, "assistant\n")):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pact_offline.errors import InputError, ModelError, first_line
-from pact_offline.files import read_text
+from pact_offline.files import read_json, read_text
 from pact_offline.models.locate import (
     hub_name,
     looks_like_path,
@@ -23,6 +23,7 @@ from pact_offline.models.locate import (
 )
 from pact_offline.rows.dropped import MARKER, MERGE, can_merge, left_out
 from pact_offline.rows.row import Message, Row
+from pact_offline.rows.values import shown
 from pact_offline.settings.stages import ChatSettings
 
 
@@ -298,12 +299,27 @@ def chat_of(model: str, settings: ChatSettings) -> Chat:
 
     Raises:
         MissingFileError: no such path, hub model or file.
+        InputError: the file is JSON without a chat template.
         ModelError: there is no tokenizer, or no chat template.
     """
     tokenizer = load_tokenizer(model)
     if settings.chat_template is not None:
-        tokenizer.chat_template = read_text(Path(settings.chat_template))
+        tokenizer.chat_template = _template_of(Path(settings.chat_template))
     return chat_with(tokenizer, settings)
+
+
+def _template_of(path: Path) -> str:
+    """The chat template of a file: all of it, or what JSON has at its key `chat_template`."""
+    if path.suffix != ".json":
+        return read_text(path)
+    value = read_json(path)
+    template = value.get("chat_template") if isinstance(value, dict) else None
+    if not isinstance(template, str):
+        raise InputError(
+            f"{path}: expected a chat template as text at the key chat_template, found "
+            f"{'none' if template is None else shown(template)}"
+        )
+    return template
 
 
 def chat_with(tokenizer: Any, settings: ChatSettings) -> Chat:
