@@ -31,7 +31,7 @@ NAMES = {
     "gemma3": "Gemma 3", "gemma4": "Gemma 4", "gemma4-vision": "Gemma 4 that sees",
     "qwen2.5-vl": "Qwen2.5-VL", "phi3": "Phi-3", "gpt-oss": "gpt-oss",
     "glm4": "GLM-4", "granite": "Granite", "deepseek-v3": "DeepSeek-V3", "llama4": "Llama 4",
-    "olmo2": "OLMo 2", "gpt2": "GPT-2",
+    "olmo2": "OLMo 2", "nemotron-h": "Nemotron-H", "gpt2": "GPT-2",
 }  # fmt: skip
 KINDS = {
     "LoRA": ["--lora-dropout", 0],

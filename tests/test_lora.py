@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pact_offline.errors import SettingError
 from pact_offline.fine_tuned import FineTuned
-from pact_offline.models.load import load_model
+from pact_offline.models.load import empty_model, load_model
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.lora import check_lora_modules, lora_targets, with_adapter
 
@@ -52,6 +52,7 @@ def adapted(policy: Any) -> set[str]:
         ("gpt2", {"c_attn"}),
         ("deepseek-v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}),
         ("qwen3.5", {"q_proj", "v_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"}),
+        ("nemotron-h", {"q_proj", "v_proj"}),  # its layers' parts are all a "mixer"
     ],
 )
 def test_the_default_is_what_attention_reads_with(family: str, expected: set[str]) -> None:
@@ -59,8 +60,10 @@ def test_the_default_is_what_attention_reads_with(family: str, expected: set[str
     assert set(modules) == expected
     assert not parameters
     assert {name.rpartition(".")[2] for name in adapted(policy)} == expected
-    layers = policy.config.num_hidden_layers
-    assert {name.split(".")[2] for name in adapted(policy)} == {str(i) for i in range(layers)}
+    layers = set(range(policy.config.num_hidden_layers))
+    if family == "nemotron-h":
+        layers = {policy.config.layer_types.index("full_attention")}
+    assert {int(name.split(".")[2]) for name in adapted(policy)} == layers
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss", "llama4", "deepseek-v3"])
@@ -74,13 +77,100 @@ def test_all_linear_has_experts_and_neither_routers_nor_the_head(family: str) ->
         assert not {"router", "gate", "lm_head"} & set(name.split("."))
 
 
-def test_all_linear_with_experts_needs_no_dropout(
-    tmp_path: Path, command: list[Any], fails: Callable[..., str]
+@pytest.mark.parametrize("kind", ["nemotron_h", "falcon_h1", "mamba", "mamba2", "falcon_mamba"])
+def test_all_linear_leaves_out_what_peft_adapts_in_no_model_of_a_type(
+    kind: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    config = CONFIG_MAPPING[kind](num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    all_linear = FinetuneSettings(lora_modules=("all-linear",), lora_dropout=0)
+    check_lora_modules(str(tmp_path), all_linear)
+    assert f"peft adapts no out_proj in a model of type {kind}" in caplog.text
+    policy = empty_model(str(tmp_path))
+    names = adapted(with_adapter(policy, kind, all_linear))
+    assert {"in_proj"} <= {name.rpartition(".")[2] for name in names}
+    assert not any("out_proj" in name for name in names)
+    with pytest.raises(SettingError, match=r"--lora-modules: expected .* found 'out_proj'"):
+        check_lora_modules(str(tmp_path), FinetuneSettings(lora_modules=("out_proj",)))
+
+
+@pytest.mark.parametrize("modules", ["all-linear", "experts.down_proj"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--lora-dropout", 0.05], "--lora-dropout: expected 0 for"),
+        (["--lora-dora"], "--lora-dora: expected none for"),
+        (["--lora-init", "orthogonal"], "--lora-init: expected default or gaussian for"),
+    ],
+)
+def test_what_experts_cannot_have_is_refused_by_its_name(
+    options: list[Any], expected: str, modules: str, tmp_path: Path, command: list[Any],
+    fails: Callable[..., str],
+) -> None:  # fmt: skip
     command[command.index("--model") + 1] = make_model(tmp_path / "m", family="mixtral")
-    command[command.index("--lora-dropout") + 1] = 0.05
-    line = fails(*command, "--lora-modules", "all-linear", "-o", tmp_path / "out")
-    assert "--lora-dropout: expected 0 for all-linear" in line
+    line = fails(*command, "--lora-modules", modules, *options, "-o", tmp_path / "out")
+    assert f"{expected} {modules}" in line
+
+
+@pytest.mark.parametrize("name", ["experts.down_proj", "down_proj"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss", "nemotron-h"])
+def test_experts_can_be_named(family: str, name: str) -> None:
+    policy, _, parameters = of_family(family, lora_modules=(name,))
+    assert parameters == (name,)
+    ends = {tuple(place.split(".")[-2:]) for place in adapted(policy)}
+    others = {end for end in ends if end[1] != "experts"}
+    is_alone = name.startswith("experts") or family != "nemotron-h"  # which has dense ones too
+    assert ends - others and bool(others) != is_alone
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_experts_before_the_first_layer_get_no_adapter(family: str) -> None:
+    policy, _, _ = of_family(family, lora_modules=("all-linear",), lora_first_layer=1)
+    names = adapted(policy)
+    assert any("experts" in name for name in names)
+    assert {name.split(".")[2] for name in names} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "layers"), ("llama", "input_layernorm"), ("mixtral", "gate"), ("llama4", "router")],
+)
+def test_what_is_no_linear_module_is_refused_with_those_that_are(family: str, name: str) -> None:
+    """peft names containers by their whole text, and adapts a router as a `weight`."""
+    with pytest.raises(SettingError, match=rf"^--lora-modules: .* q_proj, .*; found '{name}'$"):
+        of_family(family, lora_modules=("q_proj", name))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--lora-init", "orthogonal", "--lora-rank", 7],
+            "--lora-rank: expected an even number for --lora-init orthogonal, found 7",
+        ),
+        (["--load-in", "8bit", "--lora-dora"], "--lora-dora: expected weights of"),
+        (["--lora-modules", "gate_proj"], "that peft adapts, found Cannot convert PEFT target(s)"),
+    ],
+)
+def test_what_peft_refuses_is_refused_before_weights_are_loaded(
+    options: list[Any], expected: str, tmp_path: Path, command: list[Any],
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    command[command.index("--model") + 1] = make_model(tmp_path / "m", family="deepseek-v3")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr("pact_offline.training.lora.default_device", lambda: torch.device("cpu"))
+    assert expected in fails(*command, *options, "-o", tmp_path / "out")
+
+
+def test_dora_over_a_checkpoint_in_8_bits_is_refused_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pact_offline.training.lora.default_device", lambda: torch.device("cpu"))
+    in_eight = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    FAMILIES["llama"](**SIZES, quantization_config=in_eight).save_pretrained(tmp_path)
+    check_lora_modules(str(tmp_path), FinetuneSettings())
+    with pytest.raises(SettingError, match=r"^--lora-dora: expected weights of"):
+        check_lora_modules(str(tmp_path), FinetuneSettings(lora_dora=True))
 
 
 @pytest.mark.parametrize("modules", [("auto",), ("all-linear",), ("q_proj", "v_proj")])

@@ -39,6 +39,7 @@ MARKS = sorted(
     {mark for text in TEMPLATES.values() for mark in re.findall(r"<[|｜]?[/\w▁]+[|｜]?>", text)}
 )
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+MERGE = ChatSettings(system_role="merge")
 MESSAGES = [{"role": "user", "content": "Is it here?"}, {"role": "assistant", "content": "Yes."}]
 
 
@@ -553,6 +554,46 @@ def test_a_system_message_is_rendered_or_the_setting_that_mends_it_is_named(name
     assert twice.render(messages, generation_prompt=False) == text
 
 
+def test_a_system_message_of_the_last_turn_alone_is_missed_with_what_mends_it() -> None:
+    """Mistral 7B v0.3 and Nemo write it into what the user says last, until an answer follows."""
+    chat = chat_with(
+        "{% if messages[0].role == 'system' %}{% set rule = messages[0].content + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+        "{% if m.role == 'user' %}[INST] {% if loop.last %}{{ rule }}{% endif %}{{ m.content }}"
+        "[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    messages = said("One?", "Shipping", system="Be kind.")
+    missed = r"messages\[0\]\.content: .* leaves this message of system out .*"
+    with pytest.raises(InputError, match=missed + r"\(--system-role merge puts the system message"):
+        spans_of(chat, messages)
+    merged = prepared(copy.copy(chat.tokenizer), MERGE)
+    assert answers_of(merged, messages) == [" Shipping<|im_end|>"]
+    deaf = chat_with(
+        TEMPLATE.replace("for m in messages", "for m in messages if m.content != 'Two?'")
+    )
+    with pytest.raises(InputError, match=r"this message of user out or changes it$"):
+        spans_of(deaf, said("One?", "Shipping", "Two?", "Returns", system="Be kind."))
+
+
+def test_every_named_template_merges_the_system_message(tmp_path: Path) -> None:
+    """Command-R and Hermes 3 have several templates, of which transformers takes one by name."""
+    refuses = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    tokenizer = copy.copy(TOKENIZERS["newlines"]())
+    tokenizer.chat_template = {"default": refuses + TEMPLATE, "tool_use": refuses + WORDS}
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    messages, tools = said("One?", "Shipping", system="Be kind."), [{"type": "function"}]
+    with pytest.raises(InputError, match="--system-role merge puts"):
+        Chat(copy.copy(tokenizer)).render(messages, generation_prompt=False)
+    merged = prepared(prepared(tokenizer, MERGE).tokenizer, MERGE)  # twice is once
+    for called, template in ((None, TEMPLATE), (tools, WORDS)):
+        assert merged.render(messages, generation_prompt=False, tools=called) == chat_with(
+            template
+        ).render(said("Be kind.\n\nOne?", "Shipping"), generation_prompt=False)
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused(
     aligned: Path, tmp_path: Path, rows_file: Path, tokens_file: Path, fails: Callable[..., str]
 ) -> None:
@@ -579,6 +620,25 @@ def test_a_template_of_a_file_takes_the_place_of_the_models(aligned: Path, tmp_p
     assert chat.template_sha256 != chat_of(str(aligned), ChatSettings()).template_sha256
     with pytest.raises(MissingFileError, match=r"gone\.jinja: no such file"):
         chat_of(str(aligned), ChatSettings(chat_template=str(tmp_path / "gone.jinja")))
+
+
+def test_a_template_may_be_in_json_as_processors_ship_it(aligned: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat_template.json"
+    settings = ChatSettings(chat_template=str(file))
+    file.write_text(json.dumps({"chat_template": WORDS}))
+    assert chat_of(str(aligned), settings).tokenizer.chat_template == WORDS
+    named = [{"name": "default", "template": WORDS}]
+    for value, found in (({"template": WORDS}, "none"), ({"chat_template": named}, "list"),
+                         (WORDS, "none"), (None, "none")):  # fmt: skip
+        file.write_text(json.dumps(value))
+        expected = (
+            rf"json: expected a chat template as text at the key chat_template, found {found}$"
+        )
+        with pytest.raises(InputError, match=expected):
+            chat_of(str(aligned), settings)
+    file.write_text(WORDS)
+    with pytest.raises(InputError, match=r"chat_template\.json:1: expected JSON, found"):
+        chat_of(str(aligned), settings)
 
 
 def test_variables_reach_the_template() -> None:

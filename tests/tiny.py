@@ -114,6 +114,11 @@ FAMILIES: dict[str, Any] = {
     ),
     "llama4": _of("llama4_text", num_local_experts=2, intermediate_size_mlp=96),
     "olmo2": _of("olmo2"),
+    "nemotron-h": _of(
+        "nemotron_h", num_hidden_layers=4, mamba_num_heads=4, mamba_head_dim=32, n_groups=1,
+        ssm_state_size=8, n_routed_experts=4, moe_shared_expert_intermediate_size=32, **_EXPERTS,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+    ),
     "gpt2": lambda **sizes: CONFIG_MAPPING["gpt2"](
         n_embd=64, n_layer=2, n_head=2, n_positions=1024,
         **{key: size for key, size in sizes.items() if key in _KEPT},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pact_offline.errors import InputError, ModelError, first_line
-from pact_offline.files import read_text
+from pact_offline.files import read_json, read_text
 from pact_offline.models.locate import (
     hub_name,
     looks_like_path,
@@ -21,8 +21,9 @@ from pact_offline.models.locate import (
     split_adapter,
     why_not_loaded,
 )
-from pact_offline.rows.dropped import MARKER, left_out
+from pact_offline.rows.dropped import MARKER, MERGE, can_merge, left_out
 from pact_offline.rows.row import Message, Row
+from pact_offline.rows.values import shown
 from pact_offline.settings.stages import ChatSettings
 
 
@@ -298,12 +299,27 @@ def chat_of(model: str, settings: ChatSettings) -> Chat:
 
     Raises:
         MissingFileError: no such path, hub model or file.
+        InputError: the file is JSON without a chat template.
         ModelError: there is no tokenizer, or no chat template.
     """
     tokenizer = load_tokenizer(model)
     if settings.chat_template is not None:
-        tokenizer.chat_template = read_text(Path(settings.chat_template))
+        tokenizer.chat_template = _template_of(Path(settings.chat_template))
     return chat_with(tokenizer, settings)
+
+
+def _template_of(path: Path) -> str:
+    """The chat template of a file: all of it, or what JSON has at its key `chat_template`."""
+    if path.suffix != ".json":
+        return read_text(path)
+    value = read_json(path)
+    template = value.get("chat_template") if isinstance(value, dict) else None
+    if not isinstance(template, str):
+        raise InputError(
+            f"{path}: expected a chat template as text at the key chat_template, found "
+            f"{'none' if template is None else shown(template)}"
+        )
+    return template
 
 
 def chat_with(tokenizer: Any, settings: ChatSettings) -> Chat:
@@ -312,9 +328,8 @@ def chat_with(tokenizer: Any, settings: ChatSettings) -> Chat:
     Raises:
         ModelError: there is no chat template.
     """
-    template = getattr(tokenizer, "chat_template", None)
-    if settings.system_role == "merge" and isinstance(template, str):
-        tokenizer.chat_template = _MERGED + template.removeprefix(_MERGED)
+    if settings.system_role == "merge":
+        tokenizer.chat_template = _merging(getattr(tokenizer, "chat_template", None))
     return Chat(tokenizer, settings.chat_template_kwargs, settings.assistant_header)
 
 
@@ -326,6 +341,13 @@ _MERGED = r"""
 {%- set messages = [dict(messages[1], content=said)] + messages[2:] -%}
 {%- endif -%}
 """[1:-1]
+
+
+def _merging(template: Any) -> Any:
+    """A chat template that merges the system message; of several, by name, each."""
+    if isinstance(template, dict):
+        return {name: _merging(one) for name, one in template.items()}
+    return _MERGED + template.removeprefix(_MERGED) if isinstance(template, str) else template
 
 
 def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -342,12 +364,8 @@ def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 def _mended(messages: Sequence[Message], error: Exception) -> str:
     """What may help where a template refuses a conversation."""
-    begins = [message["role"] for message in messages[:2]]
-    if begins == ["system", "user"] and re.search(
-        "system|role|alternat", str(error), re.IGNORECASE
-    ):
-        return " (--system-role merge puts the system message before what the user says first)"
-    return ""
+    is_of_roles = re.search("system|role|alternat", str(error), re.IGNORECASE)
+    return MERGE if can_merge(messages) and is_of_roles else ""
 
 
 def _with_arguments_as_text(messages: list[Message]) -> list[Message]:

@@ -11,6 +11,7 @@ from pact_offline.rows.row import THOUGHTS, Message
 # Stands for a text where its place in what is rendered is looked up. It ends otherwise than it
 # begins, so that no text beside it makes it begin sooner.
 MARKER = "Qx7answer7xZ"
+MERGE = " (--system-role merge puts the system message before what the user says first)"
 _WORD = re.compile(r"\w{3,}")
 _AS_SAID = ("system", "user", "assistant")
 
@@ -48,15 +49,21 @@ def left_out(
                 has_words = is_its_own or found >= 0 or _has_words(text[start:], said)
                 is_in = is_its_own or (has_words and _is_read(messages, index, text, render))
             if not is_in:
+                mended = MERGE if index == 0 and can_merge(messages) else ""
                 return InputError(
                     f"messages[{index}].{what}: expected in what the chat template renders, found "
-                    f"that it leaves this message of {role:.40} out or changes it"
+                    f"that it leaves this message of {role:.40} out or changes it{mended}"
                 )
             if found >= 0 and role != "system":
                 ends.append(found + len(said))
         called = at if role == "assistant" else called
         at = max(ends)
     return None
+
+
+def can_merge(messages: Sequence[Message]) -> bool:
+    """Whether a system message stands before what the user says first."""
+    return [message["role"] for message in messages[:2]] == ["system", "user"]
 
 
 def _is_read(

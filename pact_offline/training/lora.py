@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,14 +12,20 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from pact_offline.errors import ModelError, SettingError, first_line
-from pact_offline.models.load import empty_model
-from pact_offline.settings.stages import LoraSettings
+from pact_offline.models.load import default_device, empty_model
+from pact_offline.settings.stages import FinetuneSettings, LoraSettings
+
+log = logging.getLogger(__name__)
 
 _QUERY_AND_VALUE = {"q_proj", "v_proj"}  # of the published script
 # What an attention module adds up its heads with; all else in it reads what comes in.
 _OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "wo"}
-_ATTENTION = re.compile(r"(.*\.)?[^.]*(attn|attention)[^.]*\.([^.]+)")
+_ATTENTION = re.compile(r".*(attn|attention)[^.]*")
+# Of these peft adapts no such module: their kernels read its weight, and would pass an adapter by.
+_MAMBAS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_READ_BY_KERNELS = r".*\.(out_proj|conv1d)"
 _ROUTERS = r".*\.(router|gate|shared_expert_gate)(\..*)?"
+_ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # by peft
 _MOST_LAYERS = 10_000  # of a model that does not say how many it has
 _EXPERT_DIMENSIONS = 3  # the weights of all experts, in one parameter
 
@@ -43,7 +50,8 @@ def lora_targets(policy: Any, model: str, settings: LoraSettings) -> LoraTargets
 
     `auto` are the query and value projections, or what else a layer's attention reads with, fused
     or low-rank, where it has no such two. `all-linear` are all linear modules and the experts, but
-    neither the LM head nor routers. Of a model that also sees or hears, towers have none.
+    neither the LM head nor routers, nor what peft adapts in no model of its type (`out_proj` of
+    Mamba's). Of a model that also sees or hears, towers have none.
 
     Args:
         policy: the model, its weights need not be there.
@@ -53,33 +61,43 @@ def lora_targets(policy: Any, model: str, settings: LoraSettings) -> LoraTargets
     Raises:
         SettingError: names the candidates, or what else stands in the way.
     """
+    if _is_orthogonal(settings) and settings.lora_rank % 2:
+        raise SettingError(
+            "--lora-rank: expected an even number for --lora-init orthogonal, found "
+            f"{settings.lora_rank}"
+        )
     is_all = settings.lora_modules == ("all-linear",)
     excluded = _excluded(policy, settings, routers=is_all)
     linear = _linear_modules(policy, excluded)
+    experts = _experts(policy, excluded)
     if is_all and linear:
         head = policy.get_output_embeddings()
         names = _ends([name for name, module in linear.items() if module is not head])
-        return LoraTargets(names, _experts(policy, model, settings, excluded), excluded)
-    if settings.lora_modules == ("auto",):
-        names = _attention_inputs(linear)
-    else:
-        names = settings.lora_modules
-    modules = [name for name, _ in policy.named_modules() if not _is(name, excluded)]
-    missing = [want for want in names if not any(_ends_in(name, want) for name in modules)]
+        _require_what_experts_take(settings, model, "all-linear", experts)
+        return LoraTargets(names, experts, excluded)
+    names = (
+        _attention_inputs(linear) if settings.lora_modules == ("auto",) else settings.lora_modules
+    )
+    places = [name for name in _adaptable(policy) if not _is(name, excluded)]
+    modules = tuple(want for want in names if any(_ends_in(name, want) for name in places))
+    places = [name for name, _ in policy.named_parameters() if _ends_in_one(name, experts)]
+    parameters = tuple(want for want in names if any(_ends_in(name, want) for name in places))
+    missing = [want for want in names if want not in {*modules, *parameters}]
     if missing or not names:
         first = settings.lora_first_layer
         raise SettingError(
             f"--lora-modules: expected modules of {model}"
             f"{f' from layer {first} on' if first else ''} "
-            f"({', '.join(_ends(linear))}), or all-linear alone; "
+            f"({', '.join((*_ends(linear), *experts))}), or all-linear alone; "
             f"found {missing[0] if missing else settings.lora_modules[0]!r}"
         )
+    _require_what_experts_take(settings, model, ", ".join(parameters), parameters)
     if (tied := _tied(policy, names)) is not None:
         raise SettingError(
             f"--lora-modules: expected none of the embeddings and the LM head of {model}, which "
             f"are one weight, found {tied!r}"
         )
-    return LoraTargets(tuple(names), (), excluded)
+    return LoraTargets(modules, parameters, excluded)
 
 
 def _tied(policy: Any, names: Iterable[str]) -> str | None:
@@ -102,13 +120,13 @@ def adapted_modules(policy: Any, targets: LoraTargets) -> dict[str, list[str]]:
     return {want: places for want, places in found.items() if places}
 
 
-def check_lora_modules(model: str, settings: LoraSettings) -> None:
-    """`lora_targets` before weights are loaded.
+def check_lora_modules(model: str, settings: FinetuneSettings) -> None:
+    """`with_adapter` before weights are loaded; says what `all-linear` has to leave out.
 
     A model that cannot be made without its weights is left to `with_adapter`.
 
     Raises:
-        SettingError: names the candidates.
+        SettingError: names the candidates, or what else stands in the way.
     """
     if settings.method == "full":
         return
@@ -116,7 +134,30 @@ def check_lora_modules(model: str, settings: LoraSettings) -> None:
         policy = empty_model(model)
     except ModelError:  # loading it will say what is wrong
         return
-    lora_targets(policy, model, settings)
+    _require_dora_runs(policy, model, settings)
+    with torch.device("meta"):
+        with_adapter(policy, model, settings)
+    if settings.lora_modules == ("all-linear",) and policy.config.model_type in _MAMBAS:
+        log.warning(
+            "--lora-modules all-linear: peft adapts no out_proj in a model of type %s; all other "
+            "linear modules get an adapter",
+            policy.config.model_type,
+        )
+
+
+def _require_dora_runs(policy: Any, model: str, settings: FinetuneSettings) -> None:
+    """Refuse DoRA over weights in 8 bits on a CPU, where peft loses their scales at the first step.
+
+    Raises:
+        SettingError: they are.
+    """
+    quantised = getattr(policy.config, "quantization_config", None) or {}
+    is_eight = settings.load_in == "8bit" or quantised.get("load_in_8bit")
+    if settings.lora_dora and is_eight and default_device().type == "cpu":
+        raise SettingError(
+            f"--lora-dora: expected weights of {model} that are not in 8 bits on a CPU, where peft "
+            "loses their scales"
+        )
 
 
 def with_adapter(policy: Any, model: str, settings: LoraSettings) -> Any:
@@ -136,17 +177,21 @@ def with_adapter(policy: Any, model: str, settings: LoraSettings) -> Any:
         use_dora=settings.lora_dora,
         init_lora_weights=True if settings.lora_init == "default" else settings.lora_init,
         target_modules=list(targets.modules),
-        target_parameters=list(targets.parameters) or None,
+        target_parameters=_experts_in_full(policy, targets) or None,
         exclude_modules=targets.excluded,
         task_type="CAUSAL_LM",
     )
     try:
         return get_peft_model(policy, config)
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise SettingError(
             f"--lora-modules: expected modules of {model} that peft adapts, found "
             f"{first_line(error)}"
         ) from None
+
+
+def _is_orthogonal(settings: LoraSettings) -> bool:
+    return settings.lora_init == "orthogonal"
 
 
 def _is(name: str, pattern: str | None) -> bool:
@@ -157,6 +202,10 @@ def _ends_in(name: str, end: str) -> bool:
     return f".{name}".endswith(f".{end}")
 
 
+def _ends_in_one(name: str, ends: Iterable[str]) -> bool:
+    return any(_ends_in(name, end) for end in ends)
+
+
 def _ends(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({name.rpartition(".")[2] for name in names}))
 
@@ -165,43 +214,72 @@ def _linear_modules(policy: Any, excluded: str | None) -> dict[str, Any]:
     return {
         name: module
         for name, module in policy.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and not _is(name, excluded)
+        if _is_a(module, torch.nn.Linear, Conv1D) and not _is(name, excluded)
     }
 
 
 def _attention_inputs(linear: Iterable[str]) -> tuple[str, ...]:
     """Of every layer, the query and value projections, or what its attention has in their place."""
-    of_layers: dict[str, set[str]] = {}
+    inside: dict[str, set[str]] = {}
     for name in linear:
-        if (found := _ATTENTION.fullmatch(name)) is not None:
-            of_layers.setdefault(found[1] or "", set()).add(found[3])
+        place, _, end = name.rpartition(".")
+        inside.setdefault(place, set()).add(end)
     names = set()
-    for inside in of_layers.values():
-        names |= _QUERY_AND_VALUE if inside >= _QUERY_AND_VALUE else inside - _OUTPUTS
+    for place, ends in inside.items():
+        if ends >= _QUERY_AND_VALUE:
+            names |= _QUERY_AND_VALUE
+        elif _ATTENTION.fullmatch(place):
+            names |= ends - _OUTPUTS
     return tuple(sorted(names))
 
 
-def _experts(
-    policy: Any, model: str, settings: LoraSettings, excluded: str | None
-) -> tuple[str, ...]:
+def _adaptable(policy: Any) -> list[str]:
+    """Names of the modules that peft adapts; of weights in few bits, whose kinds are many, all."""
+    is_quantized = getattr(policy, "is_quantized", False)
+    modules = policy.named_modules()
+    return [name for name, module in modules if is_quantized or _is_a(module, *_ADAPTABLE)]
+
+
+def _is_a(module: Any, *kinds: type) -> bool:
+    """Whether a module is of a kind, and gives what those do: a linear router gives two values."""
+    return isinstance(module, kinds) and not type(module).__name__.endswith("Router")
+
+
+def _experts(policy: Any, excluded: str | None) -> tuple[str, ...]:
+    """Ends of the names of the parameters that hold the weights of all experts of a layer."""
     found = {
         ".".join(name.split(".")[-2:])
         for name, parameter in policy.named_parameters()
         if parameter.dim() == _EXPERT_DIMENSIONS and "experts" in name and not _is(name, excluded)
     }
-    if not found:
-        return ()
-    if settings.lora_dropout:
-        raise SettingError(
-            f"--lora-dropout: expected 0 for all-linear with {model}, whose experts are parameters "
-            f"that peft adapts without it, found {settings.lora_dropout}"
-        )
-    if settings.lora_dora:
-        raise SettingError(
-            f"--lora-dora: expected none for all-linear with {model}, whose experts are parameters "
-            "that peft adapts without it"
-        )
     return tuple(sorted(found))
+
+
+def _experts_in_full(policy: Any, targets: LoraTargets) -> list[str]:
+    """What peft is told of experts: it excludes no parameter, so those of later layers by name."""
+    names = [
+        name for name, _ in policy.named_parameters() if _ends_in_one(name, targets.parameters)
+    ]
+    kept = [name for name in names if not _is(name, targets.excluded)]
+    return kept if len(kept) < len(names) else list(targets.parameters)
+
+
+def _require_what_experts_take(
+    settings: LoraSettings, model: str, named: str, experts: tuple[str, ...]
+) -> None:
+    """Refuse what peft cannot do with a parameter that no linear module holds."""
+    refused: tuple[tuple[str, str, float | str | bool], ...] = (
+        ("--lora-dropout", "0", settings.lora_dropout),
+        ("--lora-dora", "none", settings.lora_dora),
+        ("--lora-init", "default or gaussian", _is_orthogonal(settings) and settings.lora_init),
+    )
+    for option, expected, value in refused:
+        if experts and value:
+            found = "" if value is True else f", found {value}"
+            raise SettingError(
+                f"{option}: expected {expected} for {named} with {model}, whose experts are "
+                f"parameters that peft adapts without it{found}"
+            )
 
 
 def _excluded(policy: Any, settings: LoraSettings, *, routers: bool) -> str | None:
@@ -211,6 +289,7 @@ def _excluded(policy: Any, settings: LoraSettings, *, routers: bool) -> str | No
         _layers_before(min(settings.lora_first_layer, layers)),
         _outside_of_language_model(policy),
         _ROUTERS if routers else None,
+        _READ_BY_KERNELS if policy.config.model_type in _MAMBAS else None,
     ]
     names = [name for name, _ in policy.named_modules()]
     fitting = [one for one in patterns if one and any(_is(name, one) for name in names)]
