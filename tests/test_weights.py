@@ -17,9 +17,9 @@ from click.testing import Result
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from pact_offline.errors import ModelError, PactError
+from pact_offline.errors import ModelError, PactError, UnsupportedModelError
 from pact_offline.models.load import load_model, make_savable
-from pact_offline.models.locate import locate_model
+from pact_offline.models.locate import locate_model, require_no_other_weights
 from pact_offline.rows.chat import load_tokenizer
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -279,6 +279,20 @@ def test_a_single_file_of_weights_goes_before_an_index(model: Path, tmp_path: Pa
     save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
     assert {*locate_model(str(model)).identity} == {"config.json", WEIGHTS}
     assert torch.equal(load_model(str(model), "float32").state_dict()[NORM], weights[NORM])
+
+
+def test_weights_beside_a_models_own_are_left_to_transformers(model: Path, tmp_path: Path) -> None:
+    """vLLM reads every file of a folder without an index, and with one it reads the index first."""
+    sharded = _resharded(model, tmp_path / "sharded")
+    for folder in (model, sharded):
+        require_no_other_weights(folder)
+    save_file({"x": torch.zeros(2)}, sharded / "consolidated.safetensors")
+    require_no_other_weights(sharded)  # its index names all that is read
+    shutil.copytree(sharded, model, dirs_exist_ok=True)
+    with pytest.raises(
+        UnsupportedModelError, match=f"beside {WEIGHTS}.*found consolidat"
+    ):
+        require_no_other_weights(model)
 
 
 @pytest.mark.parametrize(
