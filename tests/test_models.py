@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
-from pact_offline import files
+from pact_offline import files, models
 from pact_offline.errors import InputError, ModelError
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
@@ -293,6 +293,11 @@ def test_recurrent_models_give_the_same_values_in_a_batch_and_alone(kind: str) -
     assert reads_padding(model) == (kind != "mamba")
     for together, row in zip(response_logits(model, rows), rows, strict=True):
         torch.testing.assert_close(together, response_logits(model, [row])[0], atol=1e-5, rtol=1e-5)
+    starts = [(ids, spans[0][0]) for ids, spans in rows]
+    for logits, same in zip(
+        models.response_logits(model, starts), response_logits(model, rows), strict=True
+    ):
+        assert torch.equal(logits, same)
     if kind != "mamba":
         padded = _padded_logits(model, rows)[0] - response_logits(model, rows[:1])[0]
         assert padded.abs().max() > 0.01

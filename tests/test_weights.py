@@ -289,9 +289,7 @@ def test_weights_beside_a_models_own_are_left_to_transformers(model: Path, tmp_p
     save_file({"x": torch.zeros(2)}, sharded / "consolidated.safetensors")
     require_no_other_weights(sharded)  # its index names all that is read
     shutil.copytree(sharded, model, dirs_exist_ok=True)
-    with pytest.raises(
-        UnsupportedModelError, match=f"beside {WEIGHTS}.*found consolidat"
-    ):
+    with pytest.raises(UnsupportedModelError, match=f"beside {WEIGHTS}.*found consolidat"):
         require_no_other_weights(model)
 
 

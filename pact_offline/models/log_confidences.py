@@ -139,12 +139,19 @@ def logits_at_steps(model: Any, batch: Aligned) -> Tensor:
 
 @torch.inference_mode()
 def response_logits(
-    model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans]]
+    model: Any, contexts: Sequence[tuple[Sequence[int] | np.ndarray, Spans | int]]
 ) -> list[Tensor]:
-    """Each context's logits at its response steps, [steps, vocabulary], on the model's device."""
+    """Each context's logits at its response steps, [steps, vocabulary], on the model's device.
+
+    Args:
+        model: of transformers.
+        contexts: ids, and start and end of each run of response tokens, or where all that follows
+            is the response.
+    """
+    runs = [(ids, [(at, len(ids))] if isinstance(at, int) else at) for ids, at in contexts]
     if reads_padding(model):
-        return [logits for one in contexts for logits in _padded_logits(model, [one])]
-    return _padded_logits(model, contexts)
+        return [logits for one in runs for logits in _padded_logits(model, [one])]
+    return _padded_logits(model, runs)
 
 
 def _padded_logits(
