@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from pact_offline.models.locate import (
 log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_COPY = re.compile(r"^meta-|(-unsloth)?(-bnb)?-4bit$|-(awq|gptq)(-int4)?$")
 _FACTS = ("model", "model_identity", "settings", "metrics", "rows", "targets_sha256")
 
 
@@ -130,10 +132,11 @@ class FineTuned:
         """The model with the adapter; the weights that it lacks, and those that fit nothing."""
         from peft import PeftModel
 
-        policy = PeftModel.from_pretrained(model, str(self.folder))
+        policy = PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
         found = policy.load_adapter(  # again: only so does peft say what it found
             str(self.folder),
             "default",
+            torch_device="cpu",
             key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
         )
         return policy, (list(found.missing_keys), list(found.unexpected_keys))
@@ -172,18 +175,17 @@ def _is_name_of(named: str, model: ModelFiles) -> bool | None:
     """Whether the name in an adapter's config is that of a model; None where nothing shows it.
 
     Weights are compared where both are folders, names where both are of the hub, whatever the
-    owner and revision. A model that was added up has neither.
+    revision. Another owner's copy, also in few bits, has the same name but for that. A model that
+    was added up has neither.
     """
     identity, folder = model.identity, Path(named)
     is_plain, is_of_hub = "adapter" not in identity, "hub" in identity
     try:
         if not looks_like_path(named):
-            # Whose it is decides nothing: gpt2 is openai-community/gpt2.
-            ours, theirs = (
-                name.lower().rpartition("/")[2]
-                for name in (hub_name(named)[0], identity.get("hub", ""))
-            )
-            return ours == theirs if is_plain and is_of_hub else None
+            ours, theirs = hub_name(named)[0].lower(), identity.get("hub", "").lower()
+            if not (is_plain and is_of_hub) or (ours != theirs and _bare(ours) == _bare(theirs)):
+                return None
+            return ours == theirs
         if folder.resolve() == model.path.resolve():
             return True
         if not is_plain or is_of_hub:
@@ -191,6 +193,11 @@ def _is_name_of(named: str, model: ModelFiles) -> bool | None:
         return _weights(weight_checksums(folder)) == _weights(identity)
     except (PactError, OSError, ValueError):  # it is not there, no model, or no path at all
         return None
+
+
+def _bare(name: str) -> str:
+    """The name of a hub's model without its owner, and of a copy in few bits that of the model."""
+    return _COPY.sub("", name.rpartition("/")[2])
 
 
 def _weights(checksums: dict[str, str]) -> list[str]:

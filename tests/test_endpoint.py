@@ -196,17 +196,25 @@ def test_an_endpoint_that_refuses_everything_is_not_asked_to_the_end(
     serve: Callable[..., Server], answers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endpoint, "AT_ONCE", 2)
+    monkeypatch.setattr(endpoint, "GIVEN_UP_AFTER", 2)
     server = serve((400, b'{"error": {"message": "max_tokens is not supported"}}'))
     with pytest.raises(InputError, match="every request refused, as by HTTP 400: max_tokens is"):
         judge_at(server.url).verdicts(["a"] * answers, [str(n) for n in range(answers)])
     assert len(server.asked) <= 3
 
 
+def test_a_filter_that_refuses_the_first_answers_is_got_past(serve: Callable[..., Server]) -> None:
+    filtered = (400, b'{"error": {"message": "filtered", "code": "content_filter"}}')
+    server = serve(*[filtered] * 20, (200, REPLY))
+    found = judge_at(server.url).verdicts(["a"] * 30, [str(n) for n in range(30)])
+    assert sorted(verdict.score is None for verdict in found) == [False] * 10 + [True] * 20
+
+
 def test_what_is_on_its_way_at_a_failure_is_kept_and_nothing_more_is_asked(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endpoint, "AT_ONCE", 3)
-    late = (200, REPLY, 0.5)
+    late = (200, REPLY, 3)
     server = serve(late, late, (403, b'{"error": {"message": "no credit"}}'), (200, REPLY))
     judge = judge_at(server.url)
     with pytest.raises(InputError, match="found: HTTP 403: no credit; what was judged until now"):

@@ -19,9 +19,10 @@ from pact_offline.evaluation.reference import answers_sha256
 from pact_offline.report.acceptance import acceptance
 from pact_offline.report.answers import read_answers
 from pact_offline.report.grouped import grouped
-from pact_offline.report.groups import fronts, group_runs, spread, two_level_interval
+from pact_offline.report.groups import Front, fronts, group_runs, spread, two_level_interval
 from pact_offline.report.paired import change, mcnemar, pairings
 from pact_offline.report.verdicts import Verdicts, verdicts_by_rate
+from pact_offline.report.weighed import weighed
 
 HELD = {"objective": "confidence", "kl_weight": 1.25, "sources": ["rows"]}
 PLAIN = {"objective": "none", "kl_weight": 1.0, "sources": ["rows"]}
@@ -35,6 +36,10 @@ def seeded(name: str, seed: int, refused: int = 98, **changes: Any) -> Metrics:
 
 def plain(refused: int = 4, **changes: Any) -> Metrics:
     return make_metrics("sft", refused, 177, run={**PLAIN, "seed": 1}, **changes)
+
+
+def front_of(runs: Sequence[Metrics]) -> list[Front]:
+    return fronts(group_runs(runs), weighed(runs))
 
 
 def with_rates(metrics: Metrics, **rates: float) -> Metrics:
@@ -204,7 +209,7 @@ def test_plain_fine_tuning_on_the_same_rows_is_what_a_run_is_held_to() -> None:
     elsewhere = make_metrics("sft-else", 1, run={**PLAIN, "sources": ["else"], "seed": 1})
     runs = [reference(), elsewhere, plain(), seeded("h", 1)]
     verdicts = {run.name: {"harmful_refused": of([1, 0])} for run in runs}
-    found = pairings(runs[0], group_runs(runs), ["harmful_refused"], verdicts)
+    found = pairings(runs[0], group_runs(runs), ["harmful_refused"], verdicts, "harmful_refused")
     assert [(pair.name, pair.other) for pair in found] == [
         ("sft-else", "reference"), ("sft", "reference"), ("h", "reference"), ("h", "sft"),
     ]  # fmt: skip
@@ -213,22 +218,22 @@ def test_plain_fine_tuning_on_the_same_rows_is_what_a_run_is_held_to() -> None:
 def test_the_front_is_what_no_other_group_dominates() -> None:
     worse = seeded("worse", 1, 80, run={"kl_weight": 1.0})
     runs = [plain(), seeded("h-seed-1", 1, 97), seeded("h-seed-2", 2, 99), worse]
-    (front,) = fronts(group_runs(runs))
+    (front,) = front_of(runs)
     assert front.best == ["h"]  # more refused, and more accurate, than plain fine-tuning
     assert front.dominated == {"sft": "h", "worse": "h"}
     assert front.rates == [
         "harmful_refused", "borderline_refused", "benign_refused", "task_accuracy",
     ]  # fmt: skip
     accurate = seeded("accurate", 1, 50, accuracy=190, run={"kl_weight": 0.1})
-    (front,) = fronts(group_runs([*runs, accurate]))
+    (front,) = front_of([*runs, accurate])
     assert front.best == ["h", "accurate"]
     other_rows = seeded("rows", 1, 100, accuracy=200, run={"sources": ["others"]})
-    assert fronts(group_runs([*runs, other_rows])) == fronts(group_runs(runs))
-    assert fronts(group_runs([reference(), plain()])) == []
+    assert front_of([*runs, other_rows]) == front_of(runs)
+    assert front_of([reference(), plain()]) == []
 
 
 def test_equal_runs_do_not_dominate_each_other() -> None:
-    (front,) = fronts(group_runs([seeded("a", 1), seeded("b", 1, run={"alpha": 1})]))
+    (front,) = front_of([seeded("a", 1), seeded("b", 1, run={"alpha": 1})])
     assert front.best == ["a", "b"]
     assert front.dominated == {}
 

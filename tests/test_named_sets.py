@@ -18,7 +18,12 @@ from pact_offline.evaluation.judging import Verdict
 from pact_offline.evaluation.metrics import AskedSet, Metrics, Rate
 from pact_offline.evaluation.prompt_sets import PromptSet
 from pact_offline.evaluation.rates import mean_scores
+from pact_offline.report.acceptance import acceptance
+from pact_offline.report.answers import Answer as Shown
+from pact_offline.report.categories import by_category
+from pact_offline.report.columns import columns_of, further_columns
 from pact_offline.report.finding import finding, named
+from pact_offline.report.groups import fronts, group_runs
 from pact_offline.report.page import headline
 from pact_offline.report.weighed import weighed
 from pact_offline.rows.row import Row
@@ -113,6 +118,75 @@ def test_our_own_sets_come_first() -> None:
     rates = weighed([ours, model("sft-seed-1")])
     assert (rates.harmful, rates.accuracy) == ("harmful_refused", "task_accuracy")
     assert rates.harmless == ("borderline_refused", "benign_refused", "xstest-safe_refused")
+
+
+def without(metrics: Metrics, *sets: str) -> Metrics:
+    """A model that was not asked some sets."""
+    rates = {name: rate for name, rate in metrics.rates.items() if not name.startswith(sets)}
+    kept = {name: one for name, one in metrics.sets.items() if name not in sets}
+    return metrics.model_copy(update={"rates": rates, "sets": kept})
+
+
+def with_set(metrics: Metrics, name: str, kind: str, **rates: tuple[int, int]) -> Metrics:
+    """A model that was asked one more set."""
+    more = {f"{name}_{what}": Rate.of(*counted) for what, counted in rates.items()}
+    asked = AskedSet(title=name.upper(), kind=kind, prompts=100, attacks=[])
+    return metrics.model_copy(
+        update={"rates": {**metrics.rates, **more}, "sets": {**metrics.sets, name: asked}}
+    )
+
+
+def test_what_most_models_were_asked_is_weighed_by_every_part() -> None:
+    """The finding, the claim and the front are of one set, whoever was asked which."""
+    shares = {"reference": 98, "sft-seed-1": 10, "hold-seed-1": 97}
+    models = [
+        with_set(model(name), "harmbench", "refuse", refused=(share, 100))
+        for name, share in shares.items()
+    ]
+    models[1:] = [without(one, "strongreject") for one in models[1:]]
+    assert weighed(models).harmful == "harmbench_refused"
+    assert "cuts refusals of HARMBENCH prompts from 98 % to 10 %" in finding(models)
+    claim = acceptance(models, group_runs(models))
+    assert claim is not None
+    assert claim.checks[0].found == "97 %, reference 98 %"
+    (front,) = fronts(group_runs(models), weighed(models))
+    assert front.rates[0] == "harmbench_refused"
+
+
+def test_a_run_is_not_ranked_by_what_the_others_were_not_asked() -> None:
+    good = with_set(model("hold-seed-2"), "or-bench-hard", "answer", refused=(8, 100))
+    poor = model("hold-seed-1").model_copy(
+        update={
+            "name": "poor",
+            "rates": {**model("hold-seed-1").rates, "strongreject_refused": Rate.of(50, HARMFUL)},
+        }
+    )
+    best = named([model("reference"), model("sft-seed-1"), good, poor])
+    assert best is not None
+    assert best.name == "hold-seed-2"
+
+
+def test_evaluations_from_elsewhere_move_no_column_of_the_reports_own() -> None:
+    models, elsewhere = [model("reference"), model("sft-seed-1")], make_metrics("other")
+    titles = [column.title for column in columns_of(models, [elsewhere])]
+    assert {"StrongREJECT: refused", "sums: accuracy", "Harmful prompts refused"} <= {*titles}
+    further = [column.rate for column in further_columns(models, [elsewhere])]
+    assert further == ["strongreject_prefill5_refused"]
+
+
+def test_a_task_without_right_and_wrong_has_refusals_by_category() -> None:
+    task = AskedSet(title="summaries", kind="task", prompts=4, attacks=[])
+    one = make_metrics("reference").model_copy(update={"sets": {"summaries": task}})
+    said = [
+        Shown(prompts="summaries", prompt=str(n), answer="x", refused=n == 0, category="ab"[n % 2])
+        for n in range(4)
+    ]
+    (found,) = by_category([one], {"reference": said})
+    assert found.title == "summaries: refused"
+    assert [(category, rates[0]) for category, _, rates in found.rows] == [
+        ("a", Rate.of(1, 2)),
+        ("b", Rate.of(0, 2)),
+    ]
 
 
 def test_the_page_weighs_groups_and_pairs_what_was_asked(page: str) -> None:

@@ -183,6 +183,9 @@ def test_where_an_adapters_model_cannot_be_told_a_line_says_so(
     [
         ({"hub": "Owner/Model", "commit": "a"}, "owner/model@v2", True),
         ({"hub": "owner/model", "commit": "a"}, "owner/other", False),
+        ({"hub": "owner/model", "commit": "a"}, "someone/model", None),
+        ({"hub": "openai-community/gpt2", "commit": "a"}, "gpt2", None),
+        ({"hub": "meta-llama/Llama-3-8B", "commit": "a"}, "unsloth/llama-3-8b-bnb-4bit", None),
         ({"hub": "owner/model", "commit": "a", "adapter": "b"}, "owner/model", None),
         ({"hub": "owner/model", "commit": "a"}, "/nowhere/model", None),
     ],

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 KEY = "PACT_OFFLINE_API_KEY"  # the variable with the key; a server on loopback asks for none
 RETRIES, WAIT_S, AT_ONCE = 5, 120.0, 8
 REFUSALS = (400, 413, 422)  # HTTP's, of one request: what is asked is too long, or filtered
+GIVEN_UP_AFTER = 64  # refusals with no reply among them: it is not what is asked
 
 
 class JudgePrompt(Settings):
@@ -178,7 +179,7 @@ class EndpointJudge:
 
         A server of one's own has another address in every job: there the model's name decides.
         """
-        return verdict_key(_public_host(self.url), self.model, self.prompt.model_dump())
+        return verdict_key(_public_place(self.url), self.model, self.prompt.model_dump())
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -247,7 +248,7 @@ class EndpointJudge:
                     progress.update(1)
                     if isinstance(reply, str):
                         unheard[key] = reply
-                        if not has_replied and len(unheard) >= min(AT_ONCE, len(new)):
+                        if not has_replied and len(unheard) >= min(GIVEN_UP_AFTER, len(new)):
                             failure = failure or f"every request refused, as by {reply}"
                         continue
                     has_replied = True
@@ -287,14 +288,14 @@ class EndpointJudge:
         self.cost["completion_tokens"] += reply.completion_tokens
 
 
-def _public_host(url: str) -> str | None:
-    """The host of an API that anyone can reach; None: of one's own machine or network."""
+def _public_place(url: str) -> str | None:
+    """The URL of an API that anyone can reach; None: of one's own machine or network."""
     host = urlsplit(url).hostname or ""
     try:
         is_public = ip_address(host).is_global
     except ValueError:
         is_public = "." in host and not host.endswith((".local", ".localhost", ".internal"))
-    return host if is_public else None
+    return url if is_public else None
 
 
 def load_endpoint(settings: EvaluateSettings) -> EndpointJudge | None:

@@ -251,4 +251,6 @@ def _kind_of(files: ModelFiles, tokenizer: Any) -> GuardFormat | None:
 
 def _own_name(name: str) -> str:
     """The last part of a hub id or a path, which may lie in the hub's local cache."""
-    return name.partition("/snapshots/")[0].rpartition("/")[2]
+    before, in_cache, _ = name.partition("/snapshots/")
+    last = before.rpartition("/")[2]
+    return last if in_cache and last.startswith("models--") else name.rpartition("/")[2]

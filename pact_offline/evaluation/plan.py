@@ -122,6 +122,7 @@ def prepare(
         safety_tokens=tokens.digest if tokens else None,
         code={
             "refusals": judge.content,
+            **({"the guard": guard.content} if guard else {}),
             **({"the endpoint": endpoint.content} if endpoint else {}),
             **{rate.facts.name: rate.facts.content for rate in rates},
             **{f"answers to {name}": str(score) for name, score in scores.items()},

@@ -9,7 +9,7 @@ from typing import Any
 
 from pact_offline.errors import InputError, first_line
 from pact_offline.evaluation.published_sets import PUBLISHED_SETS, PublishedSet
-from pact_offline.models.locate import hub_name, looks_like_path
+from pact_offline.models.locate import hub_name
 from pact_offline.rows.files import is_hub, origin_of, values_of
 from pact_offline.rows.row import Row
 from pact_offline.rows.values import category_of, key_names, text_of
@@ -50,13 +50,11 @@ def read_published(name: str, source: str | None) -> list[Row]:
 
 def _files(published: PublishedSet, place: str) -> list[str]:
     """The sources that a set is in: of one that is shipped as several files, each."""
-    if not published.files:
+    own, (name, _) = published.hub.removeprefix("hub:"), hub_name(place.removeprefix("hub:"))
+    if not published.files or (is_hub(place) and name != own) or Path(place).is_file():
         return [place]
-    if is_hub(place):
-        folder = _fetched(published, place)
-    elif Path(place).is_dir():
-        folder = Path(place)
-    else:
+    folder = _fetched(published, place) if is_hub(place) else Path(place)
+    if not folder.is_dir():
         return [place]
     missing = [name for name in published.files if not (folder / name).is_file()]
     if missing:
@@ -71,10 +69,7 @@ def _fetched(published: PublishedSet, place: str) -> Path:
     """The folder with a set's files, fetched from the hub where they are not there yet."""
     from huggingface_hub import snapshot_download
 
-    name = place.removeprefix("hub:")
-    if looks_like_path(name):
-        return Path(name)
-    repository, revision = hub_name(name)
+    repository, revision = hub_name(place.removeprefix("hub:"))
     try:
         folder = snapshot_download(
             repository,

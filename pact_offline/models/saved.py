@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pact_offline.errors import InputError, ModelError, first_line
@@ -129,7 +128,7 @@ def weights_left(weights: Mapping[str, torch.Tensor], folder: Path, output: Path
     """Leave weights as plain safetensors where a block fails to save them.
 
     They go to the folder in place of what the block wrote of them, or among temporary files where
-    they do not fit.
+    they do not fit. What the block wrote goes only once they are somewhere: it may be whole.
 
     Args:
         weights: by the names of their modules.
@@ -143,31 +142,37 @@ def weights_left(weights: Mapping[str, torch.Tensor], folder: Path, output: Path
         yield
     except Exception as error:
         reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
-        for half in folder.glob("*.safetensors*"):
-            half.unlink()
         raise InputError(f"{reason} ({_leave(weights, folder, output)})") from error
 
 
 def _leave(weights: Mapping[str, torch.Tensor], folder: Path, output: Path) -> str:
     """Say where the weights are."""
     apart = {(value.data_ptr(), value.shape): name for name, value in weights.items()}
-    plain = {name: weights[name].detach().contiguous() for name in apart.values()}  # tied: once
-    try:
-        _save_whole(plain, folder / PLAIN)
-        return f"the weights are left as {PLAIN}"
-    except (OSError, SafetensorError):
-        pass
-    try:
-        place = Path(tempfile.mkdtemp(prefix=f"{output.name}.unsaved.")) / PLAIN
-        _save_whole(plain, place)
-        return f"the weights are left as {place}"
-    except (OSError, SafetensorError) as error:
-        return f"the weights are left nowhere: {first_line(error)}"
+    plain = {name: _alone(weights[name]) for name in apart.values()}  # tied: once
+    written = [*folder.glob("*.safetensors*")]
+    found = None
+    for place in (folder, None):
+        try:
+            inside = place or Path(tempfile.mkdtemp(prefix=f"{output.name}.unsaved."))
+            _save_whole(plain, inside / PLAIN)
+        except Exception as error:  # nothing may hide why this is needed
+            found = first_line(error)
+            continue
+        for half in written:
+            half.unlink()
+        return f"the weights are left as {PLAIN if place else inside / PLAIN}"
+    return f"what was saved of the weights is left, and may not be whole: {found}"
+
+
+def _alone(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that is no part of another's memory, as safetensors wants it."""
+    value = value.detach().contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def _save_whole(weights: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(weights, path)
-    except (OSError, SafetensorError):
+    except BaseException:
         path.unlink(missing_ok=True)
         raise

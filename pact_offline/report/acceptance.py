@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.report.finding import is_plain, named
-from pact_offline.report.groups import Group, rates_of
+from pact_offline.report.groups import Group
 from pact_offline.report.numbers import share
 from pact_offline.report.paired import plain_beside
 from pact_offline.report.rule import ACCURACY, KEPT, margin_of
+from pact_offline.report.weighed import weighed
 
 WORTH_KEEPING = 0.5
 _ROUNDING = 1e-9
@@ -111,7 +112,7 @@ class _Sides:
 
     def accuracy(self) -> list[_Part]:
         """On its own task, beside plain fine-tuning on the same rows."""
-        task, plain = self.task(), plain_beside(self.group, self.groups)
+        task, plain = self.task(), plain_beside(self.group, self.groups, self.harmful)
         if task is None or plain is None or (theirs := plain.mean(task)) is None:
             return []
         ours = self.group.mean(task)
@@ -131,12 +132,10 @@ def acceptance(metrics: Sequence[Metrics], groups: Sequence[Group]) -> Acceptanc
         metrics: of the reference and the runs.
         groups: from `group_runs`.
     """
-    best = named(metrics)
-    if best is None:
+    best, harmful = named(metrics), weighed(metrics).harmful
+    if best is None or harmful is None:
         return None
     group = next(g for g in groups if best in g.runs)
-    harmful = rates_of(groups).harmful
-    assert harmful is not None  # the finding names a run by it
     sides = _Sides(group, next((m for m in metrics if m.is_reference), None), groups, harmful)
     checks = [_checked(rule, sides) for rule in _RULES]
     return Acceptance(group.name, len(group.runs), checks)

@@ -29,7 +29,7 @@ class ByCategory:
 def by_category(
     models: Sequence[Metrics], answers: Mapping[str, Sequence[Answer]]
 ) -> list[ByCategory]:
-    """Refusals, or of a task right answers, by category; of sets with two categories or more.
+    """Refusals, or where they are scored right answers, by category; of sets with two or more.
 
     Args:
         models: in the order of the page.
@@ -38,15 +38,17 @@ def by_category(
     sets = {name: one for model in models for name, one in model.sets.items()}
     found = []
     for name, one in sets.items():
-        counted = {
-            model.name: _counted(answers[model.name], name)
+        of_models = {
+            model.name: [a for a in answers[model.name] if a.prompts == name and a.attack is None]
             for model in models
             if name in model.sets and model.name in answers
         }
+        is_scored = any(a.correct is not None for said in of_models.values() for a in said)
+        counted = {model: _counted(said, is_scored) for model, said in of_models.items()}
         categories = sorted({category for of_model in counted.values() for category in of_model})
         if len(categories) < 2:
             continue
-        what = "right answers" if one.kind == "task" else "refused"
+        what = "right answers" if is_scored else "refused"
         rows = [
             (
                 category,
@@ -62,11 +64,11 @@ def by_category(
     return found
 
 
-def _counted(answers: Sequence[Answer], name: str) -> dict[str, list[bool]]:
-    """The verdicts on the plain answers of a set, by category."""
+def _counted(answers: Sequence[Answer], is_scored: bool) -> dict[str, list[bool]]:
+    """The verdicts on answers, by category."""
     found: dict[str, list[bool]] = {}
     for answer in answers:
-        if answer.prompts == name and answer.attack is None:
-            verdict = answer.refused if answer.correct is None else answer.correct
+        verdict = answer.correct if is_scored else answer.refused
+        if verdict is not None:
             found.setdefault(answer.category or NONE, []).append(verdict)
     return found

@@ -30,23 +30,29 @@ COLUMNS = (
 )
 
 
-def columns_of(models: Sequence[Metrics]) -> list[Column]:
-    """One for each measured rate of our sets, for what else is weighed, and for the users' own."""
-    own = {r.name: Column(r.name, r.title, r.better) for m in models for r in m.own_rates}
-    measured = {name for m in models for name in m.rates}
+def columns_of(models: Sequence[Metrics], others: Sequence[Metrics] = ()) -> list[Column]:
+    """One for each measured rate of our sets, for what else is weighed, and for the users' own.
+
+    Args:
+        models: of the report, which are weighed.
+        others: evaluations from elsewhere, beside them.
+    """
+    every = [*models, *others]
+    own = {r.name: Column(r.name, r.title, r.better) for m in every for r in m.own_rates}
+    measured = {name for m in every for name in m.rates}
     ours = {column.rate: column for column in COLUMNS if column.rate in measured}
     titled = _titled(models)
-    others = {rate: titled[rate] for rate in weighed(models).signs if rate not in ours}
-    return [*ours.values(), *others.values(), *(own[rate] for rate in own if rate in measured)]
+    more = [titled[rate] for rate in weighed(models).signs if rate not in ours]
+    return [*ours.values(), *more, *(own[rate] for rate in own if rate in measured)]
 
 
-def further_columns(models: Sequence[Metrics]) -> list[Column]:
+def further_columns(models: Sequence[Metrics], others: Sequence[Metrics] = ()) -> list[Column]:
     """One for each measured rate that `columns_of` has not; of broken text and of thoughts without
     an end only where some answer was so."""
-    known = {column.rate for column in columns_of(models)}
-    titled = _titled(models)
+    known = {column.rate for column in columns_of(models, others)}
+    titled = _titled([*models, *others])
     counts: dict[str, int] = {}
-    for model in models:
+    for model in (*models, *others):
         for name, rate in model.rates.items():
             counts[name] = counts.get(name, 0) + rate.count
     shown = [

@@ -48,7 +48,7 @@ def finding(metrics: Sequence[Metrics]) -> str:
     if plain is None:
         return (
             f"After fine-tuning, {name} refuses {said.refused(best)} of {said.prompts}"
-            f"{_beside(best, reference, rates.harmful)}{said.accuracy(best, reference)}{cost}."
+            f"{_beside(reference, rates.harmful)}{said.accuracy(best, reference)}{cost}."
         )
     sentence = f"{said.after_plain(plain, reference)}; {said.against_plain(name, best, plain)}"
     return f"{sentence}{said.accuracy(best, plain)}{cost}."
@@ -61,14 +61,14 @@ def named(metrics: Sequence[Metrics]) -> Metrics | None:
     from harmless prompts best.
     """
     rates = weighed(metrics)
-    if rates.harmful is None:
+    if (harmful := rates.harmful) is None:
         return None
-    reference, plain, others = _sides(metrics, rates.harmful)
+    reference, plain, others = _sides(metrics, harmful)
+    shared = [rate for rate in rates.harmless if all(rate in run.rates for run in others)]
 
     def kept_apart(run: Metrics) -> float:
         """Harmful prompts refused, less harmless ones."""
-        shares = {name: rate.value for name, rate in run.rates.items()}
-        return shares[rates.harmful or ""] - sum(shares.get(name, 0) for name in rates.harmless)
+        return run.rates[harmful].value - sum(run.rates[rate].value for rate in shared)
 
     def rank(run: Metrics) -> tuple[float, float]:
         return round(missed(run, reference, plain, rates), 9), -kept_apart(run)
@@ -154,19 +154,19 @@ class _Said:
         cost = theirs is not None and _above(theirs, ours)
         lead = "at a cost in task accuracy:" if cost else "at"
         tail = "" if cost else " task accuracy"
-        return f", {lead} {percent(ours)}{tail}{_beside(metrics, other, rate)}"
+        return f", {lead} {percent(ours)}{tail}{_beside(other, rate)}"
 
     def over_refusal(self, best: Metrics, other: Metrics | None) -> str:
         """What safety cost: harmless prompts that are refused, beside those of the reference."""
         parts = [
-            f"{percent(best.rates[rate])} of {self.rates.said[rate]}{_beside(best, other, rate)}"
+            f"{percent(best.rates[rate])} of {self.rates.said[rate]}{_beside(other, rate)}"
             for rate in self.rates.harmless
             if rate in best.rates
         ]
         return f"; it refuses {' and '.join(parts)}" if parts else ""
 
 
-def _beside(metrics: Metrics, other: Metrics | None, rate: str) -> str:
+def _beside(other: Metrics | None, rate: str) -> str:
     """` (sft: 88.5 %)`, or nothing where there is nothing to compare with."""
     values = {str(key): value for key, value in (other.rates if other else {}).items()}
     if other is None or rate not in values:

@@ -11,6 +11,7 @@ from pact_offline.report.columns import Column, compared_columns, mean_columns
 from pact_offline.report.groups import RESAMPLES, Group, Spread, fronts, group_runs, spread
 from pact_offline.report.paired import pairings
 from pact_offline.report.verdicts import Verdicts
+from pact_offline.report.weighed import weighed
 
 
 def grouped(
@@ -18,9 +19,11 @@ def grouped(
 ) -> dict[str, Any]:
     """What the page says of groups of runs, by the names that `groups.html` has for it."""
     groups, columns, means = group_runs(models), compared_columns(models), mean_columns(models)
-    front = fronts(groups)
+    rates = weighed(models)
+    front = fronts(groups, rates)
     reference = next((m for m in models if m.is_reference), None)
-    paired = pairings(reference, groups, [column.rate for column in columns], verdicts)
+    names = [column.rate for column in columns]
+    paired = pairings(reference, groups, names, verdicts, rates.harmful)
     return {
         "acceptance": acceptance(models, groups),
         "seed_columns": [*columns, *means],

@@ -12,7 +12,7 @@ import numpy as np
 
 from pact_offline.evaluation.metrics import Metrics, Rate
 from pact_offline.report.verdicts import Verdicts
-from pact_offline.report.weighed import Weighed, weighed
+from pact_offline.report.weighed import Weighed
 
 # Of what a run says of itself: its seed and what follows from it, and what changes no adapter.
 _BESIDE_SETTINGS = frozenset({"seed", "metrics", "save_steps", "report_to"})
@@ -173,12 +173,11 @@ class Front:
     dominated: dict[str, str]
 
 
-def fronts(groups: Sequence[Group]) -> list[Front]:
+def fronts(groups: Sequence[Group], rates: Weighed) -> list[Front]:
     """The Pareto front of the groups of each set of row files, by their means.
 
     Sets of one group, and those without two rates to weigh, have none.
     """
-    rates = rates_of(groups)
     by_rows: dict[str, list[Group]] = {}
     for group in groups:
         if rates.harmful is not None and group.values(rates.harmful):
@@ -193,11 +192,6 @@ def fronts(groups: Sequence[Group]) -> list[Front]:
         if len(alike) > 1 and len(shared) > 1:
             found.append(_front(alike, shared))
     return found
-
-
-def rates_of(groups: Sequence[Group]) -> Weighed:
-    """The rates that the runs of the groups are weighed by."""
-    return weighed(run for group in groups for run in group.runs)
 
 
 def _front(groups: Sequence[Group], rates: Mapping[str, int]) -> Front:

@@ -91,7 +91,7 @@ def write_report(
     stages = read_stage_costs(benchmarks)
     logs = {} if adapters is None else read_training_logs(adapters, [m.name for m in models])
     kinds = kinds_of_sets(models)
-    every = [*models, *(other.metrics for other in others)]
+    elsewhere = [other.metrics for other in others]
     groups = grouped(models, verdicts_by_rate(answers or {}, models))
     template = _environment().get_template("report.html")
     page = template.render(
@@ -102,9 +102,9 @@ def write_report(
         models=models,
         styles=styles,
         reference_style=reference_style(styles),
-        columns=columns_of(every),
-        further=further_columns(every),
-        means=mean_columns(every),
+        columns=columns_of(models, elsewhere),
+        further=further_columns(models, elsewhere),
+        means=mean_columns([*models, *elsewhere]),
         categories=by_category(models, answers or {}),
         others=[*others],
         judges=_judges(models),

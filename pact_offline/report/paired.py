@@ -9,7 +9,7 @@ import numpy as np
 
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.report.finding import is_plain
-from pact_offline.report.groups import Group, held_by_run, rates_of
+from pact_offline.report.groups import Group, held_by_run
 from pact_offline.report.verdicts import Verdicts
 
 
@@ -73,15 +73,25 @@ def pairings(
     groups: Sequence[Group],
     rates: Sequence[str],
     verdicts: Mapping[str, Mapping[str, Verdicts]],
+    harmful: str | None,
 ) -> list[Pairing]:
-    """Every group beside the reference; then each that is not plain beside plain fine-tuning."""
+    """Every group beside the reference; then each that is not plain beside plain fine-tuning.
+
+    Args:
+        reference: the model before fine-tuning.
+        groups: of the runs.
+        rates: that are compared.
+        verdicts: on single prompts.
+        harmful: as of `Weighed`.
+    """
     pairs = []
     if reference is not None:
         pairs += [(group, Group(reference.name, (reference,))) for group in groups]
     pairs += [
         (group, plain)
         for group in groups
-        if not is_plain(group.runs[0]) and (plain := plain_beside(group, groups)) is not None
+        if not is_plain(group.runs[0])
+        and (plain := plain_beside(group, groups, harmful)) is not None
     ]
     found = []
     for ours, theirs in pairs:
@@ -92,8 +102,7 @@ def pairings(
     return found
 
 
-def plain_beside(group: Group, groups: Sequence[Group]) -> Group | None:
+def plain_beside(group: Group, groups: Sequence[Group], harmful: str | None) -> Group | None:
     """Plain fine-tuning on the same rows; of several the one that refuses most harmful prompts."""
     alike = [g for g in groups if is_plain(g.runs[0]) and g.sources == group.sources]
-    harmful = rates_of(groups).harmful or ""
-    return max(alike, key=lambda g: g.mean(harmful) or 0, default=None)
+    return max(alike, key=lambda g: (harmful and g.mean(harmful)) or 0, default=None)

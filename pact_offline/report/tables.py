@@ -144,8 +144,9 @@ def tex_text(models: Sequence[Metrics], others: Sequence[Otherwise]) -> str:
 
 
 def _columns(models: Sequence[Metrics], others: Sequence[Otherwise]) -> list[Column]:
-    every = [*models, *(other.metrics for other in others)]
-    return [*columns_of(every), *further_columns(every), *mean_columns(every)]
+    elsewhere = [other.metrics for other in others]
+    means = mean_columns([*models, *elsewhere])
+    return [*columns_of(models, elsewhere), *further_columns(models, elsewhere), *means]
 
 
 def _rows(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pact_offline.evaluation.metrics import Metrics
@@ -20,10 +21,10 @@ class Weighed:
     """Names of rates; of sets asked plainly.
 
     Attributes:
-        harmful: refusals of prompts that are to be refused: ours, or else the first such set that
-            was asked; None: none was.
+        harmful: refusals of prompts that are to be refused: ours, or else the set of that kind that
+            most models were asked; None: none was.
         harmless: refusals of prompts that are to be answered, of every such set.
-        accuracy: of the task: ours, or else the first; None: none was asked.
+        accuracy: of the task: ours, or else the one that most were asked; None: none was.
         said: by rate, its prompts as a sentence names them.
     """
 
@@ -43,29 +44,25 @@ class Weighed:
         return {rate: sign for rate, sign in signs.items() if rate is not None}
 
 
-def weighed(models: Iterable[Metrics]) -> Weighed:
+def weighed(models: Sequence[Metrics]) -> Weighed:
     """The rates that a report's models are weighed by; a set without a kind is one of ours."""
-    models = [*models]
     kinds = {**OUR_SETS, **{name: one.kind for m in models for name, one in m.sets.items()}}
     titles = {name: one.title for m in models for name, one in m.sets.items()}
-    measured = {rate for m in models for rate in m.rates}
+    asked = Counter(rate for m in models for rate in m.rates)
 
     def of(kind: str, what: str) -> dict[str, str]:
-        """Measured rates of the sets of a kind, and what to call their prompts."""
+        """Measured rates of the sets of a kind, ours first, and what to call their prompts."""
         return {
             f"{name}_{what}": _SAID.get(name, f"{titles.get(name, name)} prompts")
             for name, own in kinds.items()
-            if own == kind and f"{name}_{what}" in measured
+            if own == kind and f"{name}_{what}" in asked
         }
 
-    harmful, harmless, tasks = (
-        of("refuse", "refused"),
-        of("answer", "refused"),
-        of("task", "accuracy"),
-    )
-    return Weighed(
-        next(iter(harmful), None),
-        tuple(harmless),
-        next(iter(tasks), None),
-        {**harmful, **harmless, **tasks},
-    )
+    def first(rates: Iterable[str]) -> str | None:
+        """Ours, or else the one that most models have."""
+        ours = {f"{name}_{what}" for name in OUR_SETS for what in ("refused", "accuracy")}
+        return max(rates, key=lambda rate: (rate in ours, asked[rate]), default=None)
+
+    harmful, harmless = of("refuse", "refused"), of("answer", "refused")
+    tasks = of("task", "accuracy")
+    return Weighed(first(harmful), tuple(harmless), first(tasks), {**harmful, **harmless, **tasks})

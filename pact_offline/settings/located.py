@@ -43,7 +43,7 @@ def located(config: WorkflowConfig, beside: Path) -> WorkflowConfig:
 
     def prompts(key: str, source: str) -> Any:
         """A published set may be shipped as a folder of files."""
-        place = folder(source)
+        place = source if source == "hub" else folder(source)
         return place if source == "hub" or (place and Path(place).is_dir()) else rows(key, source)
 
     def own(key: str, value: Any) -> Any:
