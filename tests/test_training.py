@@ -552,6 +552,26 @@ def test_weights_go_among_temporary_files_where_the_place_is_full(
     assert not [*(tmp_path / "out.unsaved").glob("*.safetensors")]
 
 
+def test_what_was_saved_stays_where_no_copy_of_it_can_be_made(
+    command: list[Any], tmp_path: Path, fails: Callable[..., str], run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The look at it failed, for want of memory; the files themselves are whole."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    words = [*command, "--epochs", 1, "-o"]
+    assert run(*words, tmp_path / "well").exit_code == 0
+    monkeypatch.setattr("pact_offline.training.finetune.require_adapter_saved", fail)
+    monkeypatch.setattr("pact_offline.models.saved.save_file", fail)
+    line = fails(*words, tmp_path / "out")
+    assert "what was saved of the weights is left, and may not be whole: no room" in line
+    left = tmp_path / "out.unsaved" / "adapter_model.safetensors"
+    well = load_tensors(tmp_path / "well" / left.name)
+    assert all(torch.equal(value, well[name]) for name, value in load_tensors(left).items())
+
+
 @pytest.mark.parametrize(
     ("options", "free", "needed"), [((), 1e4, "0.00 GB"), (("--save-steps", 2), 1e5, "checkpoints")]
 )
