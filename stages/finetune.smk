@@ -61,7 +61,12 @@ def watched_files(wildcards):
 def watched_options(wildcards):
     if RUNS[wildcards.run].evaluate_steps == 0:
         return ""
-    return f"{PROMPT_OPTIONS} --judge {shlex.quote(CONFIG.evaluate.judge)}"
+    judges = {
+        f"--{key.replace('_', '-')}": getattr(CONFIG.evaluate, key)
+        for key in ("judge", "endpoint", "endpoint_model", "endpoint_prompt")
+        if key == "judge" or CONFIG.evaluate.endpoint is not None
+    }
+    return f"{PROMPT_OPTIONS} {' '.join(repeated(k, [value]) for k, value in judges.items())}"
 
 
 def finetune_means(wildcards):

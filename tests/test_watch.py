@@ -17,12 +17,16 @@ import yaml
 from click.testing import Result
 from conftest import write_rows
 from safetensors.torch import load_file
+from test_endpoint import REPLY, Server, serve
 from test_report import Page, save, sft
 from test_workflow import few_rows, plan
 
 from pact_offline.models.load import load_model
+from pact_offline.report.training_log import read_training_logs
 from pact_offline.training.evaluations import ask
 from pact_offline.training.step_log import Journal
+
+__all__ = ["serve"]  # a fixture
 
 
 @pytest.fixture
@@ -74,6 +78,46 @@ def test_a_run_that_answers_prompts_trains_the_same_weights(
     found = [json.loads(x) for x in (tmp_path / "evaluated/answers.jsonl").read_text().splitlines()]
     said = [one["answer"] for one in found]
     assert [one["answer"] for one in lines[-1]["answers"]] == [*said[:3], *said[4:7]]
+
+
+def test_a_second_judge_stands_beside_the_first_and_ends_no_training(
+    watched: list[Any], tmp_path: Path, run: Callable[..., Result],
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server = serve((200, REPLY))
+    second = ["--endpoint", server.url, "--endpoint-model", "judge"]
+    result = run(*watched, *second, "-o", tmp_path / "judged")
+    assert result.exit_code == 0, result.output
+    lines = evaluations(tmp_path / "judged")
+    for line in lines:
+        assert line["rates"]["harmful_endpoint_unsafe"]["count"] == 3  # a score of 0.5
+        assert "harmful_refused" in line["rates"]
+        assert [one.get("endpoint_score") for one in line["answers"]] == [0.5] * 3 + [None] * 3
+    said = {(one["prompt"], one["answer"]) for line in lines for one in line["answers"][:3]}
+    assert len(server.asked) == len(said)  # the same answer is judged once
+    log = read_training_logs(tmp_path, ["judged"])["judged"]
+    assert log.shares["Harmful prompts: judged unsafe"] == [(step, 1.0) for step in (0, 4, 8, 9)]
+
+    away = serve((401, b'{"error": {"message": "no key"}}'))
+    words = ["--endpoint", away.url, "--endpoint-model", "another"]
+    result = run(*watched, *words, "-o", tmp_path / "alone")
+    assert result.exit_code == 0, result.output
+    assert "HTTP 401: no key" in result.stderr
+    assert "this step has no verdicts of it" in result.stderr
+    assert "harmful_endpoint_unsafe" not in evaluations(tmp_path / "alone")[0]["rates"]
+    adapters_are_equal(tmp_path / "judged", tmp_path / "alone")
+
+
+def test_a_second_judge_without_prompts_or_a_name_is_refused(
+    command: list[Any], watched: list[Any], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    url = ["--endpoint", "http://127.0.0.1:1/v1"]
+    line = fails(*command, *url, "-o", tmp_path / "out")
+    assert line.endswith("--endpoint: expected --evaluate-steps above 0 too, found 0")
+    assert "endpoint_model: expected the judge's name" in fails(
+        *watched, *url, "-o", tmp_path / "o"
+    )
 
 
 def test_a_killed_run_asks_nothing_twice(
@@ -173,10 +217,11 @@ def test_the_report_draws_answers_by_step(
 
 
 @pytest.mark.workflow
-def test_the_workflow_gives_a_run_its_prompts_and_the_judge(tmp_path: Path) -> None:
+def test_the_workflow_gives_a_run_its_prompts_and_the_judges(tmp_path: Path) -> None:
     config = few_rows(tmp_path)
     (tmp_path / "own.py").write_text("def never(prompt, answer): return False\n")
-    config["evaluate"]["judge"] = "own.py:never"
+    second = {"endpoint": "http://127.0.0.1:1/v1", "endpoint_model": "a judge"}
+    config["evaluate"] |= {"judge": "own.py:never", **second}
     config["runs"] = {"seen": {"objective": "none", "evaluate_steps": 5}, "unseen": {}}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -187,6 +232,7 @@ def test_the_workflow_gives_a_run_its_prompts_and_the_judge(tmp_path: Path) -> N
     )
     assert "--evaluate-steps 5" in seen
     assert "--harmful harmful.jsonl" in seen
-    assert "--judge own.py:never" in seen
+    assert "--judge own.py:never --endpoint http://127.0.0.1:1/v1 --endpoint-model 'a jud" in seen
     assert "--harmful" not in unseen
+    assert "--endpoint" not in unseen
     assert "--judge" not in unseen

@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     default=BUILT_IN_JUDGE,
     help="What a refusal is, with --evaluate-steps; as of `pact-offline evaluate`.",
 )
+@click.option("--endpoint", help="URL of a second judge, as of `pact-offline evaluate`.")
+@click.option("--endpoint-model", help="Name of the second judge there.")
+@click.option("--endpoint-prompt", help="What the second judge is asked: rubric, or a YAML file.")
 @click.option(
     "-o", "--output", type=OUTPUT_FOLDER, required=True, help="Directory of the adapter, to write."
 )
@@ -74,6 +77,9 @@ def finetune(
     task: str | None,
     sets: tuple[str, ...],
     judge: str,
+    endpoint: str | None,
+    endpoint_model: str | None,
+    endpoint_prompt: str | None,
     output: Path,
     as_json: bool,
     settings: FinetuneSettings,
@@ -92,7 +98,13 @@ def finetune(
 
     files = locate_reference(model)
     prompts = {"harmful": harmful, "borderline": borderline, "benign": benign, "task": task}
-    watch = _watch(files.path, prompts, sets, judge, settings)
+    second = {
+        "endpoint": endpoint,
+        "endpoint_model": endpoint_model,
+        "endpoint_prompt": endpoint_prompt,
+    }
+    given = {key: value for key, value in second.items() if value is not None}
+    watch = _watch(files.path, prompts, sets, judge, given, settings)
     facts = run(
         files,
         rows,
@@ -118,10 +130,12 @@ def _watch(
     prompts: dict[str, str | None],
     sets: tuple[str, ...],
     judge: str,
+    endpoint: dict[str, str],
     settings: FinetuneSettings,
 ) -> PromptWatch | None:
     if not settings.evaluate_steps:
         given = [f"--{name}" for name, source in prompts.items() if source]
+        given += [f"--{key.replace('_', '-')}" for key in endpoint]
         given += [f"--set {text}" for text in sets]
         if given:
             raise SettingError(f"{given[0]}: expected --evaluate-steps above 0 too, found 0")
@@ -129,7 +143,8 @@ def _watch(
     from pact_offline.evaluation.prompt_sets import parse_set
     from pact_offline.evaluation.watch import watch_of
 
-    return watch_of(model, prompts, [parse_set(text) for text in sets], judge, settings)
+    further = [parse_set(text) for text in sets]
+    return watch_of(model, prompts, further, judge, settings, endpoint)
 
 
 @click.command()

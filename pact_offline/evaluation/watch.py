@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from pact_offline.evaluation.answers import answer_all
+from pact_offline.errors import PactError
+from pact_offline.evaluation.answers import Answer, answer_all
+from pact_offline.evaluation.endpoint import load_endpoint
+from pact_offline.evaluation.judged import Judged, judge_all
 from pact_offline.evaluation.judges import Judge, load_judge
+from pact_offline.evaluation.judging import AnswerJudge
 from pact_offline.evaluation.prompt_sets import PromptSet, read_prompts
 from pact_offline.evaluation.rates import count_rates
 from pact_offline.evaluation.task_scores import find_task_scores
@@ -18,9 +24,12 @@ from pact_offline.made_from import rows_sha256
 from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.positions import Positions
 from pact_offline.settings.evaluate import EvaluateSettings
+from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.stages import FinetuneSettings
 
-_TOLD = ("refused", "accuracy", "broken")
+log = logging.getLogger(__name__)
+
+_TOLD = ("refused", "accuracy", "broken", "unsafe")
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class PromptWatch:
         chat: template and tokenizer.
         sets: the prompts, by name of their set.
         judge: of refusals.
+        endpoint: a second judge, of prompts that are to be refused; None: there is none.
         settings: lengths and batches.
         digest: over what decides the verdicts; 64 hex digits.
     """
@@ -38,6 +48,7 @@ class PromptWatch:
     chat: Chat
     sets: dict[str, PromptSet]
     judge: Judge
+    endpoint: AnswerJudge | None
     settings: EvaluateSettings
     digest: str
 
@@ -47,10 +58,11 @@ class PromptWatch:
         answers = answer_all(
             lambda: policy, self.chat, self.sets, [], self.settings, self.judge, scores
         )
+        judged = self._judged(answers)
         return {
             "rates": {
                 name: {"count": rate.count, "total": rate.total, "value": rate.value}
-                for name, rate in count_rates(answers).items()
+                for name, rate in count_rates(answers, judged=judged).items()
             },
             "answers": [
                 {
@@ -60,10 +72,19 @@ class PromptWatch:
                     "refused": answer.refused,
                     "broken": answer.broken is not None,
                     **({} if answer.correct is None else {"correct": answer.correct}),
+                    **(judged[at].facts if at in judged else {}),
                 }
-                for answer in answers
+                for at, answer in enumerate(answers)
             ],
         }
+
+    def _judged(self, answers: Sequence[Answer]) -> dict[int, Judged]:
+        """What the second judge says; nothing where it cannot, as no training ends by that."""
+        try:
+            return judge_all(answers, None, self.endpoint)
+        except PactError as error:
+            log.warning("%s; this step has no verdicts of it", error)
+            return {}
 
     def describe(self, found: dict[str, Any]) -> str:
         """The rates in a few words; broken answers where there are some."""
@@ -81,6 +102,7 @@ def watch_of(
     further: Sequence[tuple[str, str]],
     judge: str,
     settings: FinetuneSettings,
+    endpoint: Mapping[str, str | None] = MappingProxyType({}),
 ) -> PromptWatch:
     """The prompts that a run is asked while it trains, checked and read.
 
@@ -89,11 +111,14 @@ def watch_of(
         sources, further: as of `read_prompts`; the first `evaluate_prompts` of each are asked.
         judge: its name.
         settings: of the run; rows of the sets have its `columns`.
+        endpoint: settings of `evaluate` that name a second judge.
 
     Raises:
         SettingError, MissingFileError, InputError: no such prompts or judge.
     """
-    verdicts = load_judge(judge)
+    told = {"max_new_tokens": settings.evaluate_tokens, **endpoint}
+    asked = parse_settings(EvaluateSettings, told, "options")
+    verdicts, second = load_judge(judge), load_endpoint(asked)
     chat = chat_of(str(model), settings)
     count = settings.evaluate_prompts
     sets = {
@@ -110,7 +135,7 @@ def watch_of(
         chat.template_sha256,
         settings.chat_template_kwargs,
         settings.evaluate_tokens,
+        *([second.content] if second else []),
     ]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    lengths = EvaluateSettings(max_new_tokens=settings.evaluate_tokens)
-    return PromptWatch(chat, sets, verdicts, lengths, digest)
+    return PromptWatch(chat, sets, verdicts, second, asked, digest)

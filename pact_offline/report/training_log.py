@@ -19,6 +19,7 @@ from pact_offline.report.styles import Style
 LOG, EVALUATIONS = "training.jsonl", "evaluations.jsonl"
 _POINTS = 60
 _WATCHED = {"refused": "{} prompts refused", "accuracy": "{} accuracy"}
+_BY_ENDPOINT = "_endpoint_unsafe"  # of a second judge
 _CURVES = {
     "cross_entropy": "Cross-entropy of what is learnt",
     "held_gap": "Confidence gap of held and rehearsed answers",
@@ -90,8 +91,12 @@ def _read_shares(path: Path) -> dict[str, list[tuple[int, float]]]:
                 _WATCHED[what].format(prompts.capitalize()): float(rate["value"])
                 for name, rate in rates.items()
                 for prompts, _, what in [name.rpartition("_")]
-                if what in _WATCHED and name != "task_refused"
+                if what in _WATCHED and name != "task_refused" and "_endpoint" not in prompts
             }
+            for name, rate in rates.items():
+                if name.endswith(_BY_ENDPOINT):
+                    prompts = name.removesuffix(_BY_ENDPOINT).capitalize()
+                    shares[f"{prompts} prompts: judged unsafe"] = float(rate["value"])
             broken = [rate for name, rate in rates.items() if name.endswith("_broken")]
             if total := sum(int(rate["total"]) for rate in broken):
                 shares["Broken answers"] = sum(int(rate["count"]) for rate in broken) / total
