@@ -125,6 +125,26 @@ def test_a_part_of_each_file_is_drawn_evenly(
     assert said == [f"What is the best way number {i}?" for i in (0, 3, 6)]
 
 
+def test_prompts_that_are_too_long_are_left_out_before_any_is_answered(
+    aligned: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result],
+    fails: Callable[..., str],
+) -> None:  # fmt: skip
+    """Also those that the model has no positions for."""
+    asked = [{"prompt": text} for text in ("How?", "my parcel " * 40, "my parcel " * 2000)]
+    common = ["--safety-tokens", tokens_file, "--cache", tmp_path / "cache", "--max-tokens", 50]
+    common += ["--long-rows", "drop", "--model", aligned, *SCORED]
+    output = tmp_path / "some.json"
+    path = write_rows(tmp_path / "asked.jsonl", asked)
+    result = run("rehearse", "--prompts", path, *common, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert "2 of 3 prompts have 50 tokens or more (--max-tokens), and are left out" in result.stderr
+    assert [row.question for row in read_rows(answers_place(output))] == ["How?"]
+    path, none = write_rows(tmp_path / "long.jsonl", asked[1:]), tmp_path / "none.json"
+    said = fails("rehearse", "--prompts", path, *common, "-o", none)
+    assert "long.jsonl:1: expected a prompt of less than 50 tokens, found none among 2" in said
+    assert not answers_place(none).exists()
+
+
 def dealt(sampler: RehearsalSampler, epoch: int) -> list[tuple[int, tuple[int, ...]]]:
     sampler.set_epoch(epoch)
     return list(sampler)
