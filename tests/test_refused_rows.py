@@ -1,6 +1,7 @@
 """Rows that the reference would have refused: found in the cache, held or left out in training."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -466,3 +467,16 @@ def test_targets_that_do_not_say_what_was_scored_are_refused(
         targets.write_text(json.dumps(value | {"rows": [odd]}))
         line = fails("screen", targets, "--safety-tokens", tokens_file)
         assert "rows.0: expected an object with a source, found" in line
+
+
+def test_tokens_of_no_weight_find_nothing_and_are_refused(
+    command: list[Any], tokens_file: Path, targets: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """Not a screening that says that nothing would have been refused."""
+    tokens = SafetyTokens.load(tokens_file)
+    weightless = [dataclasses.replace(one, direction=-0.5) for one in tokens.tokens]
+    dataclasses.replace(tokens, tokens=tuple(weightless)).save(tokens_file)
+    expected = "safety tokens: expected one with a weight above 0"
+    assert expected in fails("screen", targets, "--safety-tokens", tokens_file)
+    words = ["--no-safety-weights", "--refused-rows", "drop", "-o", tmp_path / "adapter"]
+    assert expected in fails(*command, *words)
