@@ -240,6 +240,8 @@ def test_a_run_tells_of_refused_rows_and_logs_their_gap_apart(
     done = "held, and not learnt" if refused == "hold" else "left out"
     said = f"{count} of 12 answers, {share:.1%} of the steps, would have been refused"
     assert any(said in line and done in line for line in result.stderr.splitlines())
+    card = (output / "README.md").read_text()
+    assert f"{count} of 12 answers, which the reference would have refused, are {done}" in card
     assert any("held_gap" in step for step in trained(output)) == (refused == "hold")
     steps = 6 if refused == "hold" else (12 - count) // 2
     assert facts["metrics"]["optimizer_steps"] == steps
