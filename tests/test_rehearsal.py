@@ -125,6 +125,22 @@ def test_a_part_of_each_file_is_drawn_evenly(
     assert said == [f"What is the best way number {i}?" for i in (0, 3, 6)]
 
 
+@pytest.mark.parametrize("name", ["some.json", "some.answers.jsonl", "some.answers.json"])
+def test_prompts_are_not_written_over(
+    name: str, aligned: Path, tokens_file: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """By targets, by answers, or by what says what those were made of."""
+    path = write_rows(tmp_path / name, [{"prompt": "How?"}])
+    before = path.read_bytes()
+    said = fails(
+        "rehearse", "--model", aligned, "--prompts", path, "--safety-tokens", tokens_file,
+        "--cache", tmp_path / "cache", "-o", tmp_path / "some.json", *SCORED,
+    )  # fmt: skip
+    assert "expected a place of its own" in said
+    assert "which --prompts reads" in said
+    assert path.read_bytes() == before
+
+
 def test_prompts_that_are_too_long_are_left_out_before_any_is_answered(
     aligned: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result],
     fails: Callable[..., str],
