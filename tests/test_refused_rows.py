@@ -1,6 +1,7 @@
 """Rows that the reference would have refused: found in the cache, held or left out in training."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -239,6 +240,8 @@ def test_a_run_tells_of_refused_rows_and_logs_their_gap_apart(
     done = "held, and not learnt" if refused == "hold" else "left out"
     said = f"{count} of 12 answers, {share:.1%} of the steps, would have been refused"
     assert any(said in line and done in line for line in result.stderr.splitlines())
+    card = (output / "README.md").read_text()
+    assert f"{count} of 12 answers, which the reference would have refused, are {done}" in card
     assert any("held_gap" in step for step in trained(output)) == (refused == "hold")
     steps = 6 if refused == "hold" else (12 - count) // 2
     assert facts["metrics"]["optimizer_steps"] == steps
@@ -254,8 +257,10 @@ def test_rows_that_are_all_refused_are_all_held_and_pull_at_nothing(
         "--epochs", 1, "-o", output,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    metrics = json.loads((output / "pact_offline.json").read_text())["metrics"]
+    assert not {"final_cross_entropy", "final_confidence_gap"} & metrics.keys()
     for step in trained(output):
-        assert step["cross_entropy"] == 0
+        assert not {"cross_entropy", "confidence_gap", "kl_ratio"} & step.keys()
         assert step["loss"] == pytest.approx(0, abs=1e-3)  # Adam makes steps of rounding errors
         assert step["held_gap"] == pytest.approx(0, abs=1e-2)
 
@@ -464,3 +469,16 @@ def test_targets_that_do_not_say_what_was_scored_are_refused(
         targets.write_text(json.dumps(value | {"rows": [odd]}))
         line = fails("screen", targets, "--safety-tokens", tokens_file)
         assert "rows.0: expected an object with a source, found" in line
+
+
+def test_tokens_of_no_weight_find_nothing_and_are_refused(
+    command: list[Any], tokens_file: Path, targets: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """Not a screening that says that nothing would have been refused."""
+    tokens = SafetyTokens.load(tokens_file)
+    weightless = [dataclasses.replace(one, direction=-0.5) for one in tokens.tokens]
+    dataclasses.replace(tokens, tokens=tuple(weightless)).save(tokens_file)
+    expected = "safety tokens: expected one with a weight above 0"
+    assert expected in fails("screen", targets, "--safety-tokens", tokens_file)
+    words = ["--no-safety-weights", "--refused-rows", "drop", "-o", tmp_path / "adapter"]
+    assert expected in fails(*command, *words)

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from pact_offline.cache.targets import TargetCache
+from pact_offline.errors import SettingError
 
 _ROWS_AT_ONCE = 4096
 
@@ -47,8 +48,16 @@ def turns_of(targets: TargetCache, weights: np.ndarray) -> Turns:
     Args:
         targets: of the dataset.
         weights: float [ids], safety-token weights.
+
+    Raises:
+        SettingError: none is above 0, and no answer could be found refused.
     """
     kept = np.flatnonzero(weights > 0)
+    if not len(kept):
+        raise SettingError(
+            "safety tokens: expected one with a weight above 0, by which refusals are known, found "
+            "none; use others"
+        )
     steps, ends = targets.turn_steps, targets.binding.keys.turn_ends
     scaffolds = targets.binding.keys.scaffolds
     shares, losses = np.zeros(len(steps), np.float32), np.zeros(len(steps), np.float32)

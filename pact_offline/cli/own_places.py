@@ -55,7 +55,9 @@ def _outputs(ctx: click.Context) -> Iterator[tuple[click.Parameter, str, Path]]:
                 if ctx.info_name == "rehearse":
                     from pact_offline.cache.targets import answers_place
 
-                    yield param, str(output), _real(answers_place(output))
+                    answers = answers_place(output)
+                    yield param, str(output), _real(answers)
+                    yield param, str(output), _real(answers.with_suffix(".json"))
 
 
 def _inputs(ctx: click.Context) -> Iterator[tuple[str, Path]]:

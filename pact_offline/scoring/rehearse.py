@@ -58,9 +58,8 @@ def rehearse(
         UnsupportedModelError: vLLM was asked for, and refuses the model.
     """
     chat = chat_of(str(model.path), settings)
-    rows = [row for source in sources for row in _prompts(source, settings)]
-    prompts = [chat.prompt_ids(row) for row in rows]
-    _check(model, rows, prompts, settings)
+    read = [row for source in sources for row in _prompts(source, settings)]
+    rows, prompts = _that_fit(model, [(row, chat.prompt_ids(row)) for row in read], settings)
     place = answers_place(output)
     made_of = _made_of(model, chat, rows, prompts, settings)
     if _are_known(place, made_of):
@@ -78,21 +77,41 @@ def rehearse(
     )
 
 
-def _check(
-    model: ModelFiles,
-    rows: Sequence[Row],
-    prompts: Sequence[Sequence[int]],
-    settings: RehearseSettings,
-) -> None:
-    """Refuse, before anything is written, a prompt of which no answer could be scored."""
+def _that_fit(
+    model: ModelFiles, asked: Sequence[tuple[Row, list[int]]], settings: RehearseSettings
+) -> tuple[list[Row], list[list[int]]]:
+    """Refuse, or leave out, before anything is written, prompts of which no answer could be scored.
+
+    Args:
+        model: the reference.
+        asked: rows and the token ids of their prompts.
+        settings: `long_rows` says which of both.
+    """
     positions = Positions(model.path)
-    for row, ids in zip(rows, prompts, strict=True):
-        positions.require(len(ids), row.origin, settings.answer_tokens)
-        if len(ids) >= settings.max_tokens and settings.long_rows == "refuse":
+    fitting = []
+    for row, ids in asked:
+        if len(ids) >= settings.max_tokens and settings.long_rows != "cut":
+            if settings.long_rows == "drop":
+                continue
             raise InputError(
                 f"{row.origin}: expected a prompt of less than {settings.max_tokens} tokens, found "
                 f"{len(ids)}; raise --max-tokens, shorten it, or set --long-rows"
             )
+        positions.require(len(ids), row.origin, settings.answer_tokens)
+        fitting.append((row, ids))
+    if not fitting:
+        raise InputError(
+            f"{asked[0][0].origin}: expected a prompt of less than {settings.max_tokens} tokens, "
+            f"found none among {len(asked)}; raise --max-tokens"
+        )
+    if left_out := len(asked) - len(fitting):
+        log.warning(
+            "%d of %d prompts have %d tokens or more (--max-tokens), and are left out",
+            left_out,
+            len(asked),
+            settings.max_tokens,
+        )
+    return [row for row, _ in fitting], [ids for _, ids in fitting]
 
 
 def _made_of(

@@ -385,7 +385,7 @@ def pad_id_of(tokenizer: Any) -> int:
 
 
 def _final_metrics(trainer: PactTrainer, steps: int, seconds: float) -> dict[str, float]:
-    history = [entry for entry in trainer.state.log_history if "cross_entropy" in entry]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     last = history[-max(1, len(history) // 10) :]
     metrics = {}
     for name in ("cross_entropy", "kl", "confidence_gap", "held_gap"):

@@ -24,6 +24,15 @@ def model_card(facts: dict[str, Any]) -> str:
         rows += f", {cut} of them with a cut response"
     if left_out := facts.get("rows_left_out_per_epoch"):
         rows += f", {left_out} of them left out of each epoch"
+    if refused := facts.get("turns_refused"):
+        done = "held, and not learnt" if settings["refused_rows"] == "hold" else "left out"
+        rows += (
+            f"; {refused} of {facts['turns']} answers, which the reference would have refused, are "
+            f"{done}"
+        )
+    if facts.get("rehearsal_sha256"):
+        share = settings["rehearsal_share"]
+        rows += f"; beside them, the reference's own answers are rehearsed, {share:.1%} of a batch"
     lines = [
         "---",
         f"base_model: {facts['model']}",

@@ -225,18 +225,23 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         return dict(zip(names, total.tolist(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the loss is made of since the last log, as means over response steps."""
+        """Add what the loss is made of since the last log, as means over response steps.
+
+        What is a mean over no step is left out.
+        """
         if "loss" in logs and self._sums:
             sums = self._summed_over_processes()
             steps, learnt, now = max(1, sums["steps"]), sums["learnt"], time.monotonic()
             held = sums["steps"] - learnt
-            logs["cross_entropy"] = sums["cross_entropy"] / max(1, learnt)
+            if learnt:
+                logs["cross_entropy"] = sums["cross_entropy"] / learnt
             if self._objective is not None:
                 logs["kl"] = sums["kl"] / steps
                 logs["kl_weight"] = sums["kl_weight"] / steps
-                if logs["cross_entropy"]:
+                if logs.get("cross_entropy"):
                     logs["kl_ratio"] = logs["kl"] / logs["cross_entropy"]
-                logs["confidence_gap"] = sums["gap"] / max(1, learnt)
+                if learnt:
+                    logs["confidence_gap"] = sums["gap"] / learnt
                 if held:
                     logs["held_gap"] = sums["held_gap"] / held
             logs["tokens"] = sums["tokens"]
