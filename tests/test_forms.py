@@ -93,6 +93,7 @@ LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "sh
         answer(None, function_call={"name": "look", "arguments": '{"at": "shelf"}'}),
         answer("", tool_calls=[{"name": "look", "args": {"at": "shelf"}, "type": "tool_call"}]),
         {"from": "function_call", "value": '{"name": "look", "parameters": {"at": "shelf"}}'},
+        {"role": "tool_call", "content": '{"name": "look", "arguments": {"at": "shelf"}}'},
         {"from": "gpt", "value": "", "tool_calls": [{"name": "look", "input": {"at": "shelf"}}]},
     ],
 )
@@ -148,6 +149,13 @@ def test_an_undesired_response_is_refused() -> None:
     assert parsed({**value, "label": True}).messages == (user(), answer())
     assert parsed({**value, "label": "sales"}).unread == ("label",)
     assert problem({**value, "label": False}).startswith("label: expected a response to learn")
+    for found in (value, {"messages": [user(), answer()]}, {"conversations": [user(), answer()]}):
+        for label in (False, "False", "false"):
+            assert problem({**found, "label": label}).startswith("label: expected a response to")
+        assert not parsed({**found, "label": "True"}).unread
+    value = {"instruction": ASKED, "output": SAID, "kto_tag": False}
+    assert problem(value).startswith("kto_tag: expected a response to learn")
+    assert parsed({"prompt": ASKED, "response": SAID, "label": False}).unread == ("label",)
 
 
 def test_alternative_answers_are_not_run_together() -> None:
@@ -181,7 +189,7 @@ def test_the_settings_know_every_name_that_the_forms_read() -> None:
 
 @pytest.mark.parametrize(("theirs", "ours"), [*ROLES.items(), ("developer", "developer")])
 def test_roles_of_other_names_are_known(theirs: str, ours: str) -> None:
-    said = '{"name": "look", "arguments": {}}' if theirs == "function_call" else "Well."
+    said = '{"name": "look", "arguments": {}}' if theirs.endswith("_call") else "Well."
     row = parsed({"conversations": [{"from": "human", "value": ASKED},
                                     {"from": theirs, "value": said},
                                     {"from": "gpt", "value": SAID}]})  # fmt: skip
@@ -234,7 +242,24 @@ def test_one_system_message_is_enough(key: str) -> None:
     assert parsed({**value, "system": " "}).messages[:2] == (system("Be kind."), user())
 
 
-@pytest.mark.parametrize("weight", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize("key", ["system_prompt", "system_message"])
+def test_a_system_message_may_be_called_otherwise(key: str) -> None:
+    kind = system("Be kind.")
+    for value in ({"messages": [user(), answer()]}, {"question": ASKED, "response": SAID}):
+        row = parsed({**value, key: "Be kind."})
+        assert (row.messages, row.unread) == ((kind, user(), answer()), ())
+    twice = parsed({"messages": [kind, user(), answer()], key: "Be kind."})
+    assert (twice.messages, twice.unread) == ((kind, user(), answer()), ())
+    line = problem({"messages": [kind, user(), answer()], key: "Be brief."})
+    assert line == f"{key}: expected one system message, found two"
+    both = parsed({"prompt": ASKED, "response": SAID, "system": "Be kind.", key: "Be brief."})
+    assert (both.messages[0], both.unread) == (kind, (key,))
+
+
+WEIGHTS = [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
 def test_an_answer_of_no_weight_is_not_trained(weight: dict) -> None:
     turns = [user("One"), answer("1", **weight), user("Two"), answer("2", weight=1, train=True)]
     row = parsed({"messages": turns})
@@ -497,6 +522,8 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
          "messages[1].weight: expected 0 or 1, found 0.5"),
         ({"messages": [user(), answer(train="no")]},
          "messages[1].train: expected 0 or 1, found 'no'"),
+        ({"messages": [user(), answer(train_detail=[{"begin_offset": 0, "train": False}])]},
+         "messages[1].train_detail: expected a message that is trained as a whole or not at all"),
         ({"messages": [user(), answer(tool_calls=[{"arguments": {}}])]},
          "messages[1].tool_calls[0]: expected a call with name and arguments, found dict"),
         ({"messages": [user(), answer(tool_calls="look")]},

@@ -35,17 +35,21 @@ ROLES = {
     "bard": "assistant",
     "prompter": "user",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "function": "tool",
     "ipython": "tool",
     "observation": "tool",
     "function_response": "tool",
     "tool_response": "tool",
 }
+_CALLING = ("function_call", "tool_call")  # roles of a message that is a call
 _KNOWN_ROLES = {*ROLES, "system", "developer", "user", "assistant", "tool"}  # in any case
+_SYSTEMS = ("system", "system_prompt", "system_message")
 _ANSWERS = ("response", "completion", "output", "answer")
-_CONTROLS = ("weight", "train")  # of a message: whether it is learnt
+_CONVERSATIONS = ("messages", "conversations")
+_CONTROLS = ("weight", "train", "training")  # of a message: whether it is learnt
 _TEXT_OR_LIST = "text or a list of messages"
-_MESSAGE_KEYS = ("role", "from", "content", "value", *_CONTROLS)
+_MESSAGE_KEYS = ("role", "from", "content", "value", "train_detail", *_CONTROLS)
 
 
 class _Keys:
@@ -134,7 +138,7 @@ def _answer(text: str) -> Message:
 
 
 def _system(value: _Keys) -> list[Message]:
-    text = value.text("system")
+    text = value.text(value.first(*_SYSTEMS) or "system")
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
@@ -148,8 +152,12 @@ def _conversation(key: str) -> Callable[[_Keys], list[Message]]:
 def _below_system(value: _Keys, messages: list[Message]) -> list[Message]:
     """Messages, below what the row gives as its system message beside them."""
     system = _system(value)
+    if system == messages[:1]:
+        return messages
     if system and messages[0]["role"] == "system":
-        raise InputError(f"{value.origin}: system: expected one system message, found two")
+        raise InputError(
+            f"{value.origin}: {value.first(*_SYSTEMS)}: expected one system message, found two"
+        )
     value.not_trained = {i + len(system) for i in value.not_trained}
     return [*system, *messages]
 
@@ -338,15 +346,17 @@ def parse_row(
 
 
 def _require_wanted(value: _Keys) -> None:
-    """Refuse a completion that the row itself says is a bad one, as data for KTO does."""
-    is_of_kto = {"prompt", "completion"} <= {*value.values}
-    if is_of_kto and isinstance(value.values.get("label"), bool):
-        if value["label"]:
-            return
-        raise InputError(
-            f"{value.origin}: label: expected a response to learn, found one that is marked as "
-            "undesired (false)"
-        )
+    """Refuse an answer that the row itself says is a bad one, as data for KTO does."""
+    is_of_kto = {"prompt", "completion"} <= {*value.values} or value.first(*_CONVERSATIONS)
+    for key in ("kto_tag", "label") if is_of_kto else ("kto_tag",):
+        wanted = str(value.values.get(key)).lower()  # a table has no booleans
+        if wanted == "true":
+            value[key]
+        elif wanted == "false":
+            raise InputError(
+                f"{value.origin}: {key}: expected a response to learn, found one that is marked as "
+                "undesired (false)"
+            )
 
 
 def _require_response(row: Row, form: Form, keys: _Keys) -> None:
@@ -367,7 +377,7 @@ def _where_it_may_be(row: Row, form: Form, keys: _Keys) -> str:
         roles = dict.fromkeys(str(message["role"]) for message in row.messages)
         return f"{found}, and the roles {key_names(roles)}"
     columns = suggestion(keys.values)
-    is_new = "ANSWER" not in columns and form.keys[0] not in ("messages", "conversations")
+    is_new = "ANSWER" not in columns and form.keys[0] not in _CONVERSATIONS
     return f"{found}; name it, as in --columns {columns}" if is_new else found
 
 
@@ -401,8 +411,9 @@ def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
         given_calls = message.pop(name, None)
         if given_calls and (calls := calls_of(given_calls, f"{place}.{name}", origin)):
             message["tool_calls"] = calls
-    if folded == "function_call" and "tool_calls" not in message:
-        message["tool_calls"] = calls_of(content, f"{place}.value", origin)
+    if folded in _CALLING and "tool_calls" not in message:
+        said = "content" if "content" in item else "value"
+        message["tool_calls"] = calls_of(content, f"{place}.{said}", origin)
     elif content is not None:
         message["content"] = text_of(content, f"{place}.content", origin)
     elif not has_answer(message):
@@ -420,6 +431,11 @@ def _is_trained(item: dict[str, Any], place: str, origin: str) -> bool:
     for key in _CONTROLS:
         if key in item and item[key] not in (0, 1):
             raise InputError(f"{origin}: {place}.{key}: expected 0 or 1, found {shown(item[key])}")
+    if item.get("train_detail"):
+        raise InputError(
+            f"{origin}: {place}.train_detail: expected a message that is trained as a whole or not "
+            "at all (train), found parts of it"
+        )
     return all(item.get(key, 1) for key in _CONTROLS)
 
 
