@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import write_rows
 
+from pact_offline.cli.options import _mapping
 from pact_offline.errors import InputError
 from pact_offline.rows.forms import FORMS, ROLES, forms_table, parse_row
 from pact_offline.rows.read import read_rows
@@ -479,6 +481,74 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
     assert problem(value).endswith(f"name them, as in --columns {columns}")
     named = dict(pair.split("=") for pair in columns.split(","))
     assert parsed(value, columns=named).messages == (user(), answer())
+
+
+@pytest.mark.parametrize(
+    ("value", "columns"),
+    [
+        ({"Instruction": "Is it", "Input": "here?", "Output": SAID},
+         "instruction=Instruction,input=Input,output=Output"),
+        ({"Question": ASKED, "Answer": SAID}, "question=Question,answer=Answer"),
+        ({"prompt ": ASKED, " response": SAID},
+         """'{"prompt": "prompt ", "response": " response"}'"""),
+        ({"My prompt": ASKED, "The response": SAID},
+         "'prompt=My prompt,response=The response'"),
+        ({"a;b": ASKED, "a,response": SAID}, """'{"prompt": "a;b", "response": "a,response"}'"""),
+        ({"instruction": "Is it", "input": "here?", "chosen": SAID, "rejected": "No."},
+         "instruction=instruction,input=input,output=chosen"),
+        ({"instruction": "Is it", "input": "here?", "output": SAID, "prompt": "### Is it ###"},
+         "instruction=instruction,input=input,output=output"),
+        ({"prompt": [user()], "chosen": [answer()], "rejected": [answer("No.")]},
+         "prompt=prompt,response=chosen"),
+        ({"conversations": [user()], "chosen": {"from": "gpt", "value": SAID}},
+         "prompt=conversations,response=chosen.value"),
+        ({"question": ASKED, "answers": {"text": [SAID, "Yes!"], "answer_start": [0, 0]}},
+         "question=question,answer=answers.text.0"),
+        ({"inputs": ASKED, "targets": SAID, "task": "x"}, "prompt=inputs,response=targets"),
+        ({"id": "1", "data": [ASKED, SAID]}, "conversations=data"),
+        ({"contents": [{"role": "user", "parts": [{"text": ASKED}]},
+                       {"role": "model", "parts": [{"text": SAID}]}]},
+         "messages=contents,content=parts"),
+    ],
+)  # fmt: skip
+def test_a_hint_reads_the_row_when_it_is_followed(value: dict, columns: str) -> None:
+    assert problem(value).endswith(f" them, as in --columns {columns}") or problem(value).endswith(
+        f" name it, as in --columns {columns}"
+    )
+    named = _mapping(shlex.split(columns)[0], "--columns", True)
+    assert parsed(value, columns=named).messages == (user(), answer())
+
+
+def test_a_hint_loses_neither_system_message_nor_tools() -> None:
+    asked = {"system": "Be kind.", "question": ASKED, "chosen": SAID, "rejected": "No."}
+    assert problem(asked).endswith("--columns question=question,system=system,answer=chosen")
+    asked = {"system_prompt": "Be kind.", "query": ASKED, "reply": SAID, "tools": [CALL]}
+    assert problem(asked).endswith(
+        "--columns prompt=query,response=reply,system=system_prompt,tools=tools"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: Oh", "rejected": "\n\nHuman: Hi"},
+         "; chosen is a conversation as one text, whose turns belong in a list of messages"),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Oh", "rejected": " No"},
+         "; prompt is a conversation as one text, whose turns belong in a list of messages"),
+        ({"text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nOh<|im_end|>\n"},
+         "; text is a conversation as one text, whose turns belong in a list of messages"),
+        ({"system": "Be kind.", "chat": "USER: Hi\n\nASSISTANT: Oh"},
+         "; chat is a conversation as one text, whose turns belong in a list of messages"),
+        ({"role": "user", "content": "Hi"},
+         '; this is one message of a conversation, and a row holds all of it, as in {"messages": '
+         '[{"role": "user", "content": "…"}, …]}'),
+        ({"source": "web", "conversation": [{"input": "Hi", "output": "Oh"}]},
+         "; conversation holds a list of input, output: rows belong in a JSON array or one a line, "
+         "turns in a list of messages with role and content"),
+    ],
+)  # fmt: skip
+def test_no_columns_are_named_where_none_would_help(value: dict, expected: str) -> None:
+    assert problem(value).endswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pact_offline.errors import InputError
 from pact_offline.rows.calls import calls_of, tool_of
 from pact_offline.rows.columns import mapped, no_column, renamed
 from pact_offline.rows.row import Message, Row, has_answer
-from pact_offline.rows.suggested_columns import suggestion
+from pact_offline.rows.suggested_columns import hint, hint_of_answer
 from pact_offline.rows.values import (
     category_of,
     key_name,
@@ -320,10 +320,10 @@ def parse_row(
     if form is None:
         if fields and not is_mapped:
             raise no_column(given, fields, origin)
-        hint = " by --columns" if fields else f"; name them, as in --columns {suggestion(value)}"
+        mended = " by --columns" if fields else hint(keys.values, FORMS, _ANSWERS)
         raise InputError(
             f"{origin}: expected a known form (messages, conversations, prompt, instruction, "
-            f"question, or input and output), found the keys {keys.names}{hint}"
+            f"question, or input and output), found the keys {keys.names}{mended}"
         )
     messages = form.parse(keys)
     named = keys.first("tools", "functions")
@@ -373,12 +373,11 @@ def _require_response(row: Row, form: Form, keys: _Keys) -> None:
 
 def _where_it_may_be(row: Row, form: Form, keys: _Keys) -> str:
     found = f" among the keys {keys.names}"
-    if len(row.messages) > 1:
+    others = dict.fromkeys(str(m["role"]) for m in row.messages if m["role"] != "system")
+    if len(row.messages) > 1 and [*others] != ["user"]:
         roles = dict.fromkeys(str(message["role"]) for message in row.messages)
-        return f"{found}, and the roles {key_names(roles)}"
-    columns = suggestion(keys.values)
-    is_new = "ANSWER" not in columns and form.keys[0] not in _CONVERSATIONS
-    return f"{found}; name it, as in --columns {columns}" if is_new else found
+        found = f"{found}, and the roles {key_names(roles)}"
+    return found + hint_of_answer(keys.values, form, FORMS, _ANSWERS)
 
 
 def _messages(value: _Keys, key: str, expected: str = "a list of messages") -> list[Message]:
