@@ -554,7 +554,7 @@ def test_no_columns_are_named_where_none_would_help(value: dict, expected: str) 
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ([1], "expected an object, found list"),
+        ([1], 'expected an object, as in {"messages": […]}, found list'),
         ("Hi", "expected an object, found str"),
         (None, "expected an object, found NoneType"),
         ({}, "expected a known form (messages, conversations, prompt, instruction, question, or "

@@ -304,7 +304,8 @@ def parse_row(
         InputError: names `origin`, the key, what was expected and what was found.
     """
     if not isinstance(value, dict):
-        raise InputError(f"{origin}: expected an object, found {type(value).__name__}")
+        wanted = ', as in {"messages": […]}' if isinstance(value, list) else ""
+        raise InputError(f"{origin}: expected an object{wanted}, found {type(value).__name__}")
     fields = dict(columns or {})
     inner = {ours: theirs for ours in ("role", "content") if (theirs := fields.pop(ours, None))}
     given = value
