@@ -342,6 +342,13 @@ def test_a_call_keeps_its_number_and_may_have_no_arguments() -> None:
     ]
 
 
+@pytest.mark.parametrize("images", [None, [], ""])
+def test_a_mark_of_a_picture_is_text_where_there_is_no_picture(images: Any) -> None:
+    value = {"messages": [user("What is <image> in SVG?"), answer()], "images": images}
+    assert parsed(value).messages[0] == user("What is <image> in SVG?")
+    assert parsed({"messages": [user(), answer()], "image": "a.png"}).unread == ("image",)
+
+
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
 def test_no_tools_are_none(tools: Any) -> None:
     assert parsed({"messages": [user(), answer()], "tools": tools}).tools is None
@@ -586,6 +593,18 @@ def test_no_columns_are_named_where_none_would_help(value: dict, expected: str) 
         ({"messages": [user(), answer(5)]}, "messages[1].content: expected text, found 5"),
         ({"messages": [user([{"type": "image", "image": "x"}]), answer()]},
          "messages[0].content[0]: expected a part of text, found 'image'"),
+        ({"messages": [user([{"type": "text", "txt": "x"}]), answer()]},
+         "messages[0].content[0]: expected a part of text, found the keys type, txt"),
+        ({"input": [user()], "output": SAID},
+         "input: expected text, found a list of messages, which is read as in --columns "
+         "prompt=input,response=output"),
+        ({"messages": [{"Role": "user", "Content": "x"}]},
+         "messages[0]: expected role and content, found the keys Role, Content; name them, as in "
+         "--columns role=Role,content=Content"),
+        ({"messages": [user("<image>What?"), answer()], "images": ["a.png"]},
+         "images: expected a conversation of text alone, found one with <image> in it"),
+        ({"conversations": [user("<image>\nWhat?"), answer()], "image": "a.png"},
+         "image: expected a conversation of text alone, found one with <image> in it"),
         ({"messages": [user([{"type": "text", "text": 3}]), answer()]},
          "messages[0].content[0]: expected text, found 3"),
         ({"messages": [user(), answer(weight=0.5)]},

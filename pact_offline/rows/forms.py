@@ -15,7 +15,7 @@ from pact_offline.errors import InputError
 from pact_offline.rows.calls import calls_of, tool_of
 from pact_offline.rows.columns import mapped, no_column, renamed
 from pact_offline.rows.row import Message, Row, has_answer
-from pact_offline.rows.suggested_columns import hint, hint_of_answer
+from pact_offline.rows.suggested_columns import hint, hint_of_answer, is_message, written
 from pact_offline.rows.values import (
     category_of,
     key_name,
@@ -47,6 +47,7 @@ _KNOWN_ROLES = {*ROLES, "system", "developer", "user", "assistant", "tool"}  # i
 _SYSTEMS = ("system", "system_prompt", "system_message")
 _ANSWERS = ("response", "completion", "output", "answer")
 _CONVERSATIONS = ("messages", "conversations")
+_NO_TEXTS = ("image", "video", "audio")  # keys beside a conversation, and marks in it
 _CONTROLS = ("weight", "train", "training")  # of a message: whether it is learnt
 _TEXT_OR_LIST = "text or a list of messages"
 _MESSAGE_KEYS = ("role", "from", "content", "value", "train_detail", *_CONTROLS)
@@ -89,6 +90,12 @@ class _Keys:
             raise InputError(
                 f"{self.origin}: {key}: expected text, found a list of {len(value)} texts; "
                 f"--columns names one of them ({key}.0 is the first)"
+            )
+        if isinstance(value, list) and value and is_message(value[0]):
+            answer = self.first(*_ANSWERS) or "ANSWER"
+            raise InputError(
+                f"{self.origin}: {key}: expected text, found a list of messages, which is read as "
+                f"in --columns prompt={key},response={answer}"
             )
         return "" if value is None else text_of(value, key, self.origin)
 
@@ -331,6 +338,7 @@ def parse_row(
     tools = _tools(keys, named) if named else None
     if needs_response:
         _require_wanted(keys)
+    _require_text_alone(keys, messages)
     row = Row(
         tuple(messages),
         origin,
@@ -357,6 +365,17 @@ def _require_wanted(value: _Keys) -> None:
             raise InputError(
                 f"{value.origin}: {key}: expected a response to learn, found one that is marked as "
                 "undesired (false)"
+            )
+
+
+def _require_text_alone(value: _Keys, messages: list[Message]) -> None:
+    """Refuse a row whose messages say where a picture, a film or a sound beside them stands."""
+    for key in (name + end for name in _NO_TEXTS for end in ("", "s")):
+        mark = f"<{key.removesuffix('s')}>"
+        if value.values.get(key) and any(mark in message["content"] for message in messages):
+            raise InputError(
+                f"{value.origin}: {key}: expected a conversation of text alone, found one with "
+                f"{mark} in it"
             )
 
 
@@ -397,8 +416,12 @@ def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
     item = {key: part for key, part in item.items() if part is not None}
     given = item.get("role", item.get("from"))
     if given is None:
+        keys = {key.lower(): key for key in item}
+        named = {ours: keys[ours] for ours in ("role", "content") if ours in keys}
+        mended = f"; name them, as in --columns {written(named)}" if len(named) == 2 else ""
         raise InputError(
             f"{origin}: {place}: expected role and content, found the keys {key_names(item)}"
+            f"{mended}"
         )
     given = text_of(given, f"{place}.role", origin)
     folded = given.lower()

@@ -55,7 +55,7 @@ def hint(value: Mapping[str, Any], forms: Sequence[_Form], answers: Sequence[str
         forms: those there are.
         answers: names that they have for an answer.
     """
-    if _is_message(value):
+    if is_message(value):
         return (
             "; this is one message of a conversation, and a row holds all of it, as in "
             '{"messages": [{"role": "user", "content": "…"}, …]}'
@@ -71,7 +71,7 @@ def hint(value: Mapping[str, Any], forms: Sequence[_Form], answers: Sequence[str
             f"; {key_name(lists[0])} holds a list of {keys}: rows belong in a JSON array or one a "
             "line, turns in a list of messages with role and content"
         )
-    return f"; name them, as in --columns {_written(found)}"
+    return f"; name them, as in --columns {written(found)}"
 
 
 def hint_of_answer(
@@ -80,11 +80,11 @@ def hint_of_answer(
     """The same for a row of a known form, of which the answer is called otherwise."""
     lists, own = _of_lists(value), form.keys[0]
     if lists and lists.get("messages") != own:
-        return f"; name it, as in --columns {_written(lists)}"
+        return f"; name it, as in --columns {written(lists)}"
     others = [one for one in forms if one is not form and _has_answer(value, one, answers)]
     if others:
         found = _named(value, {key: key for key in value}, others[0])
-        return f"; name them, as in --columns {_written(found)}"
+        return f"; name them, as in --columns {written(found)}"
     found = _named(value, {key: key for key in value}, form)
     texts = {place: item for place, item in _texts(value).items() if place not in found}
     if form.keys[0] in ("messages", "conversations", "prompt"):
@@ -92,13 +92,13 @@ def hint_of_answer(
     place = _likeliest(list(texts), _RESPONSES) or _first_of_several(value)
     if place is None:
         return ""
-    if written := _as_one_text(_texts(value), [place, *found.values()]):
-        return _written_as_one_text(written)
+    if other := _as_one_text(_texts(value), [place, *found.values()]):
+        return _written_as_one_text(other)
     if own in ("messages", "conversations"):
         found["prompt"] = found.pop(own)
     named = [name for key in form.others for name in key.split("|") if name in answers]
     found[named[0] if named else "response"] = place
-    return f"; name it, as in --columns {_written(found)}"
+    return f"; name it, as in --columns {written(found)}"
 
 
 def _as_one_text(texts: Mapping[str, str], places: Iterable[str]) -> str | None:
@@ -113,7 +113,7 @@ def _written_as_one_text(place: str) -> str:
     )
 
 
-def _written(columns: Mapping[str, str]) -> str:
+def written(columns: Mapping[str, str]) -> str:
     """Columns as a shell takes them."""
     plain = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
     odd = [one for one in columns.values() if one != one.strip() or re.search(r"[,={]", one)]
@@ -122,7 +122,10 @@ def _written(columns: Mapping[str, str]) -> str:
     return shlex.quote(json.dumps(columns))
 
 
-def _is_message(value: Mapping[str, Any]) -> bool:
+def is_message(value: Any) -> bool:
+    """Whether it is one message of a conversation."""
+    if not isinstance(value, dict):
+        return False
     role = value.get("role", value.get("from"))
     said = [key for key in ("content", "value", "text") if isinstance(value.get(key), str)]
     return isinstance(role, str) and role.lower() in _ROLES and bool(said)
