@@ -458,6 +458,11 @@ def test_what_was_rejected_is_never_proposed_as_an_answer() -> None:
     assert line.endswith("--columns prompt=QUESTION,response=chosen")
     line = problem({"prompt": ASKED, "chosen": [user(), answer()], "rejected": [user()]})
     assert line.endswith("name it, as in --columns messages=chosen")
+    both = [user(), answer("No.")]
+    assert problem({"rejected": both, "chosen": [user(), answer()]}).endswith(" messages=chosen")
+    line = problem({"question": ASKED, "incorrect_answers": ["No."], "correct_answers": [SAID]})
+    assert line.endswith("--columns question=question,answer=correct_answers.0")
+    assert "--columns" not in problem({"prompt": [user()], "rejected_response": [answer("No.")]})
 
 
 @pytest.mark.parametrize(
@@ -513,6 +518,9 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
          "question=question,answer=answers.text.0"),
         ({"inputs": ASKED, "targets": SAID, "task": "x"}, "prompt=inputs,response=targets"),
         ({"id": "1", "data": [ASKED, SAID]}, "conversations=data"),
+        ({"conversation": json.dumps([user(), answer()])}, "messages=conversation"),
+        ({"title": "Odd", "selftext": ASKED, "answers": {"text": [SAID], "score": [1]}},
+         "prompt=selftext,response=answers.text.0"),
         ({"contents": [{"role": "user", "parts": [{"text": ASKED}]},
                        {"role": "model", "parts": [{"text": SAID}]}]},
          "messages=contents,content=parts"),

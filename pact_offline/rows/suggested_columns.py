@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from pact_offline.rows.values import key_name, key_names
+from pact_offline.rows.values import from_json, key_name, key_names
 
 # What keys are called that hold a question, its answer or what a message says, the likeliest first.
 _QUESTIONS = (
@@ -25,6 +25,7 @@ _ROLES = (
     "customer", "tool",
 )  # fmt: skip
 _ANSWERING = ("assistant", "gpt", "bot", "ai", "model")
+_UNWANTED = ("reject", "incorrect", "wrong")  # in the name of what is not to be learnt
 _BESIDE = {"system": ("system", "system_prompt", "system_message"), "tools": ("tools", "functions")}
 # A conversation in one text: how it begins, and what stands before an answer.
 _BEGINS = re.compile(
@@ -177,8 +178,10 @@ def _in_other_letters(
 
 def _of_lists(value: Mapping[str, Any]) -> dict[str, str]:
     """The columns of a row that holds a list of messages."""
-    for place, item in _places(value):
-        if (inner := _of_messages(item)) is not None:
+    for place, given in _places(value):
+        item = from_json(given)
+        inner = _of_messages(item)
+        if inner is not None and (item is given or not inner):  # JSON text, as in a table
             beside = _beside(value, inner)
             if str(item[0].get(inner.get("role", "role"))).lower() == "system":
                 beside.pop("system", None)
@@ -197,13 +200,13 @@ def _of_texts(value: Mapping[str, Any]) -> dict[str, str]:
         several = [place for place, item in _places(value) if _is_texts(item)]
         if several:
             return {"conversations": several[0]}
+    if first is not None and second is None:
+        second = _first_of_several(value)
     if first is None and second is None and len(texts) == 2:
         first, second = texts
     elif len(texts) == 2 and None in (first, second):
         other = next(place for place in texts if place not in (first, second))
         first, second = first or other, second or other
-    if first is not None and second is None:
-        second = _first_of_several(value)
     found = {"prompt": first or "QUESTION", "response": second or "ANSWER"}
     return {**found, **_beside(value, found)}
 
@@ -214,9 +217,7 @@ def _texts(value: Mapping[str, Any]) -> dict[str, str]:
     return {
         place: item
         for place, item in _places(value)
-        if isinstance(item, str)
-        and "rejected" not in place.lower()
-        and place.strip().lower() not in beside
+        if isinstance(item, str) and place.strip().lower() not in beside
     }
 
 
@@ -231,13 +232,15 @@ def _first_of_several(value: Mapping[str, Any]) -> str | None:
         for place, item in _places(value)
         if isinstance(item, list) and item and isinstance(item[0], str)
     ]
-    place = _likeliest([p for p in lists if "rejected" not in p.lower()], _RESPONSES)
+    place = _likeliest(lists, _RESPONSES)
     return f"{place}.0" if place else None
 
 
 def _places(value: Mapping[str, Any], depth: int = 2) -> Iterator[tuple[str, Any]]:
-    """Each key with its value, nested ones by a dot."""
+    """Each key that may be learnt from, with its value; nested ones by a dot."""
     for key, item in value.items():
+        if any(word in str(key).lower() for word in _UNWANTED):
+            continue
         if isinstance(item, dict) and depth:
             yield from ((f"{key}.{inner}", v) for inner, v in _places(item, depth - 1))
         else:
