@@ -110,7 +110,11 @@ class _Keys:
             with suppress(ValueError, RecursionError):
                 value = json.loads(value) if value.strip() else []
         if not isinstance(value, list):
-            raise InputError(f"{self.origin}: {key}: expected {expected}, found {shown(value)}")
+            is_python = isinstance(value, str) and value.strip()[:2] in ("['", "[{")
+            mended = ", which is no JSON" if is_python else ""
+            raise InputError(
+                f"{self.origin}: {key}: expected {expected}, found {shown(value)}{mended}"
+            )
         return value
 
 
