@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import write_rows
 
+from pact_offline.cli.options import _mapping
 from pact_offline.errors import InputError
 from pact_offline.rows.forms import FORMS, ROLES, forms_table, parse_row
 from pact_offline.rows.read import read_rows
@@ -93,6 +95,7 @@ LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "sh
         answer(None, function_call={"name": "look", "arguments": '{"at": "shelf"}'}),
         answer("", tool_calls=[{"name": "look", "args": {"at": "shelf"}, "type": "tool_call"}]),
         {"from": "function_call", "value": '{"name": "look", "parameters": {"at": "shelf"}}'},
+        {"role": "tool_call", "content": '{"name": "look", "arguments": {"at": "shelf"}}'},
         {"from": "gpt", "value": "", "tool_calls": [{"name": "look", "input": {"at": "shelf"}}]},
     ],
 )
@@ -148,6 +151,13 @@ def test_an_undesired_response_is_refused() -> None:
     assert parsed({**value, "label": True}).messages == (user(), answer())
     assert parsed({**value, "label": "sales"}).unread == ("label",)
     assert problem({**value, "label": False}).startswith("label: expected a response to learn")
+    for found in (value, {"messages": [user(), answer()]}, {"conversations": [user(), answer()]}):
+        for label in (False, "False", "false"):
+            assert problem({**found, "label": label}).startswith("label: expected a response to")
+        assert not parsed({**found, "label": "True"}).unread
+    value = {"instruction": ASKED, "output": SAID, "kto_tag": False}
+    assert problem(value).startswith("kto_tag: expected a response to learn")
+    assert parsed({"prompt": ASKED, "response": SAID, "label": False}).unread == ("label",)
 
 
 def test_alternative_answers_are_not_run_together() -> None:
@@ -181,7 +191,7 @@ def test_the_settings_know_every_name_that_the_forms_read() -> None:
 
 @pytest.mark.parametrize(("theirs", "ours"), [*ROLES.items(), ("developer", "developer")])
 def test_roles_of_other_names_are_known(theirs: str, ours: str) -> None:
-    said = '{"name": "look", "arguments": {}}' if theirs == "function_call" else "Well."
+    said = '{"name": "look", "arguments": {}}' if theirs.endswith("_call") else "Well."
     row = parsed({"conversations": [{"from": "human", "value": ASKED},
                                     {"from": theirs, "value": said},
                                     {"from": "gpt", "value": SAID}]})  # fmt: skip
@@ -234,7 +244,24 @@ def test_one_system_message_is_enough(key: str) -> None:
     assert parsed({**value, "system": " "}).messages[:2] == (system("Be kind."), user())
 
 
-@pytest.mark.parametrize("weight", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize("key", ["system_prompt", "system_message"])
+def test_a_system_message_may_be_called_otherwise(key: str) -> None:
+    kind = system("Be kind.")
+    for value in ({"messages": [user(), answer()]}, {"question": ASKED, "response": SAID}):
+        row = parsed({**value, key: "Be kind."})
+        assert (row.messages, row.unread) == ((kind, user(), answer()), ())
+    twice = parsed({"messages": [kind, user(), answer()], key: "Be kind."})
+    assert (twice.messages, twice.unread) == ((kind, user(), answer()), ())
+    line = problem({"messages": [kind, user(), answer()], key: "Be brief."})
+    assert line == f"{key}: expected one system message, found two"
+    both = parsed({"prompt": ASKED, "response": SAID, "system": "Be kind.", key: "Be brief."})
+    assert (both.messages[0], both.unread) == (kind, (key,))
+
+
+WEIGHTS = [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
 def test_an_answer_of_no_weight_is_not_trained(weight: dict) -> None:
     turns = [user("One"), answer("1", **weight), user("Two"), answer("2", weight=1, train=True)]
     row = parsed({"messages": turns})
@@ -313,6 +340,13 @@ def test_a_call_keeps_its_number_and_may_have_no_arguments() -> None:
     assert row.messages[1]["tool_calls"] == [
         {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": {}}}
     ]
+
+
+@pytest.mark.parametrize("images", [None, [], ""])
+def test_a_mark_of_a_picture_is_text_where_there_is_no_picture(images: Any) -> None:
+    value = {"messages": [user("What is <image> in SVG?"), answer()], "images": images}
+    assert parsed(value).messages[0] == user("What is <image> in SVG?")
+    assert parsed({"messages": [user(), answer()], "image": "a.png"}).unread == ("image",)
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
@@ -424,6 +458,11 @@ def test_what_was_rejected_is_never_proposed_as_an_answer() -> None:
     assert line.endswith("--columns prompt=QUESTION,response=chosen")
     line = problem({"prompt": ASKED, "chosen": [user(), answer()], "rejected": [user()]})
     assert line.endswith("name it, as in --columns messages=chosen")
+    both = [user(), answer("No.")]
+    assert problem({"rejected": both, "chosen": [user(), answer()]}).endswith(" messages=chosen")
+    line = problem({"question": ASKED, "incorrect_answers": ["No."], "correct_answers": [SAID]})
+    assert line.endswith("--columns question=question,answer=correct_answers.0")
+    assert "--columns" not in problem({"prompt": [user()], "rejected_response": [answer("No.")]})
 
 
 @pytest.mark.parametrize(
@@ -457,9 +496,80 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
 
 
 @pytest.mark.parametrize(
+    ("value", "columns"),
+    [
+        ({"Instruction": "Is it", "Input": "here?", "Output": SAID},
+         "instruction=Instruction,input=Input,output=Output"),
+        ({"Question": ASKED, "Answer": SAID}, "question=Question,answer=Answer"),
+        ({"prompt ": ASKED, " response": SAID},
+         """'{"prompt": "prompt ", "response": " response"}'"""),
+        ({"My prompt": ASKED, "The response": SAID},
+         "'prompt=My prompt,response=The response'"),
+        ({"a;b": ASKED, "a,response": SAID}, """'{"prompt": "a;b", "response": "a,response"}'"""),
+        ({"instruction": "Is it", "input": "here?", "chosen": SAID, "rejected": "No."},
+         "instruction=instruction,input=input,output=chosen"),
+        ({"instruction": "Is it", "input": "here?", "output": SAID, "prompt": "### Is it ###"},
+         "instruction=instruction,input=input,output=output"),
+        ({"prompt": [user()], "chosen": [answer()], "rejected": [answer("No.")]},
+         "prompt=prompt,response=chosen"),
+        ({"conversations": [user()], "chosen": {"from": "gpt", "value": SAID}},
+         "prompt=conversations,response=chosen.value"),
+        ({"question": ASKED, "answers": {"text": [SAID, "Yes!"], "answer_start": [0, 0]}},
+         "question=question,answer=answers.text.0"),
+        ({"inputs": ASKED, "targets": SAID, "task": "x"}, "prompt=inputs,response=targets"),
+        ({"id": "1", "data": [ASKED, SAID]}, "conversations=data"),
+        ({"conversation": json.dumps([user(), answer()])}, "messages=conversation"),
+        ({"title": "Odd", "selftext": ASKED, "answers": {"text": [SAID], "score": [1]}},
+         "prompt=selftext,response=answers.text.0"),
+        ({"contents": [{"role": "user", "parts": [{"text": ASKED}]},
+                       {"role": "model", "parts": [{"text": SAID}]}]},
+         "messages=contents,content=parts"),
+    ],
+)  # fmt: skip
+def test_a_hint_reads_the_row_when_it_is_followed(value: dict, columns: str) -> None:
+    assert problem(value).endswith(f" them, as in --columns {columns}") or problem(value).endswith(
+        f" name it, as in --columns {columns}"
+    )
+    named = _mapping(shlex.split(columns)[0], "--columns", True)
+    assert parsed(value, columns=named).messages == (user(), answer())
+
+
+def test_a_hint_loses_neither_system_message_nor_tools() -> None:
+    asked = {"system": "Be kind.", "question": ASKED, "chosen": SAID, "rejected": "No."}
+    assert problem(asked).endswith("--columns question=question,system=system,answer=chosen")
+    asked = {"system_prompt": "Be kind.", "query": ASKED, "reply": SAID, "tools": [CALL]}
+    assert problem(asked).endswith(
+        "--columns prompt=query,response=reply,system=system_prompt,tools=tools"
+    )
+
+
+@pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ([1], "expected an object, found list"),
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: Oh", "rejected": "\n\nHuman: Hi"},
+         "; chosen is a conversation as one text, whose turns belong in a list of messages"),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Oh", "rejected": " No"},
+         "; prompt is a conversation as one text, whose turns belong in a list of messages"),
+        ({"text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nOh<|im_end|>\n"},
+         "; text is a conversation as one text, whose turns belong in a list of messages"),
+        ({"system": "Be kind.", "chat": "USER: Hi\n\nASSISTANT: Oh"},
+         "; chat is a conversation as one text, whose turns belong in a list of messages"),
+        ({"role": "user", "content": "Hi"},
+         '; this is one message of a conversation, and a row holds all of it, as in {"messages": '
+         '[{"role": "user", "content": "…"}, …]}'),
+        ({"source": "web", "conversation": [{"input": "Hi", "output": "Oh"}]},
+         "; conversation holds a list of input, output: rows belong in a JSON array or one a line, "
+         "turns in a list of messages with role and content"),
+    ],
+)  # fmt: skip
+def test_no_columns_are_named_where_none_would_help(value: dict, expected: str) -> None:
+    assert problem(value).endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([1], 'expected an object, as in {"messages": […]}, found list'),
         ("Hi", "expected an object, found str"),
         (None, "expected an object, found NoneType"),
         ({}, "expected a known form (messages, conversations, prompt, instruction, question, or "
@@ -478,7 +588,8 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
         ({"question": "Hi", "answer": {"text": "x"}}, "answer: expected text, found dict"),
         ({"instruction": "Hi", "output": "x", "system": 3}, "system: expected text, found 3"),
         ({"messages": "Hi"}, "messages: expected a list of messages, found 'Hi'"),
-        ({"messages": "[{"}, "messages: expected a list of messages, found '[{'"),
+        ({"messages": "[{"}, "messages: expected a list of messages, found '[{', which is no JSON"),
+        ({"messages": str([user()])}, "'Is it here?'}]\", which is no JSON"),
         ({"messages": "[" * 100_000}, "messages: expected a list of messages, found '[[[["),
         ({"messages": []}, "messages: expected a list of messages, found an empty one"),
         ({"messages": ""}, "messages: expected a list of messages, found an empty one"),
@@ -491,12 +602,26 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
         ({"messages": [user(), answer(5)]}, "messages[1].content: expected text, found 5"),
         ({"messages": [user([{"type": "image", "image": "x"}]), answer()]},
          "messages[0].content[0]: expected a part of text, found 'image'"),
+        ({"messages": [user([{"type": "text", "txt": "x"}]), answer()]},
+         "messages[0].content[0]: expected a part of text, found the keys type, txt"),
+        ({"input": [user()], "output": SAID},
+         "input: expected text, found a list of messages, which is read as in --columns "
+         "prompt=input,response=output"),
+        ({"messages": [{"Role": "user", "Content": "x"}]},
+         "messages[0]: expected role and content, found the keys Role, Content; name them, as in "
+         "--columns role=Role,content=Content"),
+        ({"messages": [user("<image>What?"), answer()], "images": ["a.png"]},
+         "images: expected a conversation of text alone, found one with <image> in it"),
+        ({"conversations": [user("<image>\nWhat?"), answer()], "image": "a.png"},
+         "image: expected a conversation of text alone, found one with <image> in it"),
         ({"messages": [user([{"type": "text", "text": 3}]), answer()]},
          "messages[0].content[0]: expected text, found 3"),
         ({"messages": [user(), answer(weight=0.5)]},
          "messages[1].weight: expected 0 or 1, found 0.5"),
         ({"messages": [user(), answer(train="no")]},
          "messages[1].train: expected 0 or 1, found 'no'"),
+        ({"messages": [user(), answer(train_detail=[{"begin_offset": 0, "train": False}])]},
+         "messages[1].train_detail: expected a message that is trained as a whole or not at all"),
         ({"messages": [user(), answer(tool_calls=[{"arguments": {}}])]},
          "messages[1].tool_calls[0]: expected a call with name and arguments, found dict"),
         ({"messages": [user(), answer(tool_calls="look")]},

@@ -1,13 +1,16 @@
 """The files that rows stand in, whatever wrote them, and what is said of those that are broken."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +19,7 @@ from conftest import write_rows
 from pact_offline.errors import InputError, MissingFileError
 from pact_offline.rows.files import suffix_of, values_of
 from pact_offline.rows.read import read_all_rows, read_rows
+from pact_offline.rows.subset import Subset, write_subsets
 
 # A line separator and its kin, which end no line of JSON or CSV; and text of many alphabets.
 ODD = "one\u2028two\u2029three\u0085four\x0bfive 日本 🙂 \u00e9e\u0301"
@@ -217,12 +221,30 @@ def test_a_table_may_have_other_columns_and_blank_lines(tmp_path: Path) -> None:
         ('{"prompt": "Hi"}\n', "1: expected CSV, as its name says, found JSON; name it .jsonl or"),
         ('\ufeff[\n {"prompt": "Hi"}\n]', "1: expected CSV, as its name says, found JSON"),
         ("[]", "1: expected CSV, as its name says, found JSON"),
-        ("prompt;response\nHi;Yes\n", "2: expected a known form"),
-        (b"prompt,response\nHi,\xff\n", "expected UTF-8 text, found byte 19 invalid"),
+        (b"prompt,response\nHi,Yes\nHi,\xff\n", "3: expected UTF-8 text, found the byte 0xff;"),
+        (b"prompt,r\xe9ponse\nHi,Yes\n", "1: expected UTF-8 text, found the byte 0xe9; save it"),
     ],
 )  # fmt: skip
 def test_a_broken_table_is_named(text: str | bytes, expected: str, tmp_path: Path) -> None:
     assert told(written(tmp_path / "rows.csv", text)).startswith(expected)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_table_as_excel_writes_it_is_read(delimiter: str, end: str, tmp_path: Path) -> None:
+    """In many languages a comma stands in numbers, and a semicolon between cells."""
+    table_of(tmp_path / "rows.csv", ROWS, delimiter=delimiter, lineterminator=end)
+    assert read(tmp_path / "rows.csv") == EXPECTED
+    written(tmp_path / "rows.csv", b"\xef\xbb\xbf" + (tmp_path / "rows.csv").read_bytes())
+    assert read(packed(tmp_path / "rows.csv", "gzip", ".gz")) == EXPECTED
+    kept = np.array([True, False, True])
+    write_subsets([Subset(str(tmp_path / "rows.csv"), kept, tmp_path / "some.csv")])
+    assert read(tmp_path / "some.csv") == [EXPECTED[0], EXPECTED[2]]
+
+
+def test_a_line_of_a_table_that_is_no_text_is_a_bad_row(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.csv", b"prompt,response\nHi,Yes\nOh,\xfc\nHo,No\n")
+    assert [row.question for row in read_rows(path, bad_rows="drop")] == ["Hi", "Ho"]
 
 
 def test_a_header_in_brackets_is_one(tmp_path: Path) -> None:
@@ -314,7 +336,7 @@ def test_a_bad_file_is_named(tmp_path: Path, kind: str, expected: str) -> None:
         os.mkfifo(path)
     elif kind != "missing":
         data = {"nothing": b"", "empty": b"\n", "empty array": b" [ ]\n", "no gzip": b"\x1f\x8b{"}
-        written(path, data.get(kind, b"\xff\xfe\x00"))
+        written(path, data.get(kind, b"\xff\xff\x00"))
     assert told(path).startswith(expected)
 
 
@@ -324,7 +346,7 @@ def test_a_bad_file_is_named(tmp_path: Path, kind: str, expected: str) -> None:
         ("{", "expected a JSON object, found: Expecting property name"),
         ("Hi", "expected a JSON object, found: Expecting value at column 1"),
         ('{"prompt": "Hi"} {}', "expected a JSON object, found: Extra data at column 18"),
-        ("[1]", "expected an object, found list"),
+        ("[1]", 'expected an object, as in {"messages": […]}, found list'),
         ("3", "expected an object, found int"),
         ("null", "expected an object, found NoneType"),
         ("{}", "expected a known form"),
@@ -340,6 +362,33 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, expected: str) -> None:
     path = written(tmp_path / "rows.jsonl", f"{good}\n{line}\n{good}")
     assert told(path).startswith(f"3: {expected}")
     assert len(read_rows(path, bad_rows="drop")) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (JSON_LINES.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        (b"PK\x03\x04" + bytes(30), "a ZIP file, as .xlsx is too; unpack it, or export it as CSV"),
+        (lzma.compress(JSON_LINES.encode()), "a file packed by xz; unpack it"),
+        (bz2.compress(JSON_LINES.encode()), "a file packed by bzip2; unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n",
+         "a pointer of Git LFS; git lfs pull fetches the file"),
+        (b"<!DOCTYPE html>\n<html>", "a web page; download the file itself"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows.arrow"])
+def test_a_file_of_another_kind_is_named(
+    data: bytes, expected: str, name: str, tmp_path: Path
+) -> None:
+    assert told(written(tmp_path / name, data)).startswith(f"expected rows, found {expected}")
+
+
+def test_rows_over_several_lines_are_told_where_they_belong(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", json.dumps(ROWS[0], indent=1))
+    assert "; a row stands on one line, or all in a JSON array" in told(path)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh"}]
+    path = written(tmp_path / "rows.jsonl", f"{json.dumps(turns)}\n{json.dumps(turns)}\n")
+    assert told(path).endswith('a list in each line is no row, {"messages": [...]} is')
 
 
 def test_a_line_that_is_no_text_is_a_bad_row(tmp_path: Path) -> None:

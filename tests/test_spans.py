@@ -960,3 +960,36 @@ def test_rows_of_a_file_have_the_keys_of_their_conversations(tmp_path: Path) -> 
     assert [c.key for c in contexts_of(one, chat.header_ids)] == [
         c.key for c in contexts_of(other, chat.header_ids)
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"prompt": "Hi", "completion": "Shipping<|im_end|>\n"},
+         "messages[1].content: expected an answer without its end of turn, which the chat template "
+         "writes, found '<|im_end|>' at its end; take it out"),
+        ({"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+          "completion": "Shipping"},
+         "messages[0].content: expected what one message says, found a conversation as one text, "
+         "which ends in '<|im_start|>assistant'; write its turns as a list of messages"),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Shipping"},
+         "messages[0].content: expected what one message says, found a conversation as one text, "
+         "which ends in 'Assistant:'; write its turns as a list of messages"),
+    ],
+)  # fmt: skip
+def test_what_was_rendered_before_is_not_rendered_again(value: Any, expected: str) -> None:
+    found = find_spans(chat_with(), [row_of(value)])[0]
+    assert isinstance(found, InputError)
+    assert str(found).partition(": ")[2] == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "What does <|im_end|> mean?", "response": "<|im_end|> ends a turn."},
+        {"prompt": "Translate:\nHuman: Hi", "response": "Assistant: Hi"},
+        {"prompt": "Who says this?\n\nAssistant:", "response": "It does."},
+    ],
+)
+def test_a_text_may_speak_of_turns(value: Any) -> None:
+    assert isinstance(find_spans(chat_with(), [row_of(value)])[0], Spans)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pact_offline.errors import InputError, ModelError, first_line
 from pact_offline.files import read_json, read_text
+from pact_offline.models.ends import ends_of_answers
 from pact_offline.models.locate import (
     hub_name,
     looks_like_path,
@@ -264,6 +265,21 @@ class Chat:
         behind = self.ids_of(text.rpartition(other)[2].lstrip())[:1]
         added = set(self.tokenizer.get_added_vocab().values())
         return behind[0] if other in text and behind and behind[0] in added else None
+
+    @cached_property
+    def opening(self) -> str:
+        """The assistant header as text, where a token of its own is in it; else empty."""
+        try:
+            text = str(self.tokenizer.decode(self.header_ids)).strip()
+        except ModelError:
+            return ""
+        return text if any(mark in text for mark in self.marks) else ""
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens that end an answer: the template's and the tokenizer's, as text."""
+        found = ends_of_answers(self.end_of_turn, self.tokenizer.eos_token_id)
+        return tuple(text for end in found if (text := str(self.tokenizer.decode([end])).strip()))
 
     def _tail(self, *, generation_prompt: bool) -> list[int]:
         """What follows a user's text, as token ids."""

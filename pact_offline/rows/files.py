@@ -24,6 +24,16 @@ from pact_offline.models.locate import looks_like_path
 Kind = Literal["parquet", "arrow", "csv", "json array", "json lines"]
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
+_NO_ROWS = {
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"PK\x03\x04": "a ZIP file, as .xlsx is too; unpack it, or export it as CSV in UTF-8",
+    b"\xfd7zXZ\x00": "a file packed by xz; unpack it",
+    b"BZh91AY&SY": "a file packed by bzip2; unpack it",
+    b"version https://": "a pointer of Git LFS; git lfs pull fetches the file",
+    b"<!doctype html": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}  # what else a file may begin with
 _BATCH_ROWS = 1024
 _LONGEST_CELL = 2**31 - 1
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -95,9 +105,16 @@ def _file_values(path: Path) -> Iterator[Value]:
 
 
 def kind_of(path: Path, stream: io.BufferedReader) -> Kind:
-    """What a file is, by how it begins and its name."""
+    """What a file is, by how it begins and its name.
+
+    Raises:
+        InputError: it begins as a file of another kind does.
+    """
     suffix = suffix_of(path)
     start = stream.peek(16)[:16]
+    for beginning, other in _NO_ROWS.items():
+        if start.startswith(beginning) or start.lower().startswith(beginning):
+            raise InputError(f"{path}: expected rows, found {other}")
     if start.startswith(b"PAR1"):
         return "parquet"
     if start.startswith(b"ARROW1") or suffix in (".arrow", ".feather"):
@@ -158,6 +175,8 @@ def _json_lines(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
             text = _decoded(line, path, number)
             yield Value(number, parse_json(text, str(path), line=number))
         except InputError as error:
+            if line.rstrip()[-1:] in b"{[,":  # a value goes on in the next line
+                error = InputError(f"{error}; a row stands on one line, or all in a JSON array")
             yield Value(number, None, error)
 
 
@@ -203,7 +222,9 @@ def array_items(text: str, path: Path) -> Iterator[Item]:
             break
     if text[at : at + 1] != "]" or text[at + 1 :].strip():
         line += text.count("\n", counted, at)
-        raise InputError(f"{path}:{line}: expected the end of a JSON array, found otherwise")
+        lists = text[at : at + 1] == "]" and text[_skip(text, at + 1)] == "["
+        hint = '; a list in each line is no row, {"messages": [...]} is' if lists else ""
+        raise InputError(f"{path}:{line}: expected the end of a JSON array, found otherwise{hint}")
 
 
 def _skip(text: str, at: int) -> int:
@@ -211,9 +232,28 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def delimiter_of(path: Path) -> str:
-    """What stands between the cells of a CSV file."""
-    return "\t" if suffix_of(path) == ".tsv" else ","
+def delimiter_of(path: Path, stream: io.BufferedReader) -> str:
+    """What stands between the cells of a CSV file: where no comma is in its header, as Excel has it
+    for many languages, a semicolon or a tab.
+    """
+    if suffix_of(path) == ".tsv":
+        return "\t"
+    header = re.split(rb"[\r\n]", stream.peek().removeprefix(b"\xef\xbb\xbf"), maxsplit=1)[0]
+    others = () if b"," in header else (";", "\t")
+    return next((other for other in others if other.encode() in header), ",")
+
+
+def _not_utf8(path: Path, line: int, cells: list[str]) -> InputError | None:
+    """What is wrong with the cells of a line that was decoded with `surrogateescape`."""
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError as error:
+        byte = ord(error.object[error.start]) - 0xDC00
+        return InputError(
+            f"{path}:{line}: expected UTF-8 text, found the byte {byte:#04x}; save it as UTF-8, in "
+            "Excel as CSV UTF-8"
+        )
+    return None
 
 
 def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
@@ -222,26 +262,29 @@ def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
         raise InputError(
             f"{path}:1: expected CSV, as its name says, found JSON; name it .jsonl or .json"
         )
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    delimiter = delimiter_of(path, stream)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
-        reader = csv.reader(text, delimiter=delimiter_of(path), strict=True)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
         names = next(reader, [])
+        if problem := _not_utf8(path, 1, names):
+            raise problem
         if doubled := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"{path}:1: expected distinct columns, found {doubled!r} twice")
         line = reader.line_num + 1
         is_header_alone = bool(names)
         for cells in reader:
             is_header_alone = is_header_alone and not cells
-            if len(cells) == len(names):
+            if problem := _not_utf8(path, line, cells):
+                yield Value(line, None, problem)
+            elif len(cells) == len(names):
                 yield Value(line, dict(zip(names, cells, strict=True)))
             elif cells:
-                problem = f"expected {len(names)} cells, found {len(cells)}"
-                yield Value(line, None, InputError(f"{path}:{line}: {problem}"))
+                found = f"expected {len(names)} cells, found {len(cells)}"
+                yield Value(line, None, InputError(f"{path}:{line}: {found}"))
             line = reader.line_num + 1
         if is_header_alone:
             raise InputError(f"{path}: expected rows below the header, found none")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, found byte {error.start} invalid") from None
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: expected CSV, found: {error}") from None
     finally:

@@ -15,7 +15,7 @@ from pact_offline.errors import InputError
 from pact_offline.rows.calls import calls_of, tool_of
 from pact_offline.rows.columns import mapped, no_column, renamed
 from pact_offline.rows.row import Message, Row, has_answer
-from pact_offline.rows.suggested_columns import suggestion
+from pact_offline.rows.suggested_columns import hint, hint_of_answer, is_message, written
 from pact_offline.rows.values import (
     category_of,
     key_name,
@@ -35,17 +35,22 @@ ROLES = {
     "bard": "assistant",
     "prompter": "user",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "function": "tool",
     "ipython": "tool",
     "observation": "tool",
     "function_response": "tool",
     "tool_response": "tool",
 }
+_CALLING = ("function_call", "tool_call")  # roles of a message that is a call
 _KNOWN_ROLES = {*ROLES, "system", "developer", "user", "assistant", "tool"}  # in any case
+_SYSTEMS = ("system", "system_prompt", "system_message")
 _ANSWERS = ("response", "completion", "output", "answer")
-_CONTROLS = ("weight", "train")  # of a message: whether it is learnt
+_CONVERSATIONS = ("messages", "conversations")
+_NO_TEXTS = ("image", "video", "audio")  # keys beside a conversation, and marks in it
+_CONTROLS = ("weight", "train", "training")  # of a message: whether it is learnt
 _TEXT_OR_LIST = "text or a list of messages"
-_MESSAGE_KEYS = ("role", "from", "content", "value", *_CONTROLS)
+_MESSAGE_KEYS = ("role", "from", "content", "value", "train_detail", *_CONTROLS)
 
 
 class _Keys:
@@ -86,6 +91,12 @@ class _Keys:
                 f"{self.origin}: {key}: expected text, found a list of {len(value)} texts; "
                 f"--columns names one of them ({key}.0 is the first)"
             )
+        if isinstance(value, list) and value and is_message(value[0]):
+            answer = self.first(*_ANSWERS) or "ANSWER"
+            raise InputError(
+                f"{self.origin}: {key}: expected text, found a list of messages, which is read as "
+                f"in --columns prompt={key},response={answer}"
+            )
         return "" if value is None else text_of(value, key, self.origin)
 
     def first(self, *keys: str) -> str | None:
@@ -99,7 +110,11 @@ class _Keys:
             with suppress(ValueError, RecursionError):
                 value = json.loads(value) if value.strip() else []
         if not isinstance(value, list):
-            raise InputError(f"{self.origin}: {key}: expected {expected}, found {shown(value)}")
+            is_python = isinstance(value, str) and value.strip()[:2] in ("['", "[{")
+            mended = ", which is no JSON" if is_python else ""
+            raise InputError(
+                f"{self.origin}: {key}: expected {expected}, found {shown(value)}{mended}"
+            )
         return value
 
 
@@ -134,7 +149,7 @@ def _answer(text: str) -> Message:
 
 
 def _system(value: _Keys) -> list[Message]:
-    text = value.text("system")
+    text = value.text(value.first(*_SYSTEMS) or "system")
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
@@ -148,8 +163,12 @@ def _conversation(key: str) -> Callable[[_Keys], list[Message]]:
 def _below_system(value: _Keys, messages: list[Message]) -> list[Message]:
     """Messages, below what the row gives as its system message beside them."""
     system = _system(value)
+    if system == messages[:1]:
+        return messages
     if system and messages[0]["role"] == "system":
-        raise InputError(f"{value.origin}: system: expected one system message, found two")
+        raise InputError(
+            f"{value.origin}: {value.first(*_SYSTEMS)}: expected one system message, found two"
+        )
     value.not_trained = {i + len(system) for i in value.not_trained}
     return [*system, *messages]
 
@@ -296,7 +315,8 @@ def parse_row(
         InputError: names `origin`, the key, what was expected and what was found.
     """
     if not isinstance(value, dict):
-        raise InputError(f"{origin}: expected an object, found {type(value).__name__}")
+        wanted = ', as in {"messages": […]}' if isinstance(value, list) else ""
+        raise InputError(f"{origin}: expected an object{wanted}, found {type(value).__name__}")
     fields = dict(columns or {})
     inner = {ours: theirs for ours in ("role", "content") if (theirs := fields.pop(ours, None))}
     given = value
@@ -312,16 +332,17 @@ def parse_row(
     if form is None:
         if fields and not is_mapped:
             raise no_column(given, fields, origin)
-        hint = " by --columns" if fields else f"; name them, as in --columns {suggestion(value)}"
+        mended = " by --columns" if fields else hint(keys.values, FORMS, _ANSWERS)
         raise InputError(
             f"{origin}: expected a known form (messages, conversations, prompt, instruction, "
-            f"question, or input and output), found the keys {keys.names}{hint}"
+            f"question, or input and output), found the keys {keys.names}{mended}"
         )
     messages = form.parse(keys)
     named = keys.first("tools", "functions")
     tools = _tools(keys, named) if named else None
     if needs_response:
         _require_wanted(keys)
+    _require_text_alone(keys, messages)
     row = Row(
         tuple(messages),
         origin,
@@ -338,15 +359,28 @@ def parse_row(
 
 
 def _require_wanted(value: _Keys) -> None:
-    """Refuse a completion that the row itself says is a bad one, as data for KTO does."""
-    is_of_kto = {"prompt", "completion"} <= {*value.values}
-    if is_of_kto and isinstance(value.values.get("label"), bool):
-        if value["label"]:
-            return
-        raise InputError(
-            f"{value.origin}: label: expected a response to learn, found one that is marked as "
-            "undesired (false)"
-        )
+    """Refuse an answer that the row itself says is a bad one, as data for KTO does."""
+    is_of_kto = {"prompt", "completion"} <= {*value.values} or value.first(*_CONVERSATIONS)
+    for key in ("kto_tag", "label") if is_of_kto else ("kto_tag",):
+        wanted = str(value.values.get(key)).lower()  # a table has no booleans
+        if wanted == "true":
+            value[key]
+        elif wanted == "false":
+            raise InputError(
+                f"{value.origin}: {key}: expected a response to learn, found one that is marked as "
+                "undesired (false)"
+            )
+
+
+def _require_text_alone(value: _Keys, messages: list[Message]) -> None:
+    """Refuse a row whose messages say where a picture, a film or a sound beside them stands."""
+    for key in (name + end for name in _NO_TEXTS for end in ("", "s")):
+        mark = f"<{key.removesuffix('s')}>"
+        if value.values.get(key) and any(mark in message["content"] for message in messages):
+            raise InputError(
+                f"{value.origin}: {key}: expected a conversation of text alone, found one with "
+                f"{mark} in it"
+            )
 
 
 def _require_response(row: Row, form: Form, keys: _Keys) -> None:
@@ -363,12 +397,11 @@ def _require_response(row: Row, form: Form, keys: _Keys) -> None:
 
 def _where_it_may_be(row: Row, form: Form, keys: _Keys) -> str:
     found = f" among the keys {keys.names}"
-    if len(row.messages) > 1:
+    others = dict.fromkeys(str(m["role"]) for m in row.messages if m["role"] != "system")
+    if len(row.messages) > 1 and [*others] != ["user"]:
         roles = dict.fromkeys(str(message["role"]) for message in row.messages)
-        return f"{found}, and the roles {key_names(roles)}"
-    columns = suggestion(keys.values)
-    is_new = "ANSWER" not in columns and form.keys[0] not in ("messages", "conversations")
-    return f"{found}; name it, as in --columns {columns}" if is_new else found
+        found = f"{found}, and the roles {key_names(roles)}"
+    return found + hint_of_answer(keys.values, form, FORMS, _ANSWERS)
 
 
 def _messages(value: _Keys, key: str, expected: str = "a list of messages") -> list[Message]:
@@ -387,8 +420,12 @@ def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
     item = {key: part for key, part in item.items() if part is not None}
     given = item.get("role", item.get("from"))
     if given is None:
+        keys = {key.lower(): key for key in item}
+        named = {ours: keys[ours] for ours in ("role", "content") if ours in keys}
+        mended = f"; name them, as in --columns {written(named)}" if len(named) == 2 else ""
         raise InputError(
             f"{origin}: {place}: expected role and content, found the keys {key_names(item)}"
+            f"{mended}"
         )
     given = text_of(given, f"{place}.role", origin)
     folded = given.lower()
@@ -401,8 +438,9 @@ def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
         given_calls = message.pop(name, None)
         if given_calls and (calls := calls_of(given_calls, f"{place}.{name}", origin)):
             message["tool_calls"] = calls
-    if folded == "function_call" and "tool_calls" not in message:
-        message["tool_calls"] = calls_of(content, f"{place}.value", origin)
+    if folded in _CALLING and "tool_calls" not in message:
+        said = "content" if "content" in item else "value"
+        message["tool_calls"] = calls_of(content, f"{place}.{said}", origin)
     elif content is not None:
         message["content"] = text_of(content, f"{place}.content", origin)
     elif not has_answer(message):
@@ -420,6 +458,11 @@ def _is_trained(item: dict[str, Any], place: str, origin: str) -> bool:
     for key in _CONTROLS:
         if key in item and item[key] not in (0, 1):
             raise InputError(f"{origin}: {place}.{key}: expected 0 or 1, found {shown(item[key])}")
+    if item.get("train_detail"):
+        raise InputError(
+            f"{origin}: {place}.train_detail: expected a message that is trained as a whole or not "
+            "at all (train), found parts of it"
+        )
     return all(item.get(key, 1) for key in _CONTROLS)
 
 

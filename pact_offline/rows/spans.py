@@ -10,6 +10,7 @@ from pact_offline.errors import InputError
 from pact_offline.rows.chat import Chat, Conversation, common_start
 from pact_offline.rows.dropped import MARKER, left_out, said_by
 from pact_offline.rows.pieces import Piece, encode, encode_apart, token_at
+from pact_offline.rows.rendered import rendered_already
 from pact_offline.rows.row import THOUGHTS, Message, Row, has_answer
 
 Turns = Literal["all", "last"]
@@ -136,7 +137,7 @@ def _render(
     for row, turns, text in zip(rows, chosen, texts, strict=False):
         if isinstance(text, InputError):
             found.append(text)
-        elif problem := _left_out(chat, row, turns[-1], text):
+        elif problem := _changed(chat, row, turns[-1], text):
             found.append(problem)
         else:
             found.append(_Rendered(row, turns, text, {}, {turns[-1]: text}))
@@ -148,14 +149,15 @@ def _render(
     return found
 
 
-def _left_out(chat: Chat, row: Row, last: int, text: str) -> InputError | None:
-    """A message before a row's last trained answer that its text does not hold."""
+def _changed(chat: Chat, row: Row, last: int, text: str) -> InputError | None:
+    """A message up to a row's last trained answer that its text does not hold, or holds twice."""
     answer = row.messages[last]
 
     def render(messages: Sequence[Message]) -> str:
         return chat.render([*messages, answer], generation_prompt=False, tools=row.tools)
 
-    return left_out(row.messages[:last], text, render, [answer])
+    dropped = left_out(row.messages[:last], text, render, [answer])
+    return dropped or rendered_already(row.messages[: last + 1], chat.opening, chat.ends)
 
 
 def _places(chat: Chat, item: _Rendered) -> list[_Place] | InputError:

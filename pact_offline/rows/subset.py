@@ -103,7 +103,8 @@ def _json_array(path: Path, stream: io.BufferedReader, kept: np.ndarray, out: IO
 
 
 def _csv(path: Path, stream: io.BufferedReader, kept: np.ndarray, out: IO[bytes]) -> None:
-    text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    delimiter = delimiter_of(path, stream)
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     read: list[str] = []
 
     def lines() -> Iterator[str]:
@@ -111,13 +112,14 @@ def _csv(path: Path, stream: io.BufferedReader, kept: np.ndarray, out: IO[bytes]
             read.append(line)
             yield line
 
-    reader = csv.reader(lines(), delimiter=delimiter_of(path), strict=True)
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     number = -1  # the names of the columns
     for cells in reader:
         record = "".join(read)
         read.clear()
         if cells and (number < 0 or kept[number]):
-            out.write(record.encode() if record.endswith("\n") else f"{record}\n".encode())
+            record = record if record.endswith("\n") else f"{record}\n"
+            out.write(record.encode("utf-8", "surrogateescape"))
         number += bool(cells)
     text.detach()
 

@@ -53,8 +53,12 @@ def require_unicode(value: Any, key: str, origin: str) -> Any:
 def _part(part: Any, key: str, origin: str) -> str:
     if isinstance(part, dict):
         kind = part.get("type", "text")
-        if kind not in ("text", "input_text", "output_text") or part.get("text") is None:
+        if kind not in ("text", "input_text", "output_text"):
             raise InputError(f"{origin}: {key}: expected a part of text, found {kind!r:.60}")
+        if part.get("text") is None:
+            raise InputError(
+                f"{origin}: {key}: expected a part of text, found the keys {key_names(part)}"
+            )
         part = part["text"]
     if not isinstance(part, str):
         raise InputError(f"{origin}: {key}: expected text, found {shown(part)}")
