@@ -77,6 +77,9 @@ def test_the_files_of_a_set_are_read_from_their_folder(tmp_path: Path) -> None:
         for name, category in files.items()
         for text in (f"Of {name}", "And worse?")
     ]
+    (tmp_path / "category_4.csv").write_text("First; then wrong\nAnd worse?\n")
+    (found,) = read_prompts({}, [("hex-phi", str(tmp_path))]).values()
+    assert "First; then wrong" in [row.question for row in found.rows]
     (tmp_path / "category_9.csv").unlink()
     with pytest.raises(InputError, match=r"expected the 10 files of HEx-PHI, found no category_9"):
         read_prompts({}, [("hex-phi", str(tmp_path))])

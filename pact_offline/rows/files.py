@@ -234,13 +234,14 @@ def _skip(text: str, at: int) -> int:
 
 def delimiter_of(path: Path, stream: io.BufferedReader) -> str:
     """What stands between the cells of a CSV file: where no comma is in its header, as Excel has it
-    for many languages, a semicolon or a tab.
+    for many languages, a semicolon or a tab, if the next line has as many.
     """
     if suffix_of(path) == ".tsv":
         return "\t"
-    header = re.split(rb"[\r\n]", stream.peek().removeprefix(b"\xef\xbb\xbf"), maxsplit=1)[0]
-    others = () if b"," in header else (";", "\t")
-    return next((other for other in others if other.encode() in header), ",")
+    header, *lines = re.split(rb"[\r\n]+", stream.peek().removeprefix(b"\xef\xbb\xbf"), maxsplit=2)
+    others = () if b"," in header else (b";", b"\t")
+    found = (o for o in others if 0 < header.count(o) <= (lines[0] if lines else header).count(o))
+    return next(found, b",").decode()
 
 
 def _not_utf8(path: Path, line: int, cells: list[str]) -> InputError | None:
