@@ -5,6 +5,8 @@ No GPU is needed: the device is said to be one, and what stands for a kernel doe
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +159,26 @@ def test_ligers_kernels_are_one_models_alone(family: str, tmp_path: Path) -> Non
 
 def _methods(model: Any) -> set[str]:
     return {f"{m.forward.__module__}.{m.forward.__qualname__}" for m in model.modules()}
+
+
+INTERPRETED = ["llama", "qwen3", "gemma", "gemma3", "phi3", "olmo2", "glm4"]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    command = [sys.executable, str(Path(__file__).with_name("interpreted_liger.py")), *INTERPRETED]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+@pytest.mark.parametrize("family", INTERPRETED)
+def test_ligers_kernels_keep_logits_and_gradients(
+    family: str, interpreted: dict[str, dict[str, float]]
+) -> None:
+    """The real ones, in Triton's interpreter; that of mixture-of-experts models needs a GPU."""
+    assert 0 < interpreted[family]["logits"] < 1e-4, "0 where no kernel ran"
+    assert interpreted[family]["gradient"] < 1e-4
 
 
 def test_ligers_kernels_are_refused_before_a_model_is_loaded(
