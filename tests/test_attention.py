@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_flash_attention import plain_flash_attention
 from tiny import make_model
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -25,7 +26,9 @@ def logits_and_gradient(path: Path, kind: str, dtype: str = "float32") -> tuple[
     batch = aligned_batch(ROWS, 0)
     kept = model(**batch.inputs).logits.float()[:, batch.columns][batch.is_step]
     kept.pow(2).mean().backward()
-    return kept.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.float()
+    attend = model.model.layers[0].self_attn
+    keys = getattr(attend, "k_proj", None) or attend.qkv_proj
+    return kept.detach(), keys.weight.grad.float()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "gemma"])
@@ -167,3 +170,27 @@ def logits_of(path: Path, kind: str) -> Tensor:
     with torch.inference_mode():
         model = load_model(str(path), "float32", attention=kind)
         return model(**batch.inputs).logits[:, batch.columns][batch.is_step]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma", "gemma3", "mistral", "mixtral", "phi3", "qwen3", "olmo2", "glm4"]
+)
+def test_flash_attention_is_told_of_padding_and_of_packed_rows(
+    family: str, version: int, tmp_path: Path
+) -> None:
+    """Logits and gradient of eager attention, through flash attention's own interface."""
+    path = make_model(tmp_path / "m", family=family)
+    expected = logits_and_gradient(path, "eager")
+    kind = f"flash_attention_{version}"
+    with plain_flash_attention() as called:
+        for found, wanted in zip(logits_and_gradient(path, kind), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert set(called) == {"flash_attn_varlen_func"}
+        called.clear()
+        model = load_model(str(path), "float32", attention=kind)
+        assert keeps_packed_rows_apart(model)
+        packed = packed_batch(ROWS)
+        kept = model(**packed.inputs, use_cache=False).logits[0, packed.columns]
+        torch.testing.assert_close(kept, expected[0], rtol=1e-4, atol=1e-5)
+        assert "flash_attn_varlen_func" in called

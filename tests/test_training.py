@@ -21,6 +21,7 @@ from click.testing import Result
 from conftest import write_rows
 from examples import examples_of
 from peft import PeftModel
+from plain_flash_attention import plain_flash_attention
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
@@ -189,16 +190,21 @@ def test_answers_without_an_end_that_the_model_knows_are_told(
 def test_packed_rows_train_as_padded_ones_do(
     command: list[Any], tmp_path: Path, run: Callable[..., Result]
 ) -> None:
-    """Also cut into passes, with both kinds of context; each step's loss, and the last weights."""
+    """Also cut into passes, with both kinds of context, and where flash attention is told of rows;
+    each step's loss, and the last weights."""
     found = []
+    flash = ["--attention", "flash_attention_2"]
     for name, options in {
         "padded": [],
         "packed": ["--packing"],
         "in passes": ["--packing", "--pass-tokens", 40],
+        "flash": flash,
+        "packed flash": ["--packing", *flash],
     }.items():
         out = tmp_path / name
         words = [*command, "--objective", "pact", "--row-order", "random", *options, "-o", out]
-        assert run(*words).exit_code == 0
+        with plain_flash_attention():
+            assert run(*words).exit_code == 0
         steps = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
         found.append((steps, load_file(out / "adapter_model.safetensors")))
     for steps, weights in found[1:]:
