@@ -11,7 +11,8 @@ from conftest import write_rows
 
 from pact_offline.cli.options import _mapping
 from pact_offline.errors import InputError
-from pact_offline.rows.forms import FORMS, ROLES, forms_table, parse_row
+from pact_offline.rows.forms import FORMS, forms_table, parse_row
+from pact_offline.rows.messages import ROLES
 from pact_offline.rows.read import read_rows
 from pact_offline.rows.row import Row
 from pact_offline.settings.stages import COLUMNS
@@ -457,7 +458,7 @@ def test_what_was_rejected_is_never_proposed_as_an_answer() -> None:
     line = problem({"chosen": "Human: Hi", "rejected": "Human: no"})
     assert line.endswith("--columns prompt=QUESTION,response=chosen")
     line = problem({"prompt": ASKED, "chosen": [user(), answer()], "rejected": [user()]})
-    assert line.endswith("name it, as in --columns messages=chosen")
+    assert line.endswith("name them, as in --columns messages=chosen")
     both = [user(), answer("No.")]
     assert problem({"rejected": both, "chosen": [user(), answer()]}).endswith(" messages=chosen")
     line = problem({"question": ASKED, "incorrect_answers": ["No."], "correct_answers": [SAID]})
@@ -510,6 +511,10 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
          "instruction=instruction,input=input,output=chosen"),
         ({"instruction": "Is it", "input": "here?", "output": SAID, "prompt": "### Is it ###"},
          "instruction=instruction,input=input,output=output"),
+        ({"data": {"instruction": "Is it", "input": "here?", "output": SAID}},
+         "instruction=data.instruction,input=data.input,output=data.output"),
+        ({"instruction": ASKED, "input": "", "chosen": SAID},
+         "instruction=instruction,input=input,output=chosen"),
         ({"prompt": [user()], "chosen": [answer()], "rejected": [answer("No.")]},
          "prompt=prompt,response=chosen"),
         ({"conversations": [user()], "chosen": {"from": "gpt", "value": SAID}},
@@ -527,16 +532,14 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
     ],
 )  # fmt: skip
 def test_a_hint_reads_the_row_when_it_is_followed(value: dict, columns: str) -> None:
-    assert problem(value).endswith(f" them, as in --columns {columns}") or problem(value).endswith(
-        f" name it, as in --columns {columns}"
-    )
+    assert problem(value).endswith(f"; name them, as in --columns {columns}")
     named = _mapping(shlex.split(columns)[0], "--columns", True)
     assert parsed(value, columns=named).messages == (user(), answer())
 
 
 def test_a_hint_loses_neither_system_message_nor_tools() -> None:
     asked = {"system": "Be kind.", "question": ASKED, "chosen": SAID, "rejected": "No."}
-    assert problem(asked).endswith("--columns question=question,system=system,answer=chosen")
+    assert problem(asked).endswith("--columns question=question,answer=chosen,system=system")
     asked = {"system_prompt": "Be kind.", "query": ASKED, "reply": SAID, "tools": [CALL]}
     assert problem(asked).endswith(
         "--columns prompt=query,response=reply,system=system_prompt,tools=tools"
@@ -648,7 +651,7 @@ def test_a_row_that_cannot_be_used_says_why(value: Any, expected: str) -> None:
                            "keys prompt"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"},
          "response or completion: expected a response, found none among the keys prompt, chosen, "
-         "rejected; name it, as in --columns prompt=prompt,response=chosen"),
+         "rejected; name them, as in --columns prompt=prompt,response=chosen"),
         ({"prompt": "Hi", "response": ""}, "response or completion: expected a response, found "
                                            "none"),
         ({"prompt": "Hi", "completion": " \n"}, "response or completion: expected a response, "
