@@ -71,12 +71,12 @@ def hint(value: Mapping[str, Any], forms: Sequence[_Form], *, is_known: bool = F
                 beside.pop("system", None)
             return _named({"messages": place, **found.columns, **beside})
 
-    texts = _texts(places)
+    texts = _texts({place: item for place, item in places.items() if place not in lists})
     question = _first(lists, {"user", "system"}) or _likeliest(texts, _QUESTIONS)
     answer = _first(lists, {"assistant"}) or _likeliest(texts, _ANSWERS)
     if answer is None and is_known:
         return ""
-    several = [place for place, item in places.items() if _is_list_of(item, str)]
+    several = [place for place, item in places.items() if _is_list_of(item, str) and item[1:]]
     if several and question is None and answer is None:
         return _named({"conversations": several[0]})
     if len(texts) == 2:
