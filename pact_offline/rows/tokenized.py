@@ -265,14 +265,15 @@ def tokenized_source(
     model: ModelFiles, source: str, settings: RowSettings, load_chat: Callable[[], Chat]
 ) -> TokenizedRows:
     """`tokenized_rows` of one source."""
-    name = _name_of(model, source, settings)
-    place = None if name is None else _home() / name
-    found = None if place is None else _open(place, source)
+    if is_hub(source):  # no file's bytes name it
+        return tokenized_by(load_chat(), [source], settings)
+    place = _home() / _name_of(model, source, settings)
+    found = _open(place, source)
     if found is None:
         chat = load_chat()
-        if place is not None and tokenize_to(place, source, settings, chat):
-            found = _open(place, source)
-        if found is None:  # no file's bytes name it, or there is nowhere to keep it
+        tokenize_to(place, source, settings, chat)
+        found = _open(place, source)
+        if found is None:  # there is nowhere to keep it
             return tokenized_by(chat, [source], settings)
     _tell(found.facts[0], len(found), settings)
     return found
@@ -287,10 +288,8 @@ def _home() -> Path:
     return Path(place).expanduser() / "pact-offline-rows"
 
 
-def _name_of(model: ModelFiles, source: str, settings: RowSettings) -> str | None:
-    """Names all that decides a tokenized source; None for rows that are not in a file."""
-    if is_hub(source):
-        return None
+def _name_of(model: ModelFiles, source: str, settings: RowSettings) -> str:
+    """Names all that decides what a source's file is tokenized to."""
     parts = [
         _VERSION,
         *(f"{name} {installed(name)}" for name in ("transformers", "tokenizers", "jinja2")),
@@ -323,11 +322,8 @@ def _open(folder: Path, source: str) -> TokenizedRows | None:
     return TokenizedRows([facts], [table], [folder / _ROWS])
 
 
-def tokenize_to(folder: Path, source: str, settings: RowSettings, chat: Chat) -> bool:
-    """Tokenize a source into a folder, whole or not at all.
-
-    Returns:
-        whether that could be written.
+def tokenize_to(folder: Path, source: str, settings: RowSettings, chat: Chat) -> None:
+    """Tokenize a source into a folder, whole or, as where there is no place, not at all.
 
     Raises:
         InputError: names file and line of rows that cannot be used.
@@ -337,7 +333,7 @@ def tokenize_to(folder: Path, source: str, settings: RowSettings, chat: Chat) ->
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         aside.mkdir()
     except OSError:
-        return False
+        return
     try:
         _written(aside, source, settings, chat)
         with contextlib.suppress(OSError):  # it is there: another process was first
@@ -349,7 +345,6 @@ def tokenize_to(folder: Path, source: str, settings: RowSettings, chat: Chat) ->
         _remove_oldest(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return True
 
 
 def _tell(facts: Facts, rows: int, settings: RowSettings) -> None:
