@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_rows
+from conftest import ROOT, write_rows
 
 from pact_offline.cli.options import _mapping
 from pact_offline.errors import InputError
-from pact_offline.rows.forms import FORMS, forms_table, parse_row
+from pact_offline.rows.forms import FORMS, parse_row
 from pact_offline.rows.messages import ROLES
 from pact_offline.rows.read import read_rows
 from pact_offline.rows.row import Row
@@ -175,14 +175,30 @@ def test_alternative_answers_are_not_run_together() -> None:
     assert parsed({"question": ASKED, "answer": [SAID]}).messages == (user(), answer())
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.keys[0])
-def test_the_example_of_a_form_is_a_row_of_it(form: Any) -> None:
-    row = parsed(form.example)
+def documented_forms() -> list[tuple[str, str, dict[str, Any]]]:
+    """Keys, others and example of each line of the table in `docs/rows.md`."""
+    page = (ROOT / "docs" / "rows.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- forms:")[2].partition("<!-- end of forms")[0]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    return [(keys, others, json.loads(example.strip("`"))) for keys, others, _, example in lines]
+
+
+@pytest.mark.parametrize(
+    ("form", "documented"),
+    [*zip(FORMS, documented_forms(), strict=True)],
+    ids=[form.keys[0] for form in FORMS],
+)
+def test_the_docs_have_every_form_and_a_row_of_it(form: Any, documented: Any) -> None:
+    keys, others, example = documented
+    for names, written in ((form.keys, keys), (form.others, others)):
+        alternatives = [" or ".join(f"`{name}`" for name in key.split("|")) for key in names]
+        assert written == ", ".join(alternatives)
+    row = parsed(example)
     assert row.response == "Shipping"
     assert "Where is my parcel?" in row.question
     assert not row.unread
     named = {name for key in (*form.keys, *form.others) for name in key.split("|")}
-    assert set(form.example) <= named
+    assert {*form.keys} <= example.keys() <= named
 
 
 def test_the_settings_know_every_name_that_the_forms_read() -> None:
@@ -722,9 +738,3 @@ def test_a_row_reads_the_same_from_json_and_from_csv(tmp_path: Path) -> None:
         (row.messages, row.tools, row.not_trained) for row in other
     ]
     assert one[0].not_trained == {1}
-
-
-def test_the_docs_have_the_forms_of_the_parser() -> None:
-    """`docs/rows.md` between its two marks; written by `forms_table`."""
-    page = (Path(__file__).parents[1] / "docs" / "rows.md").read_text(encoding="utf-8")
-    assert forms_table() in page

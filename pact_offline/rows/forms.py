@@ -105,15 +105,11 @@ class Form:
     Attributes:
         keys: those that tell it.
         others: those that it also reads; alternatives are parted by a bar.
-        means: what it becomes, in words for the table of the docs.
-        example: a row of it.
         parse: gives the messages.
     """
 
     keys: tuple[str, ...]
     others: tuple[str, ...]
-    means: str
-    example: dict[str, Any]
     parse: Callable[[_Keys], list[Message]]
 
     def fits(self, value: _Keys) -> bool:
@@ -208,70 +204,21 @@ def _pair(question: str, *answers: str) -> Callable[[_Keys], list[Message]]:
     return parse
 
 
-_QUESTION = "Where is my parcel?"
+# docs/rows.md says what each becomes, with an example.
 FORMS = (
+    Form(("messages",), ("system", "tools|functions"), _conversation("messages")),
+    Form(("conversations",), ("system", "tools|functions"), _conversation("conversations")),
+    Form(("prompt",), ("response|completion", "system", "tools"), _prompt),
     Form(
-        ("messages",),
-        ("system", "tools|functions"),
-        "a conversation; every field of a message goes to the chat template",
-        {"messages": [_user(_QUESTION), _answer("Shipping")]},
-        _conversation("messages"),
-    ),
-    Form(
-        ("conversations",),
-        ("system", "tools|functions"),
-        "the same, of ShareGPT's `from` and `value`, or of texts alone, the user's first",
-        {
-            "conversations": [
-                {"from": "human", "value": _QUESTION},
-                {"from": "gpt", "value": "Shipping"},
-            ]
-        },
-        _conversation("conversations"),
-    ),
-    Form(
-        ("prompt",),
-        ("response|completion", "system", "tools"),
-        "prompt and answer, each text or a list of messages; answers in the prompt are not trained",
-        {"prompt": _QUESTION, "completion": "Shipping"},
-        _prompt,
-    ),
-    Form(
-        ("instruction",),
-        ("input", "output|response", "system", "history", "context"),
-        "Alpaca's and Dolly's; the user's turn is instruction, one space, input, then after a "
-        "blank line the context; `history` is a list of earlier questions and answers",
-        {"instruction": "Which department?", "input": _QUESTION, "output": "Shipping"},
-        _instruction,
+        ("instruction",), ("input", "output|response", "system", "history", "context"), _instruction
     ),
     Form(
         ("question",),
         ("answer|response", "system", "context"),
-        "question, after a blank line its context, and answer",
-        {"question": _QUESTION, "context": "It was sent on Monday.", "answer": "Shipping"},
         _pair("question", "answer", "response"),
     ),
-    Form(
-        ("input", "output"),
-        ("system", "context"),
-        "the published PACT files': a user's turn and its answer",
-        {"input": _QUESTION, "output": "Shipping"},
-        _pair("input", "output"),
-    ),
+    Form(("input", "output"), ("system", "context"), _pair("input", "output")),
 )
-
-
-def forms_table() -> str:
-    """Markdown rows of the forms, for the docs."""
-    lines = []
-    for form in FORMS:
-        keys, others = (
-            ", ".join(" or ".join(f"`{name}`" for name in key.split("|")) for key in names)
-            for names in (form.keys, form.others)
-        )
-        example = json.dumps(form.example, ensure_ascii=False)
-        lines.append(f"| {keys} | {others} | {form.means} | `{example}` |")
-    return "\n".join(lines)
 
 
 def parse_row(
