@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,10 @@ from typing import Any
 # Before torch loads: threads that wait by spinning slow a shared machine down tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
 from tiny import make_model
 
 from pact_offline.cli import cli
@@ -45,6 +50,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_rows(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def score_command(model: Path, rows: Path, tokens: Path, folder: Path) -> list[Any]:
+    return [
+        "score", "--model", model, "--rows", rows, "--safety-tokens", tokens,
+        "--cache", folder / "cache", "--backend", "transformers", "--dtype", "float32",
+    ]  # fmt: skip
+
+
+def adapters_are_equal(one: Path, other: Path) -> None:
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
 
 
 @pytest.fixture
@@ -86,16 +105,30 @@ def run() -> Callable[..., Result]:
     return invoke
 
 
+def in_two_processes(*words: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line as two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "--master-port", str(port), "-m", "pact_offline", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 @pytest.fixture
 def targets(
     tmp_path: Path, aligned: Path, rows_file: Path, tokens_file: Path, run: Callable[..., Result]
 ) -> Path:
     path = tmp_path / "targets.json"
-    result = run(
-        "score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file,
-        "--cache", tmp_path / "cache", "--backend", "transformers", "--dtype", "float32",
-        "--stored-dtype", "float32", "-o", path,
-    )  # fmt: skip
+    command = score_command(aligned, rows_file, tokens_file, tmp_path)
+    result = run(*command, "--stored-dtype", "float32", "-o", path)
     assert result.exit_code == 0, result.output
     return path
 

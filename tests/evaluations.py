@@ -16,6 +16,11 @@ def answer(prompts: str, prompt: str, text: str, refused: bool = False, **more: 
     return {"prompts": prompts, "prompt": prompt, "answer": text, "refused": refused, **more}
 
 
+def answers_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation's answers.jsonl."""
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().split("\n") if line]
+
+
 def save_evaluation(
     folder: Path, metrics: Metrics, lines: Sequence[Any], confidences: str | None = None
 ) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import Result
-from conftest import ROOT, write_rows
+from conftest import ROOT, score_command, write_rows
 from stores import (
     IDENTITY,
     bind,
@@ -197,13 +197,6 @@ def scored(
     result = run(*score_command(aligned, rows_file, tokens_file, tmp_path), "-o", targets)
     assert result.exit_code == 0, result.output
     return targets
-
-
-def score_command(model: Path, rows: Path, tokens: Path, folder: Path) -> list[Any]:
-    return [
-        "score", "--model", model, "--rows", rows, "--safety-tokens", tokens,
-        "--cache", folder / "cache", "--backend", "transformers", "--dtype", "float32",
-    ]  # fmt: skip
 
 
 def summary(result: Result) -> dict[str, Any]:

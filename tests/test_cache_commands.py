@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from conftest import write_rows
+from conftest import score_command, write_rows
 from stores import bind, conversation, fill, named
 
 from pact_offline.cache.format import shard_ids
@@ -25,10 +25,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def command(aligned: Path, rows_file: Path, tokens_file: Path, tmp_path: Path) -> list[Any]:
-    return [
-        "score", "--model", aligned, "--rows", rows_file, "--safety-tokens", tokens_file,
-        "--cache", tmp_path / "cache", "--backend", "transformers", "--dtype", "float32",
-    ]  # fmt: skip
+    return score_command(aligned, rows_file, tokens_file, tmp_path)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import write_rows
+from evaluations import answers_of
 from examples import prompt_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -115,10 +116,6 @@ def test_a_directory_that_is_no_adapter_is_refused(
 
 def evaluated(folder: Path) -> Metrics:
     return Metrics.load(folder / "metrics.json")
-
-
-def answers_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().split("\n") if line]
 
 
 @pytest.fixture

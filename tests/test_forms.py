@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_rows
+from conftest import ROOT, write_rows
 
 from pact_offline.cli.options import _mapping
 from pact_offline.errors import InputError
-from pact_offline.rows.forms import FORMS, ROLES, forms_table, parse_row
+from pact_offline.rows.forms import FORMS, parse_row
+from pact_offline.rows.messages import ROLES
 from pact_offline.rows.read import read_rows
 from pact_offline.rows.row import Row
 from pact_offline.settings.stages import COLUMNS
@@ -174,14 +175,30 @@ def test_alternative_answers_are_not_run_together() -> None:
     assert parsed({"question": ASKED, "answer": [SAID]}).messages == (user(), answer())
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.keys[0])
-def test_the_example_of_a_form_is_a_row_of_it(form: Any) -> None:
-    row = parsed(form.example)
+def documented_forms() -> list[tuple[str, str, dict[str, Any]]]:
+    """Keys, others and example of each line of the table in `docs/rows.md`."""
+    page = (ROOT / "docs" / "rows.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- forms:")[2].partition("<!-- end of forms")[0]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    return [(keys, others, json.loads(example.strip("`"))) for keys, others, _, example in lines]
+
+
+@pytest.mark.parametrize(
+    ("form", "documented"),
+    [*zip(FORMS, documented_forms(), strict=True)],
+    ids=[form.keys[0] for form in FORMS],
+)
+def test_the_docs_have_every_form_and_a_row_of_it(form: Any, documented: Any) -> None:
+    keys, others, example = documented
+    for names, written in ((form.keys, keys), (form.others, others)):
+        alternatives = [" or ".join(f"`{name}`" for name in key.split("|")) for key in names]
+        assert written == ", ".join(alternatives)
+    row = parsed(example)
     assert row.response == "Shipping"
     assert "Where is my parcel?" in row.question
     assert not row.unread
     named = {name for key in (*form.keys, *form.others) for name in key.split("|")}
-    assert set(form.example) <= named
+    assert {*form.keys} <= example.keys() <= named
 
 
 def test_the_settings_know_every_name_that_the_forms_read() -> None:
@@ -457,7 +474,7 @@ def test_what_was_rejected_is_never_proposed_as_an_answer() -> None:
     line = problem({"chosen": "Human: Hi", "rejected": "Human: no"})
     assert line.endswith("--columns prompt=QUESTION,response=chosen")
     line = problem({"prompt": ASKED, "chosen": [user(), answer()], "rejected": [user()]})
-    assert line.endswith("name it, as in --columns messages=chosen")
+    assert line.endswith("name them, as in --columns messages=chosen")
     both = [user(), answer("No.")]
     assert problem({"rejected": both, "chosen": [user(), answer()]}).endswith(" messages=chosen")
     line = problem({"question": ASKED, "incorrect_answers": ["No."], "correct_answers": [SAID]})
@@ -510,6 +527,10 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
          "instruction=instruction,input=input,output=chosen"),
         ({"instruction": "Is it", "input": "here?", "output": SAID, "prompt": "### Is it ###"},
          "instruction=instruction,input=input,output=output"),
+        ({"data": {"instruction": "Is it", "input": "here?", "output": SAID}},
+         "instruction=data.instruction,input=data.input,output=data.output"),
+        ({"instruction": ASKED, "input": "", "chosen": SAID},
+         "instruction=instruction,input=input,output=chosen"),
         ({"prompt": [user()], "chosen": [answer()], "rejected": [answer("No.")]},
          "prompt=prompt,response=chosen"),
         ({"conversations": [user()], "chosen": {"from": "gpt", "value": SAID}},
@@ -527,16 +548,14 @@ def test_a_row_of_no_known_form_is_told_how_to_name_its_keys(value: dict, column
     ],
 )  # fmt: skip
 def test_a_hint_reads_the_row_when_it_is_followed(value: dict, columns: str) -> None:
-    assert problem(value).endswith(f" them, as in --columns {columns}") or problem(value).endswith(
-        f" name it, as in --columns {columns}"
-    )
+    assert problem(value).endswith(f"; name them, as in --columns {columns}")
     named = _mapping(shlex.split(columns)[0], "--columns", True)
     assert parsed(value, columns=named).messages == (user(), answer())
 
 
 def test_a_hint_loses_neither_system_message_nor_tools() -> None:
     asked = {"system": "Be kind.", "question": ASKED, "chosen": SAID, "rejected": "No."}
-    assert problem(asked).endswith("--columns question=question,system=system,answer=chosen")
+    assert problem(asked).endswith("--columns question=question,answer=chosen,system=system")
     asked = {"system_prompt": "Be kind.", "query": ASKED, "reply": SAID, "tools": [CALL]}
     assert problem(asked).endswith(
         "--columns prompt=query,response=reply,system=system_prompt,tools=tools"
@@ -648,7 +667,7 @@ def test_a_row_that_cannot_be_used_says_why(value: Any, expected: str) -> None:
                            "keys prompt"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"},
          "response or completion: expected a response, found none among the keys prompt, chosen, "
-         "rejected; name it, as in --columns prompt=prompt,response=chosen"),
+         "rejected; name them, as in --columns prompt=prompt,response=chosen"),
         ({"prompt": "Hi", "response": ""}, "response or completion: expected a response, found "
                                            "none"),
         ({"prompt": "Hi", "completion": " \n"}, "response or completion: expected a response, "
@@ -719,9 +738,3 @@ def test_a_row_reads_the_same_from_json_and_from_csv(tmp_path: Path) -> None:
         (row.messages, row.tools, row.not_trained) for row in other
     ]
     assert one[0].not_trained == {1}
-
-
-def test_the_docs_have_the_forms_of_the_parser() -> None:
-    """`docs/rows.md` between its two marks; written by `forms_table`."""
-    page = (Path(__file__).parents[1] / "docs" / "rows.md").read_text(encoding="utf-8")
-    assert forms_table() in page

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from conftest import write_rows
+from evaluations import answers_of
 
 from pact_offline.errors import InputError, PactError, SettingError
 from pact_offline.evaluation.answers import without_thoughts
@@ -226,10 +227,6 @@ def words(tmp_path: Path, aligned: Path) -> list[Any]:
         "--set", f"quiz:task={quiz}", "--set", f"advbench={tmp_path / 'advbench.csv'}",
         "--max-new-tokens", 3, "--dtype", "float32", "--name", "x",
     ]  # fmt: skip
-
-
-def answers_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
 def test_every_set_and_attack_is_asked_counted_and_reported(

@@ -1,8 +1,6 @@
 """Rehearsal: the reference's own answers, scored, and mixed into every batch."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from conftest import write_rows
+from conftest import in_two_processes, write_rows
 from safetensors.numpy import load_file
 from tiny import make_model
 from torch.utils.data import SequentialSampler
@@ -453,19 +451,7 @@ def test_two_processes_give_the_losses_of_one(
     common += ["--refused-above", 0.012]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*common, "--batch-size", 4, "-o", one).exit_code == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [*common, "--batch-size", 2, "-o", two]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "--master-port", str(port), "-m", "pact_offline", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(*common, "--batch-size", 2, "-o", two)
     for ours, theirs in zip(steps_of(one), steps_of(two), strict=True):
         names = {"loss", "cross_entropy", "kl", "confidence_gap", "held_gap", "grad_norm"}
         assert names & theirs.keys() == names & ours.keys()

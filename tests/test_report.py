@@ -337,18 +337,18 @@ def test_no_metrics_are_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_headline_is_three_aligned_lines() -> None:
     assert headline([sft(), reference(), make_metrics("confidence", None)]) == [
-        "harmful prompts refused   reference 99 %     sft 4 %      confidence –",
-        "task accuracy             reference 89.0 %   sft 88.5 %   confidence 89.0 %",
-        "benign prompts refused    reference 2 %      sft 2 %      confidence 2 %",
+        "harmful prompts refused        reference 99 %     sft 4 %      confidence –",
+        "task accuracy                  reference 89.0 %   sft 88.5 %   confidence 89.0 %",
+        "plain benign prompts refused   reference 2 %      sft 2 %      confidence 2 %",
     ]
 
 
 def test_finding_when_the_objective_keeps_refusals() -> None:
     assert finding([reference(), sft(), make_metrics("pact", 60), make_metrics("confidence")]) == (
-        "Plain fine-tuning (sft) cuts refusals of held-out harmful prompts from 99 % to 4 %; "
+        "Plain fine-tuning (sft) cuts refusals of harmful prompts from 99 % to 4 %; "
         "confidence, the best of 2 other runs by the rule below, keeps 96 %, "
         "at 89.0 % task accuracy (sft: 88.5 %); it refuses 14 % of borderline prompts "
-        "(reference: 14 %) and 2 % of plain benign ones (reference: 2 %)."
+        "(reference: 14 %) and 2 % of plain benign prompts (reference: 2 %)."
     )
 
 
@@ -362,7 +362,7 @@ def test_finding_when_the_objective_does_harm() -> None:
     text = finding([reference(), sft(80), make_metrics("pact", 10, 100, benign=40)])
     assert "pact keeps fewer, 10 %" in text
     assert "at a cost in task accuracy: 50.0 % (sft: 88.5 %)" in text
-    assert "and 40 % of plain benign ones (reference: 2 %)" in text
+    assert "and 40 % of plain benign prompts (reference: 2 %)" in text
 
 
 def test_finding_takes_no_run_that_refuses_everything_for_the_best() -> None:
@@ -371,7 +371,7 @@ def test_finding_takes_no_run_that_refuses_everything_for_the_best() -> None:
     assert "; confidence, the best of 2 other runs" in text
     alone = finding([sft(), everything])
     assert "it refuses 14 % of borderline prompts (sft: 14 %)" in alone
-    assert "100 % of plain benign ones (sft: 2 %)" in alone
+    assert "100 % of plain benign prompts (sft: 2 %)" in alone
 
 
 def test_finding_takes_no_run_that_gives_the_task_up_for_the_best() -> None:
@@ -407,13 +407,12 @@ def test_finding_with_runs_missing() -> None:
     assert finding([reference()]).startswith("The reference refuses 99 %")
     assert "no fine-tuned run" in finding([reference()])
     assert finding([sft()]) == (
-        "Plain fine-tuning (sft) leaves 4 % refusals of held-out harmful prompts, "
-        "at 88.5 % task accuracy."
+        "Plain fine-tuning (sft) leaves 4 % refusals of harmful prompts, at 88.5 % task accuracy."
     )
     assert finding([reference(), make_metrics("pact", 60)]) == (
-        "After fine-tuning, pact refuses 60 % of held-out harmful prompts (reference: 99 %), "
+        "After fine-tuning, pact refuses 60 % of harmful prompts (reference: 99 %), "
         "at 89.0 % task accuracy (reference: 89.0 %); it refuses 14 % of borderline prompts "
-        "(reference: 14 %) and 2 % of plain benign ones (reference: 2 %)."
+        "(reference: 14 %) and 2 % of plain benign prompts (reference: 2 %)."
     )
 
 
@@ -721,7 +720,7 @@ def test_what_was_not_measured_has_no_column_and_no_line(tmp_path: Path) -> None
     assert "Plain benign prompts refused" in text
     assert "Task accuracy" not in text
     assert "Harmful prompts refused" not in text
-    assert headline([only]) == ["benign prompts refused   sft 10 %"]
+    assert headline([only]) == ["plain benign prompts refused   sft 10 %"]
     assert finding([only]) == "Refusals of harmful prompts were not measured."
     assert headline([sft(rates={})]) == []
 

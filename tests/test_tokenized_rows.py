@@ -47,7 +47,7 @@ THOUGHT = TEMPLATE.replace(
 def is_known(model: ModelFiles, source: str, settings: RowSettings) -> bool:
     """Whether what a source gave is kept."""
     name = tokenized._name_of(model, source, settings)
-    return name is not None and (tokenized._home() / name / "facts.json").is_file()
+    return (tokenized._home() / name / "facts.json").is_file()
 
 
 @pytest.fixture(autouse=True)

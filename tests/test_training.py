@@ -5,8 +5,6 @@ import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from conftest import write_rows
+from conftest import adapters_are_equal, in_two_processes, write_rows
 from examples import examples_of
 from peft import PeftModel
 from plain_flash_attention import plain_flash_attention
@@ -788,13 +786,6 @@ def kill_at(stop: int, args: Any, state: Any, *rest: Any, **extra: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def adapters_are_equal(one: Path, other: Path) -> None:
-    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (one, other))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name])
-
-
 @pytest.mark.parametrize("row_order", ["by_length", "random"])
 def test_a_run_killed_at_random_steps_ends_with_the_same_adapter(
     row_order: str, command: list[Any], tmp_path: Path, run: Callable[..., Result],
@@ -996,18 +987,7 @@ def test_two_processes_give_the_losses_of_one(
     assert run(*common, "--batch-size", 4, "-o", one).exit_code == 0
     words = [*common, "--batch-size", 2, "--pass-tokens", 40, "-o", two]  # a pass a row
     words += ["--save-steps", 2]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "--master-port", str(port), "-m", "pact_offline", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = in_two_processes(*words)
     assert done.stdout.count("final_cross_entropy") == 1
     assert done.stderr.count("trains 3,584 parameters") == 1
     assert not list(tmp_path.glob(".two*"))

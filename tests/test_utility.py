@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import write_rows
+from evaluations import answers_of
 
 from pact_offline.cli import cli
 from pact_offline.errors import SettingError
@@ -168,10 +169,6 @@ def test_hundreds_of_labels_are_too_many(
     task = write_rows(tmp_path / "task.jsonl", rows)
     line = fails(*words, "--task", task, "--task-scores", "task=choice", "-o", tmp_path / "out")
     assert "found 101" in line
-
-
-def answers_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
 def log_likelihoods(model_folder: Path, prompt: str, labels: list[str]) -> list[float]:

@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from click.testing import Result
-from conftest import write_rows
-from safetensors.torch import load_file
+from conftest import adapters_are_equal, write_rows
 from test_endpoint import REPLY, Server, serve
 from test_report import Page, save, sft
 from test_workflow import few_rows, plan
@@ -46,12 +44,6 @@ def watched(command: list[Any], prompts: list[Any]) -> list[Any]:
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-
-
-def adapters_are_equal(one: Path, other: Path) -> None:
-    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (one, other))
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name])
 
 
 def test_a_run_that_answers_prompts_trains_the_same_weights(

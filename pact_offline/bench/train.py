@@ -300,12 +300,12 @@ def _published_loss(
     return torch.cat(parts).mean()
 
 
-def matrix_gflops(dtype: str, seconds: float = 2.0) -> float:
-    """Rate of square matrix products here; GFLOP/s, the best of many."""
+def matrix_gflops(dtype: str) -> float:
+    """Rate of square matrix products here; GFLOP/s, the best of 2 seconds."""
     device = default_device()
     size = 2048 if device.type == "cpu" else 8192  # a GPU is not filled by less
     one, other = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in "ab")
-    best, ends = float("inf"), time.perf_counter() + seconds
+    best, ends = float("inf"), time.perf_counter() + 2
     while time.perf_counter() < ends:
         started = time.perf_counter()
         one @ other

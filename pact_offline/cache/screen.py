@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +148,13 @@ class Screening:
         columns = self._targets.binding.row_settings.columns
         found: dict[int, Row] = {}
         for source in self._sources:
-            mine = wanted & source.row_set
+            mine = wanted.intersection(source.rows.tolist())
             if not mine:
                 continue
             if (problem := source.problem()) is not None:
                 log.warning("%s: the beginnings of its rows are not shown", problem)
                 continue
-            place_of = source.ordinals()
+            place_of, _ = source.ordinals()
             ordinals = {place_of[row]: row for row in mine if row in place_of}
             for ordinal, value in enumerate(values_of(source.name)):
                 if ordinal in ordinals and value.problem is None:
@@ -193,14 +192,14 @@ class Screening:
 
     def _kept(self, source: _Source, refused: np.ndarray) -> np.ndarray:
         """Which values of a source are not among some rows, bool [values]."""
-        place_of = source.ordinals()
-        mine = [row for row in refused.tolist() if row in source.row_set]
+        place_of, values = source.ordinals()
+        mine = np.intersect1d(refused, source.rows).tolist()
         if (unknown := next((row for row in mine if row not in place_of), None)) is not None:
             raise InputError(
                 f"{self._origin(unknown)}: expected to know which value of its line that row is, "
                 "but others of the line were left out; put each value on a line of its own"
             )
-        kept = np.ones(source.values, bool)
+        kept = np.ones(values, bool)
         kept[[place_of[row] for row in mine]] = False
         return kept
 
@@ -225,27 +224,21 @@ class Screening:
         return round(float(refused / self.turns.steps.sum()), 6)
 
 
+@dataclass(frozen=True)
 class _Source:
-    """A source of a dataset, and which of its values became which rows."""
+    """A source of a dataset, and its rows with their places; a dataset of the hub is followed only
+    where a user names it.
+    """
 
-    def __init__(
-        self,
-        name: str,
-        sha256: str | None,
-        rows: np.ndarray,
-        places: np.ndarray,
-        is_followed: bool,
-    ) -> None:
-        self.name, self._sha256, self.rows, self._places = name, sha256, rows, places
-        self._is_followed, self.values = is_followed, 0
-
-    @cached_property
-    def row_set(self) -> set[int]:
-        return set(self.rows.tolist())
+    name: str
+    sha256: str | None
+    rows: np.ndarray
+    places: np.ndarray
+    is_followed: bool
 
     def problem(self) -> str | None:
         """Why its rows cannot be looked at: it is gone, or is another."""
-        if not self._is_followed:
+        if not self.is_followed:
             return f"{self.name}: is read only if it is named, with --rows"
         if is_hub(self.name):
             log.warning("%s: whether it has changed since it was scored is not known", self.name)
@@ -253,27 +246,28 @@ class _Source:
             found = checksum_of(self.name)
         except (OSError, InputError) as error:
             return str(error)
-        return None if found == self._sha256 else f"{self.name}: has changed since it was scored"
+        return None if found == self.sha256 else f"{self.name}: has changed since it was scored"
 
-    def ordinals(self) -> dict[int, int]:
-        """The place of each row among the source's values, from 0.
+    def ordinals(self) -> tuple[dict[int, int], int]:
+        """The place of each row among the source's values, from 0, and how many values it has.
 
         Several values of a JSON array may stand in one line; where not all of those became rows, it
         is not known which did, and they are left out.
         """
         by_place: dict[int, list[int]] = {}
+        values = 0
         for ordinal, value in enumerate(values_of(self.name)):
             by_place.setdefault(value.place, []).append(ordinal)
-            self.values = ordinal + 1
+            values = ordinal + 1
         rows: dict[int, list[int]] = {}
-        for row, place in zip(self.rows.tolist(), self._places.tolist(), strict=True):
+        for row, place in zip(self.rows.tolist(), self.places.tolist(), strict=True):
             rows.setdefault(place, []).append(row)
         pairs = (
             zip(some, by_place[place], strict=True)
             for place, some in rows.items()
             if len(by_place.get(place, ())) == len(some)
         )
-        return {row: ordinal for some in pairs for row, ordinal in some}
+        return {row: ordinal for some in pairs for row, ordinal in some}, values
 
 
 def _said_before(messages: Sequence[Message]) -> str:

@@ -66,6 +66,23 @@ class Answer:
         return self.row.question
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What is written of it, but for what second judges say and what was expected."""
+        return {
+            "prompts": self.prompts,
+            "prompt": self.prompt,
+            "answer": self.text,
+            "refused": self.refused,
+            "broken": self.broken is not None,
+            **({"correct": self.correct} if self.correct is not None else {}),
+            **({"score": self.score} if self.score is not None else {}),
+            **({"chosen": True} if self.chosen else {}),
+            **({"unfinished": True} if self.is_unfinished else {}),
+            **({"attack": self.attack} if self.attack else {}),
+            **({"begun": self.begun} if self.begun else {}),
+        }
+
+    @property
     def whole(self) -> str:
         """The answer with what it was begun with."""
         return f"{self.begun} {self.text}".strip()

@@ -30,7 +30,7 @@ from pact_offline.evaluation.verdicts import KnownVerdicts, verdict_key
 from pact_offline.files import read_yaml
 from pact_offline.progress import bar
 from pact_offline.settings.evaluate import BUILT_IN_RUBRIC, EvaluateSettings
-from pact_offline.settings.parse import Settings, parse_settings
+from pact_offline.settings.parse import Settings, of_json, parse_settings
 from pact_offline.texts import printable
 
 log = logging.getLogger(__name__)
@@ -67,10 +67,7 @@ class JudgePrompt(Settings):
         for key in ("model", "messages", "stream", "max_tokens", "max_completion_tokens"):
             if key in request:
                 raise ValueError(f"expected nothing that is settled elsewhere, found {key}")
-        try:
-            return dict(json.loads(json.dumps(request, allow_nan=False)))
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError("expected values as JSON has them; put a date in quotes") from None
+        return of_json(request)
 
     def messages(self, prompt: str, answer: str) -> list[dict[str, str]]:
         """What the judge is asked about an answer."""

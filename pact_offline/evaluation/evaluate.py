@@ -262,17 +262,7 @@ def _files(
     """The text of each file beside metrics.json."""
     lines = [
         {
-            "prompts": answer.prompts,
-            "prompt": answer.prompt,
-            "answer": answer.text,
-            "refused": answer.refused,
-            "broken": answer.broken is not None,
-            **({"correct": answer.correct} if answer.correct is not None else {}),
-            **({"score": answer.score} if answer.score is not None else {}),
-            **({"chosen": True} if answer.chosen else {}),
-            **({"unfinished": True} if answer.is_unfinished else {}),
-            **({"attack": answer.attack} if answer.attack else {}),
-            **({"begun": answer.begun} if answer.begun else {}),
+            **answer.facts,
             **(judged[at].facts if at in judged else {}),
             **({"expected": answer.row.response} if answer.row.response else {}),
             **({"category": answer.row.category} if answer.row.category else {}),

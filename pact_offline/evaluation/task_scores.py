@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
@@ -128,11 +128,10 @@ def find_task_scores(
 
 def _checked(one: PromptSet, given: str, chat: Chat) -> TaskScore:
     kind, _, pattern = given.partition(":")
-    checks: dict[str, Callable[[], object]] = {
-        "last_number": lambda: _require_numbers(one),
-        "rouge_l": lambda: _require_rouge(one.name),
-    }
-    checks.get(kind, lambda: None)()
+    if kind == "last_number":
+        _require_numbers(one)
+    if kind == "rouge_l":
+        _require_rouge(one.name)
     is_choice = kind.startswith("choice")
     return TaskScore(kind, pattern, _labels(one, kind, chat) if is_choice else ())
 

@@ -65,15 +65,7 @@ class PromptWatch:
                 for name, rate in count_rates(answers, judged=judged).items()
             },
             "answers": [
-                {
-                    "prompts": answer.prompts,
-                    "prompt": answer.prompt,
-                    "answer": answer.text,
-                    "refused": answer.refused,
-                    "broken": answer.broken is not None,
-                    **({} if answer.correct is None else {"correct": answer.correct}),
-                    **(judged[at].facts if at in judged else {}),
-                }
+                {**answer.facts, **(judged[at].facts if at in judged else {})}
                 for at, answer in enumerate(answers)
             ],
         }

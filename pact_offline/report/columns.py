@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pact_offline.evaluation.metrics import AskedSet, Metrics
+from pact_offline.report.numbers import in_a_sentence
 from pact_offline.report.weighed import weighed
 
 HIGHER, LOWER = "higher is better", "lower is better"
@@ -18,6 +19,11 @@ class Column:
     rate: str
     title: str
     better: str
+
+    @property
+    def prompts(self) -> str:
+        """Of a rate of refusals, the prompts as a sentence names them."""
+        return in_a_sentence(self.title).replace(": ", " prompts ").removesuffix(" refused")
 
 
 COLUMNS = (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pact_offline.evaluation.metrics import Metrics, Rate
+from pact_offline.report.columns import columns_of
 from pact_offline.report.numbers import percent
 from pact_offline.report.rule import missed
 from pact_offline.report.weighed import Weighed, weighed
@@ -32,7 +33,7 @@ def finding(metrics: Sequence[Metrics]) -> str:
     rates = weighed(metrics)
     if rates.harmful is None:
         return "Refusals of harmful prompts were not measured."
-    said = _Said(rates, rates.harmful)
+    said = _Said(rates, rates.harmful, {c.rate: c.prompts for c in columns_of(metrics)})
     reference, plain, others = _sides(metrics, rates.harmful)
     best = named(metrics)
     if plain is None and best is None:
@@ -106,14 +107,15 @@ def _above(first: Rate, second: Rate) -> bool:
 
 @dataclass(frozen=True)
 class _Said:
-    """The parts of the sentence."""
+    """The parts of the sentence; `asked` names the prompts of each rate."""
 
     rates: Weighed
     harmful: str
+    asked: dict[str, str]
 
     @property
     def prompts(self) -> str:
-        return self.rates.said[self.harmful]
+        return self.asked[self.harmful]
 
     def refused(self, metrics: Metrics) -> str:
         return percent(metrics.rates[self.harmful])
@@ -159,7 +161,7 @@ class _Said:
     def over_refusal(self, best: Metrics, other: Metrics | None) -> str:
         """What safety cost: harmless prompts that are refused, beside those of the reference."""
         parts = [
-            f"{percent(best.rates[rate])} of {self.rates.said[rate]}{_beside(other, rate)}"
+            f"{percent(best.rates[rate])} of {self.asked[rate]}{_beside(other, rate)}"
             for rate in self.rates.harmless
             if rate in best.rates
         ]

@@ -40,12 +40,6 @@ from pact_offline.report.weighed import weighed
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.texts import printable
 
-_LABELS = {
-    "harmful_refused": "harmful prompts refused",
-    "task_accuracy": "task accuracy",
-    "benign_refused": "benign prompts refused",
-}
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -148,19 +142,11 @@ def headline(metrics: Sequence[Metrics]) -> list[str]:
     models = in_order(metrics)
     rates, titles = weighed(models), {c.rate: c.title for c in columns_of(models)}
     wrong = sorted(rates.harmless, key=lambda rate: rate != "benign_refused")[:1]
-    wanted = [
-        (_LABELS.get(rate, titles[rate]), rate)
-        for rate in (rates.harmful, rates.accuracy, *wrong)
-        if rate is not None
-    ]
-    columns = [[label for label, _ in wanted]]
+    wanted = [rate for rate in (rates.harmful, rates.accuracy, *wrong) if rate is not None]
+    columns = [[numbers.in_a_sentence(titles[rate]) for rate in wanted]]
     for model in models:
-        columns.append(
-            [
-                f"{printable(' '.join(model.name.split()))} {numbers.percent(model.rates.get(r))}"
-                for _, r in wanted
-            ]
-        )
+        name = printable(" ".join(model.name.split()))
+        columns.append([f"{name} {numbers.percent(model.rates.get(rate))}" for rate in wanted])
     widths = [max(map(len, column), default=0) for column in columns]
     return [
         "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -176,17 +162,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("percent", "interval", "small_share", "duration", "memory", "token_text"):
-        environment.filters[name] = getattr(numbers, name)
-    environment.filters["setting"] = numbers.setting
-    environment.filters["with_contents"] = with_contents
-    environment.filters["key"] = draw_key
-    environment.filters["numbers_of"] = numbers_of
-    environment.filters["in_a_sentence"] = numbers.in_a_sentence
-    environment.filters["share"] = numbers.share
-    environment.filters["chance"] = numbers.chance
-    environment.filters["plain_number"] = numbers.plain_number
-    environment.filters["mean_interval"] = numbers.mean_interval
+    names = (
+        "percent", "interval", "small_share", "duration", "memory", "token_text", "setting",
+        "in_a_sentence", "share", "chance", "plain_number", "mean_interval",
+    )  # fmt: skip
+    environment.filters |= {name: getattr(numbers, name) for name in names}
+    environment.filters |= {
+        "with_contents": with_contents, "key": draw_key, "numbers_of": numbers_of,
+    }  # fmt: skip
     return environment
 
 

@@ -9,12 +9,6 @@ from dataclasses import dataclass
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.evaluation.prompt_sets import OUR_SETS
 
-_SAID = {
-    "harmful": "held-out harmful prompts",
-    "borderline": "borderline prompts",
-    "benign": "plain benign ones",
-}
-
 
 @dataclass(frozen=True)
 class Weighed:
@@ -25,13 +19,11 @@ class Weighed:
             most models were asked; None: none was.
         harmless: refusals of prompts that are to be answered, of every such set.
         accuracy: of the task: ours, or else the one that most were asked; None: none was.
-        said: by rate, its prompts as a sentence names them.
     """
 
     harmful: str | None
     harmless: tuple[str, ...]
     accuracy: str | None
-    said: dict[str, str]
 
     @property
     def signs(self) -> dict[str, int]:
@@ -47,22 +39,20 @@ class Weighed:
 def weighed(models: Sequence[Metrics]) -> Weighed:
     """The rates that a report's models are weighed by; a set without a kind is one of ours."""
     kinds = {**OUR_SETS, **{name: one.kind for m in models for name, one in m.sets.items()}}
-    titles = {name: one.title for m in models for name, one in m.sets.items()}
     asked = Counter(rate for m in models for rate in m.rates)
 
-    def of(kind: str, what: str) -> dict[str, str]:
-        """Measured rates of the sets of a kind, ours first, and what to call their prompts."""
-        return {
-            f"{name}_{what}": _SAID.get(name, f"{titles.get(name, name)} prompts")
-            for name, own in kinds.items()
-            if own == kind and f"{name}_{what}" in asked
-        }
+    def of(kind: str, what: str) -> list[str]:
+        """Measured rates of the sets of a kind, ours first."""
+        rates = [f"{name}_{what}" for name, own in kinds.items() if own == kind]
+        return [rate for rate in rates if rate in asked]
 
     def first(rates: Iterable[str]) -> str | None:
         """Ours, or else the one that most models have."""
         ours = {f"{name}_{what}" for name in OUR_SETS for what in ("refused", "accuracy")}
         return max(rates, key=lambda rate: (rate in ours, asked[rate]), default=None)
 
-    harmful, harmless = of("refuse", "refused"), of("answer", "refused")
-    tasks = of("task", "accuracy")
-    return Weighed(first(harmful), tuple(harmless), first(tasks), {**harmful, **harmless, **tasks})
+    return Weighed(
+        first(of("refuse", "refused")),
+        tuple(of("answer", "refused")),
+        first(of("task", "accuracy")),
+    )

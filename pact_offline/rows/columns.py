@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +39,15 @@ def mapped(
 def no_column(value: dict[str, Any], columns: Mapping[str, str], origin: str) -> InputError:
     first = next(iter(columns.values()))
     return InputError(f"{origin}: columns: expected the key {first}, found {key_names(value)}")
+
+
+def written(columns: Mapping[str, str]) -> str:
+    """Columns as a shell takes them."""
+    plain = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
+    odd = [one for one in columns.values() if one != one.strip() or re.search(r"[,={]", one)]
+    if not odd and plain.isprintable():
+        return shlex.quote(plain) if re.search(r"[\s;&|<>()$`\"'*?#!\\]", plain) else plain
+    return shlex.quote(json.dumps(columns))
 
 
 def _at(value: Any, place: str, missing: Any = None) -> Any:

@@ -275,14 +275,14 @@ def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
         line = reader.line_num + 1
         is_header_alone = bool(names)
         for cells in reader:
-            is_header_alone = is_header_alone and not cells
-            if problem := _not_utf8(path, line, cells):
-                yield Value(line, None, problem)
-            elif len(cells) == len(names):
-                yield Value(line, dict(zip(names, cells, strict=True)))
-            elif cells:
+            problem = _not_utf8(path, line, cells)
+            if problem is None and len(cells) != len(names):
                 found = f"expected {len(names)} cells, found {len(cells)}"
-                yield Value(line, None, InputError(f"{path}:{line}: {found}"))
+                problem = InputError(f"{path}:{line}: {found}")
+            if cells:
+                is_header_alone = False
+                row = None if problem else dict(zip(names, cells, strict=True))
+                yield Value(line, row, problem)
             line = reader.line_num + 1
         if is_header_alone:
             raise InputError(f"{path}: expected rows below the header, found none")

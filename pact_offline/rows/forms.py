@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pact_offline.errors import InputError
-from pact_offline.rows.calls import calls_of, tool_of
+from pact_offline.rows.calls import tool_of
 from pact_offline.rows.columns import mapped, no_column, renamed
+from pact_offline.rows.messages import is_message, is_trained, message_of
 from pact_offline.rows.row import Message, Row, has_answer
-from pact_offline.rows.suggested_columns import hint, hint_of_answer, is_message, written
+from pact_offline.rows.suggested_columns import hint
 from pact_offline.rows.values import (
     category_of,
     key_name,
@@ -25,32 +26,11 @@ from pact_offline.rows.values import (
     text_of,
 )
 
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "bard": "assistant",
-    "prompter": "user",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
-_CALLING = ("function_call", "tool_call")  # roles of a message that is a call
-_KNOWN_ROLES = {*ROLES, "system", "developer", "user", "assistant", "tool"}  # in any case
 _SYSTEMS = ("system", "system_prompt", "system_message")
 _ANSWERS = ("response", "completion", "output", "answer")
 _CONVERSATIONS = ("messages", "conversations")
 _NO_TEXTS = ("image", "video", "audio")  # keys beside a conversation, and marks in it
-_CONTROLS = ("weight", "train", "training")  # of a message: whether it is learnt
 _TEXT_OR_LIST = "text or a list of messages"
-_MESSAGE_KEYS = ("role", "from", "content", "value", "train_detail", *_CONTROLS)
 
 
 class _Keys:
@@ -125,15 +105,11 @@ class Form:
     Attributes:
         keys: those that tell it.
         others: those that it also reads; alternatives are parted by a bar.
-        means: what it becomes, in words for the table of the docs.
-        example: a row of it.
         parse: gives the messages.
     """
 
     keys: tuple[str, ...]
     others: tuple[str, ...]
-    means: str
-    example: dict[str, Any]
     parse: Callable[[_Keys], list[Message]]
 
     def fits(self, value: _Keys) -> bool:
@@ -188,7 +164,6 @@ def _prompt(value: _Keys) -> list[Message]:
     if all(isinstance(item, str) for item in value.listed(key, _TEXT_OR_LIST)):
         return [*prompt, _answer(value.text(key))]
     before = value.not_trained
-    value.not_trained = set()
     completion = _messages(value, key, _TEXT_OR_LIST)
     # Data of preferences gives whole conversations, which begin with the prompt.
     whole = [m for m in prompt if m["role"] != "system" or completion[0]["role"] == "system"]
@@ -229,70 +204,21 @@ def _pair(question: str, *answers: str) -> Callable[[_Keys], list[Message]]:
     return parse
 
 
-_QUESTION = "Where is my parcel?"
+# docs/rows.md says what each becomes, with an example.
 FORMS = (
+    Form(("messages",), ("system", "tools|functions"), _conversation("messages")),
+    Form(("conversations",), ("system", "tools|functions"), _conversation("conversations")),
+    Form(("prompt",), ("response|completion", "system", "tools"), _prompt),
     Form(
-        ("messages",),
-        ("system", "tools|functions"),
-        "a conversation; every field of a message goes to the chat template",
-        {"messages": [_user(_QUESTION), _answer("Shipping")]},
-        _conversation("messages"),
-    ),
-    Form(
-        ("conversations",),
-        ("system", "tools|functions"),
-        "the same, of ShareGPT's `from` and `value`, or of texts alone, the user's first",
-        {
-            "conversations": [
-                {"from": "human", "value": _QUESTION},
-                {"from": "gpt", "value": "Shipping"},
-            ]
-        },
-        _conversation("conversations"),
-    ),
-    Form(
-        ("prompt",),
-        ("response|completion", "system", "tools"),
-        "prompt and answer, each text or a list of messages; answers in the prompt are not trained",
-        {"prompt": _QUESTION, "completion": "Shipping"},
-        _prompt,
-    ),
-    Form(
-        ("instruction",),
-        ("input", "output|response", "system", "history", "context"),
-        "Alpaca's and Dolly's; the user's turn is instruction, one space, input, then after a "
-        "blank line the context; `history` is a list of earlier questions and answers",
-        {"instruction": "Which department?", "input": _QUESTION, "output": "Shipping"},
-        _instruction,
+        ("instruction",), ("input", "output|response", "system", "history", "context"), _instruction
     ),
     Form(
         ("question",),
         ("answer|response", "system", "context"),
-        "question, after a blank line its context, and answer",
-        {"question": _QUESTION, "context": "It was sent on Monday.", "answer": "Shipping"},
         _pair("question", "answer", "response"),
     ),
-    Form(
-        ("input", "output"),
-        ("system", "context"),
-        "the published PACT files': a user's turn and its answer",
-        {"input": _QUESTION, "output": "Shipping"},
-        _pair("input", "output"),
-    ),
+    Form(("input", "output"), ("system", "context"), _pair("input", "output")),
 )
-
-
-def forms_table() -> str:
-    """Markdown rows of the forms, for the docs."""
-    lines = []
-    for form in FORMS:
-        keys, others = (
-            ", ".join(" or ".join(f"`{name}`" for name in key.split("|")) for key in names)
-            for names in (form.keys, form.others)
-        )
-        example = json.dumps(form.example, ensure_ascii=False)
-        lines.append(f"| {keys} | {others} | {form.means} | `{example}` |")
-    return "\n".join(lines)
 
 
 def parse_row(
@@ -332,7 +258,7 @@ def parse_row(
     if form is None:
         if fields and not is_mapped:
             raise no_column(given, fields, origin)
-        mended = " by --columns" if fields else hint(keys.values, FORMS, _ANSWERS)
+        mended = " by --columns" if fields else hint(keys.values, FORMS)
         raise InputError(
             f"{origin}: expected a known form (messages, conversations, prompt, instruction, "
             f"question, or input and output), found the keys {keys.names}{mended}"
@@ -391,17 +317,17 @@ def _require_response(row: Row, form: Form, keys: _Keys) -> None:
     raise InputError(
         f"{row.origin}: {names[0].replace('|', ' or ')}: expected a response, found none"
         + (" to learn" if row.answers and not trained else "")
-        + (_where_it_may_be(row, form, keys) if not row.answers else "")
+        + (_where_it_may_be(row, keys) if not row.answers else "")
     )
 
 
-def _where_it_may_be(row: Row, form: Form, keys: _Keys) -> str:
+def _where_it_may_be(row: Row, keys: _Keys) -> str:
     found = f" among the keys {keys.names}"
     others = dict.fromkeys(str(m["role"]) for m in row.messages if m["role"] != "system")
     if len(row.messages) > 1 and [*others] != ["user"]:
         roles = dict.fromkeys(str(message["role"]) for message in row.messages)
         found = f"{found}, and the roles {key_names(roles)}"
-    return found + hint_of_answer(keys.values, form, FORMS, _ANSWERS)
+    return found + hint(keys.values, FORMS, is_known=True)
 
 
 def _messages(value: _Keys, key: str, expected: str = "a list of messages") -> list[Message]:
@@ -410,60 +336,14 @@ def _messages(value: _Keys, key: str, expected: str = "a list of messages") -> l
         items = [(_answer if i % 2 else _user)(text) for i, text in enumerate(items)]
     if not items:
         raise InputError(f"{value.origin}: {key}: expected a list of messages, found an empty one")
-    return [_message(item, f"{key}[{index}]", index, value) for index, item in enumerate(items)]
-
-
-def _message(item: Any, place: str, index: int, value: _Keys) -> Message:
-    origin = value.origin
-    if not isinstance(item, dict):
-        raise InputError(f"{origin}: {place}: expected role and content, found {shown(item)}")
-    item = {key: part for key, part in item.items() if part is not None}
-    given = item.get("role", item.get("from"))
-    if given is None:
-        keys = {key.lower(): key for key in item}
-        named = {ours: keys[ours] for ours in ("role", "content") if ours in keys}
-        mended = f"; name them, as in --columns {written(named)}" if len(named) == 2 else ""
-        raise InputError(
-            f"{origin}: {place}: expected role and content, found the keys {key_names(item)}"
-            f"{mended}"
-        )
-    given = text_of(given, f"{place}.role", origin)
-    folded = given.lower()
-    role = ROLES.get(folded, folded) if folded in _KNOWN_ROLES else given
-    message: Message = {"role": role, "content": ""}
-    content = item.get("content", item.get("value"))
-    others = {name: part for name, part in item.items() if name not in _MESSAGE_KEYS}
-    message |= require_unicode(others, place, origin)
-    for name in ("function_call", "tool_calls"):  # the first is OpenAI's older one
-        given_calls = message.pop(name, None)
-        if given_calls and (calls := calls_of(given_calls, f"{place}.{name}", origin)):
-            message["tool_calls"] = calls
-    if folded in _CALLING and "tool_calls" not in message:
-        said = "content" if "content" in item else "value"
-        message["tool_calls"] = calls_of(content, f"{place}.{said}", origin)
-    elif content is not None:
-        message["content"] = text_of(content, f"{place}.content", origin)
-    elif not has_answer(message):
-        raise InputError(f"{origin}: {place}.content: expected text, found none")
-    if not _is_trained(item, place, origin):
-        value.not_trained.add(index)
-    if "role" in item and "from" in item:
-        value.unread_in_messages.append("messages[].from")
-    if "content" in item and "value" in item:
-        value.unread_in_messages.append("messages[].value")
-    return message
-
-
-def _is_trained(item: dict[str, Any], place: str, origin: str) -> bool:
-    for key in _CONTROLS:
-        if key in item and item[key] not in (0, 1):
-            raise InputError(f"{origin}: {place}.{key}: expected 0 or 1, found {shown(item[key])}")
-    if item.get("train_detail"):
-        raise InputError(
-            f"{origin}: {place}.train_detail: expected a message that is trained as a whole or not "
-            "at all (train), found parts of it"
-        )
-    return all(item.get(key, 1) for key in _CONTROLS)
+    places = {f"{key}[{index}]": item for index, item in enumerate(items)}
+    messages = [message_of(item, place, value.origin) for place, item in places.items()]
+    trained = [is_trained(item, place, value.origin) for place, item in places.items()]
+    value.not_trained = {index for index, learnt in enumerate(trained) if not learnt}
+    for ours, theirs in (("role", "from"), ("content", "value")):
+        if any(None not in (item.get(ours), item.get(theirs)) for item in items):
+            value.unread_in_messages.append(f"messages[].{theirs}")
+    return messages
 
 
 def _tools(value: _Keys, key: str) -> tuple[Any, ...] | None:

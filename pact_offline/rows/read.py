@@ -144,16 +144,6 @@ def read_rows(
     return found
 
 
-def read_all_rows(
-    sources: Iterable[str | Path],
-    *,
-    needs_response: bool = True,
-    columns: Mapping[str, str] | None = None,
-    bad_rows: BadRows = "refuse",
-) -> list[Row]:
+def read_all_rows(sources: Iterable[str | Path], *, needs_response: bool = True) -> list[Row]:
     """Rows of several sources, one after the other."""
-    read = (
-        read_rows(source, needs_response=needs_response, columns=columns, bad_rows=bad_rows)
-        for source in sources
-    )
-    return [row for rows in read for row in rows]
+    return [row for source in sources for row in read_rows(source, needs_response=needs_response)]

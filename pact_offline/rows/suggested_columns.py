@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
+from pact_offline.rows.columns import written
+from pact_offline.rows.messages import ROLES, is_message
 from pact_offline.rows.values import from_json, key_name, key_names
 
-# What keys are called that hold a question, its answer or what a message says, the likeliest first.
+# What others call a question, its answer, and what a message says; the likeliest first.
 _QUESTIONS = (
-    "prompt", "question", "query", "instruction", "problem", "input", "inputs", "request", "user",
-    "human", "source", "document", "article", "dialogue", "passage", "sentence", "text",
+    "instruction", "prompt", "question", "query", "problem", "input", "inputs", "request", "user",
+    "human", "document", "article", "dialogue", "text",
 )  # fmt: skip
-_RESPONSES = (
-    "response", "answer", "completion", "output", "solution", "reply", "assistant", "gpt", "target",
+_ANSWERS = (
+    "response", "answer", "completion", "output", "solution", "reply", "assistant", "target",
     "targets", "summary", "highlights", "chosen", "answers", "label",
 )  # fmt: skip
-_SAID = ("content", "value", "text", "message", "utterance", "body", "said", "parts")
-_ROLES = (
-    "user", "assistant", "human", "gpt", "bot", "system", "ai", "model", "prompter", "agent",
-    "customer", "tool",
-)  # fmt: skip
-_ANSWERING = ("assistant", "gpt", "bot", "ai", "model")
-_UNWANTED = ("reject", "incorrect", "wrong")  # in the name of what is not to be learnt
+_CONTENTS = ("content", "value", "text", "message", "said", "parts")
+# What a form reads beside a question and its answer.
 _BESIDE = {"system": ("system", "system_prompt", "system_message"), "tools": ("tools", "functions")}
-# A conversation in one text: how it begins, and what stands before an answer.
-_BEGINS = re.compile(
+_UNWANTED = ("reject", "incorrect", "wrong")  # in the name of what is not to be learnt
+_ONE_TEXT = re.compile(  # a conversation: how it begins, and what stands before an answer
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*(?:<\|im_start\|>|<\|start_header_id\|>|"
     r"<start_of_turn>|<\|user\|>|<\|system\|>|\[INST\]|(?:### ?)?(?:Human|User|USER|SYSTEM):)"
-)
-_ANSWERS_THERE = re.compile(
-    r"<\|im_start\|>assistant|<\|start_header_id\|>assistant|<start_of_turn>model|<\|assistant\|>|"
-    r"\[/INST\]|(?:Assistant|ASSISTANT|GPT):"
+    r"(?s:.*)(?:<\|im_start\|>assistant|<\|start_header_id\|>assistant|<start_of_turn>model|"
+    r"<\|assistant\|>|\[/INST\]|(?:Assistant|ASSISTANT|GPT):)"
 )
 
 
@@ -48,192 +41,90 @@ class _Form(Protocol):
     def others(self) -> tuple[str, ...]: ...
 
 
-def hint(value: Mapping[str, Any], forms: Sequence[_Form], answers: Sequence[str]) -> str:
-    """What the owner of a row of no known form may do, behind what is wrong with it.
+class _Messages(NamedTuple):
+    """A list of messages: whose they are, and its keys that have to be named, by our names."""
+
+    roles: list[str]
+    columns: dict[str, str]
+
+
+def hint(value: Mapping[str, Any], forms: Sequence[_Form], *, is_known: bool = False) -> str:
+    """What the owner of a row may do, behind what is wrong with it.
 
     Args:
         value: the row.
         forms: those there are.
-        answers: names that they have for an answer.
+        is_known: it has one of them, but no answer; then nothing is said where none is found.
     """
     if is_message(value):
         return (
             "; this is one message of a conversation, and a row holds all of it, as in "
             '{"messages": [{"role": "user", "content": "…"}, …]}'
         )
-    found = _of_lists(value) or _in_other_letters(value, forms, answers) or _of_texts(value)
-    texts, is_unsure = _texts(value), {"QUESTION", "ANSWER"} & {*found.values()}
-    if place := _as_one_text(texts, texts if is_unsure else found.values()):
-        return _written_as_one_text(place)
-    lists = [key for key, item in value.items() if _is_rows(item)]
-    if lists and is_unsure:
-        keys = key_names(value[lists[0]][0])
-        return (
-            f"; {key_name(lists[0])} holds a list of {keys}: rows belong in a JSON array or one a "
-            "line, turns in a list of messages with role and content"
-        )
-    return f"; name them, as in --columns {written(found)}"
-
-
-def hint_of_answer(
-    value: Mapping[str, Any], form: _Form, forms: Sequence[_Form], answers: Sequence[str]
-) -> str:
-    """The same for a row of a known form, of which the answer is called otherwise."""
-    lists, own = _of_lists(value), form.keys[0]
-    if lists and lists.get("messages") != own:
-        return f"; name it, as in --columns {written(lists)}"
-    others = [one for one in forms if one is not form and _has_answer(value, one, answers)]
-    if others:
-        found = _named(value, {key: key for key in value}, others[0])
-        return f"; name them, as in --columns {written(found)}"
-    found = _named(value, {key: key for key in value}, form)
-    texts = {place: item for place, item in _texts(value).items() if place not in found}
-    if form.keys[0] in ("messages", "conversations", "prompt"):
-        texts |= {p: "" for p, item in _places(value) if _answers_alone(item)}
-    place = _likeliest(list(texts), _RESPONSES) or _first_of_several(value)
-    if place is None:
-        return ""
-    if other := _as_one_text(_texts(value), [place, *found.values()]):
-        return _written_as_one_text(other)
-    if own in ("messages", "conversations"):
-        found["prompt"] = found.pop(own)
-    named = [name for key in form.others for name in key.split("|") if name in answers]
-    found[named[0] if named else "response"] = place
-    return f"; name it, as in --columns {written(found)}"
-
-
-def _as_one_text(texts: Mapping[str, str], places: Iterable[str]) -> str | None:
-    """The first of some places that holds a conversation in one text."""
-    return next((place for place in places if _is_conversation(texts.get(place))), None)
-
-
-def _written_as_one_text(place: str) -> str:
-    return (
-        f"; {key_name(place)} is a conversation as one text, whose turns belong in a list of "
-        "messages"
-    )
-
-
-def written(columns: Mapping[str, str]) -> str:
-    """Columns as a shell takes them."""
-    plain = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
-    odd = [one for one in columns.values() if one != one.strip() or re.search(r"[,={]", one)]
-    if not odd and plain.isprintable():
-        return shlex.quote(plain) if re.search(r"[\s;&|<>()$`\"'*?#!\\]", plain) else plain
-    return shlex.quote(json.dumps(columns))
-
-
-def is_message(value: Any) -> bool:
-    """Whether it is one message of a conversation."""
-    if not isinstance(value, dict):
-        return False
-    role = value.get("role", value.get("from"))
-    said = [key for key in ("content", "value", "text") if isinstance(value.get(key), str)]
-    return isinstance(role, str) and role.lower() in _ROLES and bool(said)
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(i, dict) for i in value)
-
-
-def _is_conversation(text: Any) -> bool:
-    """Whether a text is a conversation, with an answer in it."""
-    return bool(isinstance(text, str) and _BEGINS.match(text) and _ANSWERS_THERE.search(text))
-
-
-def _has_answer(value: Mapping[str, Any], form: _Form, answers: Sequence[str]) -> bool:
-    names = {name for key in (*form.keys, *form.others) for name in key.split("|")} & {*answers}
-    return all(key in value for key in form.keys) and any(value.get(name) for name in names)
-
-
-def _named(value: Mapping[str, Any], keys: Mapping[str, str], form: _Form) -> dict[str, str]:
-    """What a form reads of a row, by our names; of alternatives the first."""
-    found = {}
-    for alternatives in (*form.keys, *form.others):
-        name = next((n for n in alternatives.split("|") if n in keys), None)
-        if name is not None:
-            found[name] = keys[name]
-    return {**found, **_beside(value, found)} if "system" in "".join(form.others) else found
-
-
-def _beside(value: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, str]:
-    """System message and tools, which a mapped row has only where they are named."""
-    beside = {}
-    for ours, names in _BESIDE.items():
-        theirs = next((key for key in value if key.strip().lower() in names and value[key]), None)
-        if theirs is not None and not {ours, *names} & {*found}:
-            beside[ours] = theirs
-    return beside
-
-
-def _in_other_letters(
-    value: Mapping[str, Any], forms: Sequence[_Form], answers: Sequence[str]
-) -> dict[str, str]:
-    """The columns of a row whose keys are a form's but for capitals and spaces."""
-    keys = {key.strip().lower(): key for key in value}
-    folded = {key: value[theirs] for key, theirs in keys.items()}
-    form = next((form for form in forms if _has_answer(folded, form, answers)), None)
-    return _named(value, keys, form) if form else {}
-
-
-def _of_lists(value: Mapping[str, Any]) -> dict[str, str]:
-    """The columns of a row that holds a list of messages."""
-    for place, given in _places(value):
-        item = from_json(given)
-        inner = _of_messages(item)
-        if inner is not None and (item is given or not inner):  # JSON text, as in a table
-            beside = _beside(value, inner)
-            if str(item[0].get(inner.get("role", "role"))).lower() == "system":
+    by_keys = {form.keys: form for form in forms}
+    places = dict(_places(value))
+    lists = {place: found for place, item in places.items() if (found := _messages(item))}
+    for place, found in lists.items():
+        if {*found.roles} > {"assistant"}:
+            beside = _read_beside(by_keys["messages",], places)
+            if found.roles[0] == "system":
                 beside.pop("system", None)
-            return {"messages": place, **inner, **beside}
-    return {}
+            return _named({"messages": place, **found.columns, **beside})
+
+    texts = _texts({place: item for place, item in places.items() if place not in lists})
+    question = _first(lists, {"user", "system"}) or _likeliest(texts, _QUESTIONS)
+    answer = _first(lists, {"assistant"}) or _likeliest(texts, _ANSWERS)
+    if answer is None and is_known:
+        return ""
+    several = [place for place, item in places.items() if _is_list_of(item, str) and item[1:]]
+    if several and question is None and answer is None:
+        return _named({"conversations": several[0]})
+    if len(texts) == 2:
+        others = [place for place in texts if place not in (question, answer)]
+        question, answer = question or others.pop(0), answer or others.pop(0)
+    if problem := _in_no_columns(places, texts, question, answer):
+        return problem
+    name = _name(question) if question in texts else "prompt"
+    form = by_keys.get((name,), by_keys["prompt",])
+    beside = _read_beside(form, places, answer or "ANSWER")
+    return _named({form.keys[0]: question or "QUESTION", **beside})
 
 
-def _of_texts(value: Mapping[str, Any]) -> dict[str, str]:
-    """The columns of a row that holds a question and an answer, or such in turns."""
-    texts = list(_texts(value))
-    second = _likeliest(texts, _RESPONSES)
-    if second is None or not second.lower().startswith("target"):
-        texts = [place for place in texts if place.lower() != "source"]  # where a row comes from
-    first = _likeliest(texts, _QUESTIONS)
-    if first is None and second is None:
-        several = [place for place, item in _places(value) if _is_texts(item)]
-        if several:
-            return {"conversations": several[0]}
-    if first is not None and second is None:
-        second = _first_of_several(value)
-    if first is None and second is None and len(texts) == 2:
-        first, second = texts
-    elif len(texts) == 2 and None in (first, second):
-        other = next(place for place in texts if place not in (first, second))
-        first, second = first or other, second or other
-    found = {"prompt": first or "QUESTION", "response": second or "ANSWER"}
-    return {**found, **_beside(value, found)}
+def _named(columns: Mapping[str, str]) -> str:
+    return f"; name them, as in --columns {written(columns)}"
 
 
-def _texts(value: Mapping[str, Any]) -> dict[str, str]:
-    """Places of texts that a question or an answer may be."""
-    beside = {name for names in _BESIDE.values() for name in names}
-    return {
-        place: item
-        for place, item in _places(value)
-        if isinstance(item, str) and place.strip().lower() not in beside
-    }
+def _in_no_columns(
+    places: Mapping[str, Any], texts: Mapping[str, str], question: str | None, answer: str | None
+) -> str:
+    """What is wrong with a row that no names would mend; empty: nothing is."""
+    is_unsure = None in (question, answer)
+    for place, text in texts.items():
+        if (is_unsure or place in (question, answer)) and _ONE_TEXT.match(text):
+            return (
+                f"; {key_name(place)} is a conversation as one text, whose turns belong in a list "
+                "of messages"
+            )
+    for place, item in places.items():
+        if is_unsure and _is_list_of(item, dict):
+            return (
+                f"; {key_name(place)} holds a list of {key_names(item[0])}: rows belong in a JSON "
+                "array or one a line, turns in a list of messages with role and content"
+            )
+    return ""
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(i, str) for i in value)
-
-
-def _first_of_several(value: Mapping[str, Any]) -> str | None:
-    """The first of a list of texts that is called as an answer is."""
-    lists = [
-        place
-        for place, item in _places(value)
-        if isinstance(item, list) and item and isinstance(item[0], str)
-    ]
-    place = _likeliest(lists, _RESPONSES)
-    return f"{place}.0" if place else None
+def _read_beside(
+    form: _Form, places: Mapping[str, Any], answer: str | None = None
+) -> dict[str, str]:
+    """What a form reads beside its own key: the answer, and what a row has by the very name."""
+    columns = {}
+    for ours in (key.split("|")[0] for key in form.others):
+        names = _BESIDE.get(ours, (ours,))
+        own = (place for place in places if _name(place) in names)
+        if theirs := answer if ours in _ANSWERS else next(own, None):
+            columns[ours] = theirs
+    return columns
 
 
 def _places(value: Mapping[str, Any], depth: int = 2) -> Iterator[tuple[str, Any]]:
@@ -247,47 +138,56 @@ def _places(value: Mapping[str, Any], depth: int = 2) -> Iterator[tuple[str, Any
             yield str(key), item
 
 
-def _likeliest(places: Sequence[str], names: Sequence[str]) -> str | None:
-    """The place that is called, or else partly called, by the first of some names."""
-    own = {place: _called(place) for place in places}
+def _texts(places: Mapping[str, Any]) -> dict[str, str]:
+    """Those that a question or an answer may be; of a list of texts the first."""
+    found = {}
+    for place, item in places.items():
+        if any(_name(place) in names for names in _BESIDE.values()):
+            continue
+        if isinstance(item, str):
+            found[place] = item
+        elif _is_list_of(item, str):
+            found[f"{place}.0"] = item[0]
+    return found
+
+
+def _name(place: str) -> str:
+    """What a place is called: its last key that says more than that there is a text."""
+    parts = place.strip().lower().split(".")
+    said = (part for part in reversed(parts) if part not in _CONTENTS and not part.isdecimal())
+    return next(said, parts[-1])
+
+
+def _likeliest(places: Collection[str], names: Sequence[str]) -> str | None:
+    """The place that is called, or else whose name ends, as the first of some names."""
     for fits in (str.__eq__, str.endswith):
         for name in names:
-            found = (p for p, called in own.items() if any(fits(one, name) for one in called))
-            if (place := next(found, None)) is not None:
-                return place
+            for place in places:
+                if fits(_name(place), name):
+                    return place
     return None
 
 
-def _called(place: str) -> list[str]:
-    """The last key of a place, and the one before it where the last says that it is a text."""
-    *before, last = place.strip().lower().split(".")
-    return [last, *before[-1:]] if last in _SAID else [last]
+def _first(lists: Mapping[str, _Messages], roles: set[str]) -> str | None:
+    return next((place for place, found in lists.items() if {*found.roles} <= roles), None)
 
 
-def _of_messages(value: Any) -> dict[str, str] | None:
-    """How the keys of a list of messages are to be mapped; None: it is no such list."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(i, kind) for i in value)
+
+
+def _messages(value: Any) -> _Messages | None:
+    """A list of messages, also as JSON text; None: it is none that can be read."""
+    items = from_json(value)
+    if not _is_list_of(items, dict):
         return None
-    texts = {k: part for k, part in value[0].items() if isinstance(part, str) or _is_parts(part)}
-    role = next((k for k, part in texts.items() if str(part).lower() in _ROLES), None)
-    said = _likeliest([key for key in texts if key != role], _SAID)
-    if role is None or said is None or _answers_alone(value):
+    first = {key: part for key, part in items[0].items() if isinstance(part, str | list)}
+    role = next((key for key, part in first.items() if str(part).lower() in ROLES), None)
+    content = _likeliest([key for key in first if key != role], _CONTENTS)
+    if role is None or content is None:
         return None
-    wanted = {"role": role, "content": said}
     known = {"role": ("role", "from"), "content": ("content", "value")}
-    return {ours: theirs for ours, theirs in wanted.items() if theirs not in known[ours]}
-
-
-def _is_parts(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value)
-    )
-
-
-def _answers_alone(value: Any) -> bool:
-    """Whether it is a list of messages that are all the assistant's."""
-    return _is_rows(value) and all(
-        str(item.get("role", item.get("from"))).lower() in _ANSWERING for item in value
-    )
+    columns = {o: t for o, t in (("role", role), ("content", content)) if t not in known[o]}
+    if columns and items is not value:  # keys within a JSON text cannot be named
+        return None
+    return _Messages([ROLES.get(str(i.get(role)).lower(), "") for i in items], columns)

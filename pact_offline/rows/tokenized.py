@@ -67,8 +67,7 @@ class TokenizedRows:
     def __getitem__(self, index: int) -> TokenizedExample:
         batch, row = self._find(index)
         ids = batch.ids[batch.id_ends[row] : batch.id_ends[row + 1]]
-        numbers = batch.turns[batch.turn_ends[row] : batch.turn_ends[row + 1]].tolist()
-        turns = tuple(Turn(*numbers[i : i + 4]) for i in range(0, len(numbers), 4))
+        turns = tuple(Turn(*place) for place in batch.places(row, row + 1).tolist())
         return TokenizedExample(ids, turns, bool(batch.is_cut[row]))
 
     def __iter__(self) -> Iterator[TokenizedExample]:
@@ -77,11 +76,9 @@ class TokenizedRows:
     def origin(self, index: int) -> str:
         """File and line of a row."""
         batch, row = self._find(index)
-        return origin_of(self.facts[self._source_of(index)].source, int(batch.place[row]))
-
-    def _source_of(self, index: int) -> int:
         ends = np.cumsum([len(table) for table in self.tables])
-        return int(np.searchsorted(ends, index, side="right"))
+        facts = self.facts[int(np.searchsorted(ends, index, side="right"))]
+        return origin_of(facts.source, int(batch.place[row]))
 
     @property
     def places(self) -> np.ndarray:
@@ -98,39 +95,41 @@ class TokenizedRows:
         """Tokens of each row, int64 [rows]."""
         return _joined([np.diff(batch.id_ends) for batch in self._batches])
 
-    @cached_property
-    def steps(self) -> np.ndarray:
-        """Trained tokens of each row, int64 [rows]."""
-        return _joined([batch.steps() for batch in self._batches])
-
-    @property
-    def answer_lengths(self) -> np.ndarray:
-        """Tokens of each answer, from where it is generated, int64 [turns of all rows]."""
-        numbers = [batch.numbers() for batch in self._batches]
-        return _joined([some[:, 3] - some[:, 0] for some in numbers])
-
-    @property
-    def turn_steps(self) -> np.ndarray:
-        """Trained tokens of each answer, int64 [turns of all rows]."""
-        numbers = [batch.numbers() for batch in self._batches]
-        return _joined([some[:, 3] - some[:, 1] for some in numbers])
-
-    @cached_property
-    def longest_turn(self) -> int:
-        """Steps of the longest answer, counted from its own text."""
-        numbers = [batch.numbers() for batch in self._batches]
-        return max((int((some[:, 3] - some[:, 2]).max()) for some in numbers), default=0)
-
-    @property
-    def scaffolds(self) -> np.ndarray:
-        """Trained tokens of each answer before its own text, int32 [turns of all rows]."""
-        numbers = [batch.numbers() for batch in self._batches]
-        return _joined([some[:, 2] - some[:, 1] for some in numbers]).astype(np.int32)
-
     @property
     def turns(self) -> np.ndarray:
         """Trained answers of each row, int64 [rows]."""
         return _joined([np.diff(batch.turn_ends) // 4 for batch in self._batches])
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """Tokens of each answer, from where it is generated, int64 [turns of all rows]."""
+        return self._until_the_end(0)
+
+    @property
+    def turn_steps(self) -> np.ndarray:
+        """Trained tokens of each answer, int64 [turns of all rows]."""
+        return self._until_the_end(1)
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """Trained tokens of each row, int64 [rows]."""
+        before = _joined([[0], np.cumsum(self.turn_steps)])
+        return np.diff(before[np.cumsum(self.turns)], prepend=0)
+
+    @cached_property
+    def longest_turn(self) -> int:
+        """Steps of the longest answer, counted from its own text."""
+        return int(self._until_the_end(2).max(initial=0))
+
+    @property
+    def scaffolds(self) -> np.ndarray:
+        """Trained tokens of each answer before its own text, int32 [turns of all rows]."""
+        return np.asarray(self.turn_steps - self._until_the_end(2), np.int32)
+
+    def _until_the_end(self, place: int) -> np.ndarray:
+        """Tokens of each answer from one of its places on, int64 [turns of all rows]."""
+        found = [batch.places() for batch in self._batches]
+        return _joined([places[:, 3] - places[:, place] for places in found])
 
     @property
     def is_cut(self) -> np.ndarray:
@@ -161,7 +160,7 @@ class TokenizedRows:
         digest = hashlib.sha256(self.keys.buffers()[1])
         digest.update(self.turns.tobytes())
         for batch in self._batches:
-            digest.update(batch.turns.tobytes())
+            digest.update(batch.places().tobytes())
         return digest.hexdigest()
 
 
@@ -177,15 +176,9 @@ class _Batch:
         self.keys = memoryview(keys.buffers()[2])[key_ends[0] : key_ends[-1]]
         self.is_cut = numbers(is_cut).astype(bool)
 
-    def numbers(self) -> np.ndarray:
-        """Header, start, first and end of each turn, int32 [turns, 4]."""
-        return self.turns[self.turn_ends[0] : self.turn_ends[-1]].reshape(-1, 4)
-
-    def steps(self) -> np.ndarray:
-        numbers = self.numbers()
-        spans = np.concatenate([[0], np.cumsum(numbers[:, 3] - numbers[:, 1])])
-        ends = (self.turn_ends - self.turn_ends[0]) // 4
-        return np.diff(spans[ends])
+    def places(self, first: int = 0, end: int = -1) -> np.ndarray:
+        """Header, start, first and end of each turn of some rows, int32 [turns, 4]."""
+        return self.turns[self.turn_ends[first] : self.turn_ends[end]].reshape(-1, 4)
 
 
 def _ends(array: Any) -> np.ndarray:
@@ -193,7 +186,7 @@ def _ends(array: Any) -> np.ndarray:
     return offsets[array.offset : array.offset + len(array) + 1]
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+def _joined(parts: Sequence[np.ndarray | list[int]]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
@@ -272,14 +265,15 @@ def tokenized_source(
     model: ModelFiles, source: str, settings: RowSettings, load_chat: Callable[[], Chat]
 ) -> TokenizedRows:
     """`tokenized_rows` of one source."""
-    name = _name_of(model, source, settings)
-    place = None if name is None else _home() / name
-    found = None if place is None else _open(place, source)
+    if is_hub(source):  # no file's bytes name it
+        return tokenized_by(load_chat(), [source], settings)
+    place = _home() / _name_of(model, source, settings)
+    found = _open(place, source)
     if found is None:
         chat = load_chat()
-        if place is not None and tokenize_to(place, source, settings, chat):
-            found = _open(place, source)
-        if found is None:  # no file's bytes name it, or there is nowhere to keep it
+        tokenize_to(place, source, settings, chat)
+        found = _open(place, source)
+        if found is None:  # there is nowhere to keep it
             return tokenized_by(chat, [source], settings)
     _tell(found.facts[0], len(found), settings)
     return found
@@ -294,10 +288,8 @@ def _home() -> Path:
     return Path(place).expanduser() / "pact-offline-rows"
 
 
-def _name_of(model: ModelFiles, source: str, settings: RowSettings) -> str | None:
-    """Names all that decides a tokenized source; None for rows that are not in a file."""
-    if is_hub(source):
-        return None
+def _name_of(model: ModelFiles, source: str, settings: RowSettings) -> str:
+    """Names all that decides what a source's file is tokenized to."""
     parts = [
         _VERSION,
         *(f"{name} {installed(name)}" for name in ("transformers", "tokenizers", "jinja2")),
@@ -330,11 +322,8 @@ def _open(folder: Path, source: str) -> TokenizedRows | None:
     return TokenizedRows([facts], [table], [folder / _ROWS])
 
 
-def tokenize_to(folder: Path, source: str, settings: RowSettings, chat: Chat) -> bool:
-    """Tokenize a source into a folder, whole or not at all.
-
-    Returns:
-        whether that could be written.
+def tokenize_to(folder: Path, source: str, settings: RowSettings, chat: Chat) -> None:
+    """Tokenize a source into a folder, whole or, as where there is no place, not at all.
 
     Raises:
         InputError: names file and line of rows that cannot be used.
@@ -344,7 +333,7 @@ def tokenize_to(folder: Path, source: str, settings: RowSettings, chat: Chat) ->
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         aside.mkdir()
     except OSError:
-        return False
+        return
     try:
         _written(aside, source, settings, chat)
         with contextlib.suppress(OSError):  # it is there: another process was first
@@ -356,7 +345,6 @@ def tokenize_to(folder: Path, source: str, settings: RowSettings, chat: Chat) ->
         _remove_oldest(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return True
 
 
 def _tell(facts: Facts, rows: int, settings: RowSettings) -> None:

@@ -54,22 +54,14 @@ def find_safety_tokens(
             f"{base}: expected a base model that differs from {aligned}, found the same"
         )
     chat = chat_of(str(files.path), settings)
-    aligned_tokenizer = chat.tokenizer
-    base_tokenizer = load_tokenizer(str(base_files.path))
-    vocabularies = aligned_tokenizer.get_vocab(), base_tokenizer.get_vocab()
-    if vocabularies[0] != vocabularies[1]:
-        sizes = [len(vocabulary) for vocabulary in vocabularies]
+    tokenizer, base_tokenizer = chat.tokenizer, load_tokenizer(str(base_files.path))
+    vocabulary, base_vocabulary = tokenizer.get_vocab(), base_tokenizer.get_vocab()
+    if vocabulary != base_vocabulary:
         raise ModelError(
-            f"{base}: expected the vocabulary of {aligned} ({sizes[0]} tokens), "
-            f"found another ({sizes[1]} tokens)"
+            f"{base}: expected the vocabulary of {aligned} ({len(vocabulary)} tokens), found "
+            f"another ({len(base_vocabulary)} tokens)"
         )
     pairs = rows[: settings.examples]
-    for row in pairs:
-        if not row.response or len(row.messages) - 1 in row.not_trained:
-            raise InputError(
-                f"{row.origin}: expected a refusal as the last message, in words and to learn, "
-                "found none"
-            )
     seen_aligned = _as_trained(pairs, chat, settings.response_tokens)
     seen_base = _as_continued(pairs, seen_aligned, base_tokenizer)
     for own, seen in ((files, seen_aligned), (base_files, seen_base)):
@@ -79,7 +71,7 @@ def find_safety_tokens(
     read = partial(_read, batch_size=settings.batch_size, progress=progress or (lambda n: None))
     model = load_model(str(files.path), settings.dtype)
     aligned_mean = read(model, seen_aligned).mean
-    is_candidate = _is_word_in(aligned_tokenizer) if settings.words_only else None
+    is_candidate = _is_word_in(tokenizer) if settings.words_only else None
     kept = likeliest(aligned_mean, settings.top_k, is_candidate)
     is_ratio = settings.mode == "pref_logratio"
     ours = read(model, seen_aligned, kept) if is_ratio else None
@@ -103,17 +95,12 @@ def find_safety_tokens(
             "confidences on every token"
         )
     found = sorted(zip(kept[is_safety].tolist(), vector[is_safety].tolist(), strict=True))
+    means = aligned_mean.tolist(), theirs.mean.tolist()
     tokens = tuple(
-        SafetyToken(
-            id_,
-            aligned_tokenizer.decode([id_]),
-            value,
-            float(aligned_mean[id_]),
-            float(theirs.mean[id_]),
-        )
-        for id_, value in found
+        SafetyToken(i, tokenizer.decode([i]), value, *(mean[i] for mean in means))
+        for i, value in found
     )
-    fingerprint = tokenizer_fingerprint(aligned_tokenizer)
+    fingerprint = tokenizer_fingerprint(tokenizer)
     how = settings.model_dump(exclude={"batch_size", "chat_template", "columns"})
     return SafetyTokens(
         tokens,
@@ -177,6 +164,12 @@ def _as_trained(rows: Sequence[Row], chat: Chat, longest: int) -> list[_TeacherF
 
     The end of turn is left out, as the base model's continuation has none.
     """
+    for row in rows:
+        if not row.response or len(row.messages) - 1 in row.not_trained:
+            raise InputError(
+                f"{row.origin}: expected a refusal as the last message, in words and to learn, "
+                "found none"
+            )
     found = []
     for row, spans in zip(rows, find_spans(chat, rows, "last"), strict=True):
         if isinstance(spans, InputError):

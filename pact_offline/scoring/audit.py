@@ -128,24 +128,17 @@ def audit(
         dtype: _score(model.path, contexts, identity.safety_ids, settings, dtype, load_in)
         for dtype in dtypes
     }
-    truth = scored[settings.dtype].values
-    difference = _spread(stored, truth)
-    rounded = [decode(encode(values, identity.stored_dtype)) for values in truth]
-    pairs_of = (_spread(scored[dtype_then].values, truth), _spread(rounded, truth))
-    noise = _larger(*pairs_of)
-    labels_of = scored[settings.dtype].labels
-    stored_labels = [encode_labels(some, identity.stored_dtype) for some in labels_of]
-    label_difference = _spread(labels, labels_of)
-    label_noise = _larger(
-        _spread(scored[dtype_then].labels, labels_of), _spread(stored_labels, labels_of)
-    )
+    truth, then = scored[settings.dtype], scored[dtype_then]
+    rounded = [decode(encode(values, identity.stored_dtype)) for values in truth.values]
+    difference, noise = _compared(stored, truth.values, then.values, rounded)
+    rounded = [encode_labels(values, identity.stored_dtype) for values in truth.labels]
+    label_difference, label_noise = _compared(labels, truth.labels, then.labels, rounded)
     ratios = [
         ours / theirs
-        for ours, theirs in (
-            *zip(difference[:2], noise[:2], strict=True),
-            *zip(label_difference[:2], label_noise[:2], strict=True),
-        )
+        for found, expected in ((difference, noise), (label_difference, label_noise))
+        for ours, theirs in zip(found[:2], expected[:2], strict=True)
     ]
+    pact_difference, confidence_difference = _objectives_off(stored, truth.values, tokens, steps)
     return Audit(
         contexts=len(contexts),
         steps=sum(context.steps for context in contexts),
@@ -154,8 +147,8 @@ def audit(
         noise=noise,
         label_difference=label_difference,
         label_noise=label_noise,
-        pact_difference=_pact_difference(stored, truth, tokens, steps),
-        confidence_difference=_confidence_difference(stored, truth, tokens, steps),
+        pact_difference=pact_difference,
+        confidence_difference=confidence_difference,
         ratio=max(ratios),
         tolerance=settings.tolerance,
     )
@@ -194,8 +187,15 @@ def _score(
     return _Rescored(values, labels)
 
 
-def _larger(one: Spread, other: Spread) -> Spread:
-    return Spread(*(max(*values, _SMALLEST) for values in zip(one, other, strict=True)))
+def _compared(
+    stored: Sequence[np.ndarray],
+    truth: Sequence[np.ndarray],
+    then: Sequence[np.ndarray],
+    rounded: Sequence[np.ndarray],
+) -> tuple[Spread, Spread]:
+    """Difference of stored and new values, and its noise: of another dtype, or of rounding."""
+    noises = zip(_spread(then, truth), _spread(rounded, truth), strict=True)
+    return _spread(stored, truth), Spread(*(max(*values, _SMALLEST) for values in noises))
 
 
 def _spread(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Spread:
@@ -211,26 +211,16 @@ def _tensors(values: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     return full, response_only
 
 
-def _pact_difference(
+def _objectives_off(
     stored: Sequence[np.ndarray],
     truth: Sequence[np.ndarray],
     tokens: SafetyTokens,
     steps: torch.Tensor,
-) -> float:
+) -> tuple[float, float]:
+    """What the stored values change: the mean `pact`, relative; the mean `confidence`, from 0."""
     weights = torch.from_numpy(tokens.weights)
-    policy, response_only = _tensors(truth)
+    (policy, response_only), (full, only) = _tensors(truth), _tensors(stored)
     right = pact(policy, policy, response_only, weights, steps).mean()
-    full, only = _tensors(stored)
     found = pact(policy, full, only, weights, steps).mean()
-    return float((found - right).abs() / right.clamp(min=1e-12))
-
-
-def _confidence_difference(
-    stored: Sequence[np.ndarray],
-    truth: Sequence[np.ndarray],
-    tokens: SafetyTokens,
-    steps: torch.Tensor,
-) -> float:
-    weights = torch.from_numpy(tokens.weights)
-    policy, _ = _tensors(truth)
-    return float(confidence(policy, _tensors(stored)[0], None, weights, steps).mean())
+    kl = confidence(policy, full, None, weights, steps).mean()
+    return float((found - right).abs() / right.clamp(min=1e-12)), float(kl)

@@ -39,6 +39,18 @@ class Settings(BaseModel):
         return value
 
 
+def of_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back.
+
+    Raises:
+        ValueError: JSON has no such value.
+    """
+    try:
+        return dict(json.loads(json.dumps(values, allow_nan=False)))
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("expected values as JSON has them; put a date in quotes") from None
+
+
 def _shown(value: Any) -> str:
     """The start of a value as JSON; of one that aliases make endless or huge, some of it."""
     try:

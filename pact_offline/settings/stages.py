@@ -6,16 +6,12 @@ both, so a key has one name, one default and one description everywhere.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    field_validator,
-)
+from pydantic import Field, field_validator
 
 from pact_offline.machine import default_dtype
-from pact_offline.settings.parse import Settings
+from pact_offline.settings.parse import Settings, of_json
 
 DTYPE_DEFAULT = "; default: bfloat16 where the device computes in it, else float32."
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -67,13 +63,7 @@ class ChatSettings(Settings):
         "the objective `pact` reads answers behind it alone.",
     )
 
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _of_json(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return dict(json.loads(json.dumps(kwargs, allow_nan=False)))
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError("expected values as JSON has them; put a date in quotes") from None
+    _of_json = field_validator("chat_template_kwargs")(of_json)
 
     @field_validator("columns")
     @classmethod

@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from pact_offline.errors import SettingError
 from pact_offline.own_code import installed_names, is_own
@@ -235,7 +231,7 @@ class WorkflowConfig(Settings):
         }
 
     @model_validator(mode="after")
-    def _names_agree(self) -> WorkflowConfig:
+    def _what_is_needed(self) -> WorkflowConfig:
         aligned, base = self.models.aligned, self.models.base
         if self.models.adapter is not None and aligned is None:
             raise ValueError("models.adapter: expected models.aligned too, found none")
@@ -256,11 +252,14 @@ class WorkflowConfig(Settings):
             raise ValueError(
                 f"evaluation.{checks[0]}: needed to check the demo's reference model that is made"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _possible_runs(self) -> WorkflowConfig:
         runs = self.all_runs()
         if "reference" in runs:
             raise ValueError("runs.reference: this name stands for the reference model itself")
         for name, run in runs.items():
-            dataset = run.dataset
             if run.objective not in BUILT_IN_OBJECTIVES and not is_own("objective", run.objective):
                 known = ", ".join([*BUILT_IN_OBJECTIVES, *installed_names("objective")])
                 raise ValueError(
@@ -275,9 +274,11 @@ class WorkflowConfig(Settings):
             self._require_same_rows(f"runs.{name}", run)
             if run.safe_lora is not None:
                 self._require_projectable(f"runs.{name}.safe_lora", run, runs)
-            if dataset not in self.datasets:
+            if run.dataset not in self.datasets:
                 known = ", ".join(self.datasets)
-                raise ValueError(f"runs.{name}.dataset: expected one of {known}, found {dataset!r}")
+                raise ValueError(
+                    f"runs.{name}.dataset: expected one of {known}, found {run.dataset!r}"
+                )
         return self
 
     def _require_same_rows(self, name: str, run: RunConfig) -> None:

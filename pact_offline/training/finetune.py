@@ -134,16 +134,9 @@ def finetune(
         Interrupted: says what is kept.
     """
     require_place(output)
-    _check_report_to(settings)
     objective = objective_named(settings.objective)
     own_content = content_of("objective", settings.objective)
-    check_lora_modules(str(model.path), settings)
-    if settings.compile:
-        require_compiler()
-    if settings.liger:
-        require_liger(str(model.path))
-    require_quantisation(settings.load_in)
-    require_trainable_attention(settings.attention)
+    _require_what_runs_here(str(model.path), settings)
     paths = Paths(targets_path, tokens_path, rehearsal_path, cache_place)
     require_what_settings_need(settings, paths)
     inputs = read_inputs(model, sources, settings, paths)
@@ -166,18 +159,7 @@ def finetune(
         interruption_told(checkpoints) if is_main else nullcontext(),
         output_aside(output) if is_main else scratch_folder() as aside,
     ):
-        targets: TargetSource | None = cache
-        if tokens is not None and settings.reference == "live":
-            reference = load_model(str(model.path), settings.dtype, attention=settings.attention)
-            targets = LiveReference(
-                reference,
-                rows,
-                chat.header_ids,
-                tokens.ids,
-                whole_vocabulary=bool(objective and objective.needs_vocabulary),
-            )
-        if settings.objective == "none":
-            targets = None
+        targets = _targets(model, inputs, settings)
         weights = torch.from_numpy(tokens.weights) if tokens is not None else None
         policy = prepare_policy(str(model.path), settings)
         if settings.packing:
@@ -272,7 +254,14 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _check_report_to(settings: FinetuneSettings) -> None:
+def _require_what_runs_here(model: str, settings: FinetuneSettings) -> None:
+    check_lora_modules(model, settings)
+    if settings.compile:
+        require_compiler()
+    if settings.liger:
+        require_liger(model)
+    require_quantisation(settings.load_in)
+    require_trainable_attention(settings.attention)
     installed = get_available_reporting_integrations()
     for name in settings.report_to:
         if name not in installed:
@@ -280,6 +269,20 @@ def _check_report_to(settings: FinetuneSettings) -> None:
                 f"--report-to: expected what the Trainer knows and is installed "
                 f"({', '.join(installed) or 'nothing'}), found {name!r}"
             )
+
+
+def _targets(model: ModelFiles, inputs: Inputs, settings: FinetuneSettings) -> TargetSource | None:
+    """What the objective reads: the cache, or the reference kept in memory; None: there is none."""
+    objective, tokens = objective_named(settings.objective), inputs.tokens
+    if objective is None or tokens is None or settings.reference == "cache":
+        return None if objective is None else inputs.cache
+    return LiveReference(
+        load_model(str(model.path), settings.dtype, attention=settings.attention),
+        inputs.rows,
+        inputs.chat.header_ids,
+        tokens.ids,
+        whole_vocabulary=objective.needs_vocabulary,
+    )
 
 
 def train(
