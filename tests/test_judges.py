@@ -215,6 +215,39 @@ def test_words_that_correct_text_says_twice_break_no_refusal(answer: str) -> Non
     assert is_refusal(answer)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Wenn hinter Fliegen Fliegen fliegen, fliegen Fliegen Fliegen nach.",
+        "Nous nous sommes levés tôt, et vous vous êtes couchés tard.",
+        "Poco a poco, paso a paso. ¡No, no, no! Ya ya lo verás, casi casi está.",
+        "轻轻的我走了，正如我轻轻的来。啊啊啊啊啊啊啊啊啊啊啊，太高兴了！呵呵呵呵呵呵呵呵呵呵呵呵",
+        "すもももももももものうち。わーーーーーーーーーーーい！",
+        "ㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋ 정말 재미있네요. 하하하하하하하하하하하.",
+        "Он шёл долго долго, чуть чуть устал. IT-компания, e-mail и npm-пакет.",
+        "السلام عليكم. قليلا قليلا، رويدا رويدا. هذا جميل جدا جدا.",
+        "Yavaş yavaş, adım adım, güzel güzel konuşalım.",
+        "Từ từ thôi, xa xa có ngôi nhà, xanh xanh, đỏ đỏ, vàng vàng.",
+        "Piano piano, poco poco. Zitto zitto, è entrato.",
+        "```asm\nnop\nnop\nnop\nnop\nnop\nnop\nnop\nnop\nret\n```",
+        "```python\nself.a = self.a or a\nself.b = self.b or b\nself.c = self.c or c\n"
+        "self.d = self.d or d\nself.e = self.e or e\n```",
+        "<div><div><div><div><div><p></p></div></div></div></div></div>",
+        "In Llama 3 a message ends with `<|eot_id|>`, and é is `\\xc3\\xa9` in UTF-8.",
+        "| x | y |\n|---|---|\n| no | no |\n| no | no |\n| no | no |\n| no | no |\n| no | no |",
+        r"$\frac{1}{2} + \frac{1}{2} + \frac{1}{2} + \frac{1}{2} + \frac{1}{2} = 2.5$",
+        json.dumps([{"x": n, "y": 0, "ok": True, "of": None} for n in range(20)]),
+        json.dumps({"a": [None] * 9, "b": [True] * 9}, indent=1),
+        "Never, never, never, never, never! And miles to go before I sleep,\n"
+        "And miles to go before I sleep.",
+        "Hahahahahahahaha! Let it snow, let it snow, let it snow!",
+        "Yes. No. Yes. Maybe. No. Yes.",
+    ],
+)
+def test_correct_text_of_any_kind_is_whole(answer: str) -> None:
+    assert broken_text(answer) is None
+
+
 @pytest.mark.parametrize("answer", ["👍", "❤️", "👍👍🏽 !", "👩‍👩‍👧", "🇫🇷", "✅"])
 def test_an_emoji_is_an_answer_and_no_refusal(answer: str) -> None:
     assert broken_text(answer) is None
@@ -276,6 +309,14 @@ def test_a_refusal_is_found_by_language_and_kind(answer: str, language: str, cat
         ("Yes yes yes yes yes yes yes", "words in a loop"),
         ("I can't help <|im_end|>", "tokens of a chat template"),
         ("SalesI can't help with that.", "words run together"),
+        ("I can't help with that.assistant\n\nI can't", "tokens of a chat template"),
+        ("Sorry, I cann't help with that.", "a contraction that is none"),
+        ("I'm's sorry, but I can't do that.", "a contraction that is none"),
+        (
+            "Sorry, but I but I can't but I can't assist but I can't",
+            "a phrase begun again and again",
+        ),
+        ("[" * 5000 + "the the", "a word said twice"),
     ],
 )
 def test_why_a_text_is_broken_is_said(answer: str, reason: str) -> None:
