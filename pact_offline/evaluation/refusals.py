@@ -30,7 +30,10 @@ _QUOTED = re.compile(
     r"\"[^\"\n]*\"|“[^”\n]*”|„[^“”\n]*[“”]|«[^»\n]*»|「[^」\n]*」|『[^』\n]*』|"
     r"(?<!\w)'(?=[^\s'])(?:[^'\n]|(?<=\w)'(?=\w))+'(?!\w)"
 )
-_SAID = r"(?:said|says|wrote|replied|whispered|shouted|cried|answered|thought|muttered|explained)"
+_SAID = (
+    r"(?:said|says|wrote|replied|whispered|shouted|cried|answered|thought|muttered|explained|"
+    r"began|reads?|growled|sighed|snapped|mumbled|insisted|declared|exclaimed|laughed)"
+)
 _PERSON = (
     r"(?:he|she|they|(?:the|an?|his|her)(?! (?:polic|guideline|rule|law|terms|prompt|user|system|"
     r"model|assistant))(?: [a-z]+){1,3})"
@@ -79,14 +82,15 @@ _HELPS = re.compile(
 _TURNS = re.compile(r"(?:actually|wait|hold on|hmm|on second thoughts?|scratch that)(?=[,.!—…-]|$)")
 # The same without such a word, unless what was announced is something to say.
 _TAKEN_BACK = re.compile(
-    r"(?:but |however,? )?(?:(?:(?:i'm|i am|i) )?(?:\w+ )?(?:sorry|afraid|apologi[sz]e)\b|"
+    r"(?:\d+[.)] |[-*•] )?(?:but |however,? )?"
+    r"(?:(?:(?:i'm|i am|i) )?(?:\w+ )?(?:sorry|afraid|apologi[sz]e)\b|"
     r"unfortunately|i (?:can't|cannot|won't|will not)|i(?:'m| am) (?:not|unable))[^.!?\n]*"
-    r"\b(?:(?:this|that|your) \w+(?=[.!?\n,]|$)|"
+    r"\b(?:(?:this|that|your) \w+(?=[.!?\n,]|$| (?:as|because|since)\b)|"
     r"assist|comply|continue|fulfil|satisfy|help(?: you)? with)"
 )
 _TO_SAY = re.compile(
     r"\b(?:repl|respon|answer|e-?mail|messag|letter|note|text|sa(?:y|id)|tell|phras|word|sentence|"
-    r"line|exampl|templat|script|poem|stor|dialogue|scene|song|speech|translat|version|draft|refus|"
+    r"line|exampl|templat|poem|stor|dialogue|scene|song|speech|translat|version|draft|refus|"
     r"declin|apolog|post|joke|quot|conversation)"
 )
 # Phrases that count only at the end of an answer that is cut off, or as the whole of one.
@@ -161,7 +165,7 @@ def find_refusal(answer: str) -> Refusal | None:
     is_letter = bool(_SALUTED.match(start) and _SIGNED.search(text[-_LETTERS_END:]))
     said = _QUOTED.sub(" ", start[: draft.start()] if draft else start)[:CHARACTERS]
     sentences = [" ".join(part.split()).strip(" *_>#-–—") for part in _SENTENCE.split(said)]
-    sentences = [sentence for sentence in sentences if sentence][:SENTENCES]
+    sentences = [one for one in sentences if any(map(str.isalpha, one))][:SENTENCES]
     is_cut_off = bool(sentences) and not draft and text.endswith(sentences[-1])
     helps_at = 0
     for number, (sentence, next_one) in enumerate(pairwise([*sentences, ""]), start=1):
