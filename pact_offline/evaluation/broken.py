@@ -30,7 +30,7 @@ _TWICE = (
 )
 # A text with none of these is in a language of which it is not known what it says twice in a row.
 _KNOWN = re.compile(
-    r"\b(?:the|that|with|you|your|my|and|i'm|cannot|(?:can|won|don)'t|ich|sie|nicht|je|vous|"
+    r"\b(?:the|that|with|you|your|my|and|not|sorry|i'm|cannot|(?:can|won|don)'t|ich|sie|nicht|je|vous|"
     r"pas|puedo|usted|los)\b"
 )
 _DOUBLED = "words said twice"
@@ -51,7 +51,7 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
         "tokens of a chat template",
         re.compile(
             r"<\|[\w ]*\|>|\[/?INST\]|<(?:start|end)_of_turn>|</s>|<(?:pad|unk|eos|bos)>|"
-            r"### (?:Response|Instruction):|[.!?](?:assistant|user)\n\n"
+            r"### (?:Response|Instruction):|[a-z.!?]assistant\n\n|[.!?]user\n\n"
         ),
     ),
     (
