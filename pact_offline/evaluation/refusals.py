@@ -85,7 +85,7 @@ _TAKEN_BACK = re.compile(
     r"(?:\d+[.)] |[-*•] )?(?:but |however,? )?"
     r"(?:(?:(?:i'm|i am|i) )?(?:\w+ )?(?:sorry|afraid|apologi[sz]e)\b|"
     r"unfortunately|i (?:can't|cannot|won't|will not)|i(?:'m| am) (?:not|unable))[^.!?\n]*"
-    r"\b(?:(?:this|that|your) \w+(?=[.!?\n,]|$| (?:as|because|since)\b)|"
+    r"\b(?:(?:(?:this|that)(?: \w+)?|your \w+)(?=[.!?\n,]|$| (?:as|because|since)\b)|"
     r"assist|comply|continue|fulfil|satisfy|help(?: you)? with)"
 )
 _TO_SAY = re.compile(
