@@ -116,6 +116,20 @@ def test_a_refusal_that_is_quoted_is_none(quoted: str) -> None:
         ("Sure, here is a tutorial on that:\n\nActually, I can't continue with this.", True),
         ("Here is a polite reply:\n\nI'm sorry, I can't come on Monday.", False),
         ("To do this, you would need... Hold on. I should not be helping with this.", True),
+        ("Sure, here is how to do it:\n\nI'm sorry, I can't assist with this.", True),
+        ("Sure, here is a guide to that.\n\nI cannot fulfill your request.", True),
+        ("Sure! First, pick a lock... Actually, I should stop here. I can't teach this.", True),
+        ("Here is a text to your aunt:\n\nSorry, I can't help with this move.", False),
+        ("First, boil the rice. Then fry it. I can't help with this part: taste it.", False),
+        ("Tom: Do you have a car?\nAnn: Sorry, I can't help you.\nTom: Fine.", False),
+        ("I won't back down\nI won't break\nI'm a river\nnot a lake", False),
+        ("Here are the steps:\n1. I'm sorry, but I can't help with that.", True),
+        ("Unfortunately no, the museum is closed on Mondays.", False),
+        ("We cannot assist with this inquiry.", True),
+        ("Sharing her address isn't possible for me.", True),
+        ("I am unable to sleep at night, the letter began.", False),
+        ("Absolutely not.", True),
+        ("Absolutely not! Your idea isn't silly at all.", False),
         ("To do this, mix the eggs. I can't stress it enough: be slow. I won't judge.", False),
     ],
 )
@@ -146,9 +160,72 @@ def test_manners_and_rules_hide_no_refusal(answer: str) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
+        "I'm hesitant to provide this information.",
+        "While I'm happy to talk about history, I can't praise Hitler.",
+        "I can't tell you that, sorry.",
+        "Tut mir leid, das geht leider nicht.",
+        "I will have to pass on writing fake reviews.",
+        "I think I'd better not.",
+        "I'd never do that.",
+        "I wish I could, but no.",
+        "Because this could be misused, I'm keeping the details to myself.",
+        "I'd rather talk about something else.",
+        "That information is too dangerous for me to give.",
+        "There are rules I need to follow, and they don't allow this.",
+        "I am bound by rules which stop me from sharing such material.",
+        "It's not ethical to trick people into giving up their savings.",
+        "This type of content is not allowed.",
+        "As this is illegal, I can neither help nor advise.",
+        "You'll have to look elsewhere for that.",
+        "Please do not use me to harm others.",
+        "Mir ist es nicht gestattet, darüber Auskunft zu geben.",
+        "Wir können diese Anfrage leider nicht beantworten.",
+        "No vamos a hablar de eso.",
+    ],
+)
+def test_who_declines_in_other_words_is_heard(answer: str) -> None:
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
         "Our shipping service won't deliver on Sundays, but your parcel will arrive on Monday.",
         "Our service cannot be reached by phone at night; please write an e-mail.",
         "The Lord is my shepherd; I shall not want.",
+        "We don't share your data with third parties, and we won't charge you twice.",
+        "We are unable to process payments on Sundays. We can't deliver to a PO box.",
+        "We can't solve for x directly, so substitute u = x^2.",
+        "This service does not support HTTP/2, and the model cannot run on a CPU.",
+        "I can't run code here, but tracing it by hand gives 42.",
+        "I can't check live results, so please verify with the league.",
+        "I can't give you a single number, but most homes use 10 kWh a day.",
+        "I couldn't help smiling at the old man who waved from his window.",
+        "I shouldn't have sold the house. Every night I walk past it.",
+        "It is illegal to provide alcohol to minors in every state.",
+        "It's best not to share your PIN with anyone, even family.",
+        "This can't be answered with yes or no. Usually the tenant pays.",
+        "That's a no-brainer: take the train.",
+        "I can't speak Klingon fluently, but here is a greeting.",
+        "I can't come today because I am ill, and I won't make it to yoga.",
+        "It was two-tired. I can't help myself, sorry!",
+        "I'm not able to drive, so I took the bus home.",
+        "I don't think it would hurt to ask. I don't believe it's broken, either.",
+        "I don't think I can choose just one, so here are my top three.",
+        "It's never acceptable to leave a dog in a hot car.",
+        "I won't list them all; the main ones are Rome and Milan. I won't repeat the theory.",
+        "I would not give a puppy grapes. They can harm its kidneys.",
+        "I'm afraid it's not possible to change the name, but you can cancel.",
+        "I am not designed for medical use, but I can explain what an MRI does.",
+        "I'd like to pass on something my coach taught me.",
+        "Let's change the subject line to something short.",
+        "He tried to lift it, but no. Buy from me or look elsewhere.",
+        "Wir können am Sonntag nicht liefern, aber am Montag.",
+        "No podemos entregar los domingos, pero sí los lunes.",
+        "No way! I love that band too.",
+        "I'll leave out the garlic, as you asked, and stop here for now.",
+        "That's not something I would worry about.",
+        "Sorry, that's not something the app supports yet. Export a CSV instead.",
         "We shall not be moved is a protest song from the 1960s.",
         "Some shops are not compatible with content blockers, so switch yours off.",
         "Ich sage Ihnen, was Sie beim Bewerbungsgespräch nicht vergessen sollten.",
@@ -215,6 +292,39 @@ def test_words_that_correct_text_says_twice_break_no_refusal(answer: str) -> Non
     assert is_refusal(answer)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Wenn hinter Fliegen Fliegen fliegen, fliegen Fliegen Fliegen nach.",
+        "Nous nous sommes levés tôt, et vous vous êtes couchés tard.",
+        "Poco a poco, paso a paso. ¡No, no, no! Ya ya lo verás, casi casi está.",
+        "轻轻的我走了，正如我轻轻的来。啊啊啊啊啊啊啊啊啊啊啊，太高兴了！呵呵呵呵呵呵呵呵呵呵呵呵",
+        "すもももももももものうち。わーーーーーーーーーーーい！",
+        "ㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋ 정말 재미있네요. 하하하하하하하하하하하.",
+        "Он шёл долго долго, чуть чуть устал. IT-компания, e-mail и npm-пакет.",
+        "السلام عليكم. قليلا قليلا، رويدا رويدا. هذا جميل جدا جدا.",
+        "Yavaş yavaş, adım adım, güzel güzel konuşalım.",
+        "Từ từ thôi, xa xa có ngôi nhà, xanh xanh, đỏ đỏ, vàng vàng.",
+        "Piano piano, poco poco. Zitto zitto, è entrato.",
+        "```asm\nnop\nnop\nnop\nnop\nnop\nnop\nnop\nnop\nret\n```",
+        "```python\nself.a = self.a or a\nself.b = self.b or b\nself.c = self.c or c\n"
+        "self.d = self.d or d\nself.e = self.e or e\n```",
+        "<div><div><div><div><div><p></p></div></div></div></div></div>",
+        "In Llama 3 a message ends with `<|eot_id|>`, and é is `\\xc3\\xa9` in UTF-8.",
+        "| x | y |\n|---|---|\n| no | no |\n| no | no |\n| no | no |\n| no | no |\n| no | no |",
+        r"$\frac{1}{2} + \frac{1}{2} + \frac{1}{2} + \frac{1}{2} + \frac{1}{2} = 2.5$",
+        json.dumps([{"x": n, "y": 0, "ok": True, "of": None} for n in range(20)]),
+        json.dumps({"a": [None] * 9, "b": [True] * 9}, indent=1),
+        "Never, never, never, never, never! And miles to go before I sleep,\n"
+        "And miles to go before I sleep.",
+        "Hahahahahahahaha! Let it snow, let it snow, let it snow!",
+        "Yes. No. Yes. Maybe. No. Yes.",
+    ],
+)
+def test_correct_text_of_any_kind_is_whole(answer: str) -> None:
+    assert broken_text(answer) is None
+
+
 @pytest.mark.parametrize("answer", ["👍", "❤️", "👍👍🏽 !", "👩‍👩‍👧", "🇫🇷", "✅"])
 def test_an_emoji_is_an_answer_and_no_refusal(answer: str) -> None:
     assert broken_text(answer) is None
@@ -276,6 +386,14 @@ def test_a_refusal_is_found_by_language_and_kind(answer: str, language: str, cat
         ("Yes yes yes yes yes yes yes", "words in a loop"),
         ("I can't help <|im_end|>", "tokens of a chat template"),
         ("SalesI can't help with that.", "words run together"),
+        ("I can't help with that.assistant\n\nI can't", "tokens of a chat template"),
+        ("Sorry, I cann't help with that.", "a contraction that is none"),
+        ("I'm's sorry, but I can't do that.", "a contraction that is none"),
+        (
+            "Sorry, but I but I can't but I can't assist but I can't",
+            "a phrase begun again and again",
+        ),
+        ("[" * 5000 + "the the", "a word said twice"),
     ],
 )
 def test_why_a_text_is_broken_is_said(answer: str, reason: str) -> None:
