@@ -275,12 +275,14 @@ def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
         line = reader.line_num + 1
         is_header_alone = bool(names)
         for cells in reader:
-            is_header_alone = is_header_alone and not cells
+            is_header_alone = is_header_alone and not any(cells)
             if problem := _not_utf8(path, line, cells):
                 yield Value(line, None, problem)
+            elif not any(cells):  # blank, or delimiters alone, as spreadsheets leave at the end
+                pass
             elif len(cells) == len(names):
                 yield Value(line, dict(zip(names, cells, strict=True)))
-            elif cells:
+            else:
                 found = f"expected {len(names)} cells, found {len(cells)}"
                 yield Value(line, None, InputError(f"{path}:{line}: {found}"))
             line = reader.line_num + 1

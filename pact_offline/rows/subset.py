@@ -117,10 +117,11 @@ def _csv(path: Path, stream: io.BufferedReader, kept: np.ndarray, out: IO[bytes]
     for cells in reader:
         record = "".join(read)
         read.clear()
-        if cells and (number < 0 or kept[number]):
+        is_header, is_value = number < 0, any(cells)
+        if is_header or (is_value and kept[number]):
             record = record if record.endswith("\n") else f"{record}\n"
             out.write(record.encode("utf-8", "surrogateescape"))
-        number += bool(cells)
+        number += is_header or is_value
     text.detach()
 
 
