@@ -161,6 +161,34 @@ def test_prompts_that_are_too_long_are_left_out_before_any_is_answered(
     assert not answers_place(none).exists()
 
 
+@pytest.mark.parametrize(("most", "asked_for"), [(50, 45), (6, 2)])
+def test_of_a_prompt_that_is_cut_the_end_is_answered(
+    most: int, asked_for: int, aligned: Path, tokens_file: Path, tmp_path: Path,
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is scored has no more of it; the assistant header stays."""
+    chat = Chat(load_tokenizer(str(aligned)))
+    path = write_rows(tmp_path / "long.jsonl", [{"prompt": "my parcel " * 2000}])
+    seen: list[list[int]] = []
+
+    def answer(model: Any, chat: Any, prompts: Any, *rest: Any) -> list[str]:
+        seen.extend(prompts)
+        return ["Sure, here is how"]
+
+    monkeypatch.setattr("pact_offline.scoring.rehearse._by_transformers", answer)
+    output = tmp_path / "some.json"
+    result = run(
+        "rehearse", "--prompts", path, "--safety-tokens", tokens_file, "--cache",
+        tmp_path / "cache", "--max-tokens", most, "--long-rows", "cut", "--model", aligned,
+        "--answer-tokens", 5, *SCORED, "-o", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    whole = chat.prompt_ids(read_rows(path, needs_response=False)[0])
+    assert asked_for <= len(seen[0]) < most
+    assert seen[0] == whole[-len(seen[0]) :]
+    assert seen[0][-len(chat.header_ids) :] == chat.header_ids
+
+
 def dealt(sampler: RehearsalSampler, epoch: int) -> list[tuple[int, tuple[int, ...]]]:
     sampler.set_epoch(epoch)
     return list(sampler)
