@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,21 @@ def rows_sha256(rows: Sequence[Row]) -> str:
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def is_same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two identities (`ModelFiles.identity`) are of the same weights.
+
+    The hub gives a repository by its former name too, and by a name in other letters; a commit is
+    of one repository's files alone.
+    """
+    return _fixed(one) == _fixed(other)
+
+
+def _fixed(identity: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key: value for key, value in identity.items() if key != "hub" or "commit" not in identity
+    }
 
 
 @dataclass(frozen=True)
@@ -52,9 +68,10 @@ class MadeFrom:
         What only one of the two was made from (a set of prompts, a guard) is no difference, and
         the adapter is what a run and its reference differ in.
         """
-        found = other._parts()
+        found, models = other._parts(), {f"{role} model" for role in self.models}
         for part, expected in self._parts().items():
-            if part in found and found[part] != expected:
+            same = is_same_model if part in models else operator.eq
+            if part in found and not same(found[part], expected):
                 return f"{part}: expected {_shown(expected)}, found {_shown(found[part])}"
         return None
 

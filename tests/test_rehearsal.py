@@ -110,6 +110,8 @@ def test_answers_are_not_made_again_where_only_the_scoring_was_killed(
         assert run(*command).exit_code == 130  # not as they were written: made again
         answers_place(path).write_text(said)
         assert run(*command, "--answer-tokens", 6).exit_code == 130
+        patched.setattr("pact_offline.scoring.rehearse.ANSWERS", "another way")
+        assert run(*command).exit_code == 130
 
 
 def test_a_part_of_each_file_is_drawn_evenly(
@@ -348,7 +350,7 @@ def test_a_killed_run_does_not_go_on_with_another_rehearsal(
 
 def test_the_rehearsal_of_another_reference_is_refused(
     command: list[Any], rehearsal: Path, tmp_path: Path, tokens_file: Path, prompts: Path,
-    run: Callable[..., Result], fails: Callable[..., str],
+    run: Callable[..., Result], fails: Callable[..., str], targets: Path,
 ) -> None:  # fmt: skip
     other = make_model(tmp_path / "other", seed=9)
     theirs = tmp_path / "theirs.json"
@@ -360,6 +362,7 @@ def test_the_rehearsal_of_another_reference_is_refused(
     output = ["-o", tmp_path / "adapter"]
     said = fails(*command, "--objective", "confidence", "--rehearsal", theirs, *output)
     assert f"{theirs}: expected targets of the model" in said
+    assert "run `pact-offline rehearse` for it" in said
     said = fails(*command, "--objective", "none", "--rehearsal", rehearsal, *output)
     assert "--objective none: expected no --rehearsal" in said
     answers_place(rehearsal).write_text('{"prompt": "other", "response": "rows"}\n')
@@ -367,7 +370,9 @@ def test_the_rehearsal_of_another_reference_is_refused(
     assert "expected targets of 1 rows, found 9" in said
     answers_place(rehearsal).unlink()
     said = fails(*command, "--objective", "confidence", "--rehearsal", rehearsal, *output)
-    assert "no such file" in said
+    assert f"{answers_place(rehearsal)}: no such file; the answers that" in said
+    said = fails(*command, "--objective", "confidence", "--rehearsal", targets, *output)
+    assert f"{targets}: expected what `pact-offline rehearse` wrote, found targets of rows" in said
 
 
 def test_pact_with_rehearsal_is_warned_of(
