@@ -345,11 +345,11 @@ def _unfilled(value: Any, *, in_list: bool = False) -> Any:
 
 
 def _hub_values(source: str) -> Iterator[Value]:
-    for number, value in enumerate(_hub_dataset(source), start=1):
+    for number, value in enumerate(hub_dataset(source), start=1):
         yield Value(number, _unfilled(value))
 
 
-def _hub_dataset(source: str) -> Any:
+def hub_dataset(source: str) -> Any:
     """A dataset of the hub, or of a folder that is laid out like one.
 
     Raises:
