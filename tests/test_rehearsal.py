@@ -269,6 +269,18 @@ def test_a_share_of_0_trains_as_without(
         np.testing.assert_array_equal(value, weights(tmp_path / "without")[name])
 
 
+def test_a_share_that_rehearses_nothing_is_told(
+    rehearsing: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    for share, is_told in ((0.03, True), (0.05, False)):  # of 24 rows in two epochs
+        output = tmp_path / f"{share}"
+        result = run(*rehearsing, "--rehearsal-share", share, "-o", output)
+        assert result.exit_code == 0, result.output
+        assert any("held_gap" in step for step in steps_of(output)) != is_told
+        said = f"nothing is rehearsed: --rehearsal-share {share:g} of so few rows is less than one"
+        assert (said in result.stderr) == is_told
+
+
 def weights(output: Path) -> dict[str, np.ndarray]:
     return load_file(output / "adapter_model.safetensors")
 
@@ -365,6 +377,11 @@ def test_the_rehearsal_of_another_reference_is_refused(
     assert "run `pact-offline rehearse` for it" in said
     said = fails(*command, "--objective", "none", "--rehearsal", rehearsal, *output)
     assert "--objective none: expected no --rehearsal" in said
+    said = answers_place(rehearsal).read_text()
+    answers_place(rehearsal).write_text(said.replace("number 3?", "number 4?"))
+    said = fails(*command, "--objective", "confidence", "--rehearsal", rehearsal, *output)
+    assert f"{answers_place(rehearsal)}:4: expected the row that was scored for" in said
+    assert said.endswith("run `pact-offline rehearse` again")
     answers_place(rehearsal).write_text('{"prompt": "other", "response": "rows"}\n')
     said = fails(*command, "--objective", "confidence", "--rehearsal", rehearsal, *output)
     assert "expected targets of 1 rows, found 9" in said

@@ -297,7 +297,7 @@ class TargetCache:
             raise TargetsMismatchError(
                 f"{rows.origin(different)}: expected the row that was scored for {self.path}, "
                 "found other tokens (another row, order, tokenizer or setting of the rows); run "
-                f"{self._made_by} for these rows{told}"
+                f"{self._made_by} {'again' if self.is_rehearsal else 'for these rows'}{told}"
             )
 
 
