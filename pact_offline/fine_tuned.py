@@ -19,10 +19,10 @@ from pact_offline.errors import (
 )
 from pact_offline.files import read_json, sha256_file
 from pact_offline.folders import RUN_FILE
-from pact_offline.made_from import is_same_model
 from pact_offline.models.locate import (
     ModelFiles,
     hub_name,
+    is_same_model,
     locate_model,
     looks_like_path,
     weight_checksums,

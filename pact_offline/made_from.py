@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pact_offline.models.locate import is_same_model
 from pact_offline.rows.row import Row
 
 
@@ -21,21 +22,6 @@ def rows_sha256(rows: Sequence[Row]) -> str:
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def is_same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two identities (`ModelFiles.identity`) are of the same weights.
-
-    The hub gives a repository by its former name too, and by a name in other letters; a commit is
-    of one repository's files alone.
-    """
-    return _fixed(one) == _fixed(other)
-
-
-def _fixed(identity: Mapping[str, str]) -> dict[str, str]:
-    return {
-        key: value for key, value in identity.items() if key != "hub" or "commit" not in identity
-    }
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from pact_offline.errors import (
     TargetsMismatchError,
 )
 from pact_offline.files import read_json, write_json
-from pact_offline.made_from import is_same_model
-from pact_offline.models.locate import ModelFiles
+from pact_offline.models.locate import ModelFiles, is_same_model
 from pact_offline.rows.contexts import CONTEXT_KINDS, ContextKind
 from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.parse import parse_settings

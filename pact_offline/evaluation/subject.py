@@ -8,8 +8,8 @@ from typing import Any
 
 from pact_offline.errors import ModelError, PactError, TargetsMismatchError
 from pact_offline.fine_tuned import FineTuned, read_facts
-from pact_offline.made_from import is_same_model
 from pact_offline.models.load import load_model
+from pact_offline.models.locate import is_same_model
 from pact_offline.references import locate_reference
 from pact_offline.rows.chat import Chat, load_tokenizer, tokenizer_fingerprint
 from pact_offline.settings.stages import CHAT_ALIKE
