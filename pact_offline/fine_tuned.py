@@ -22,6 +22,7 @@ from pact_offline.folders import RUN_FILE
 from pact_offline.models.locate import (
     ModelFiles,
     hub_name,
+    is_same_model,
     locate_model,
     looks_like_path,
     weight_checksums,
@@ -81,7 +82,7 @@ class FineTuned:
             InputError: an adapter has weights that fit nothing in the model.
         """
         if self.facts is not None:
-            if self.facts["model_identity"] != model.identity:
+            if not is_same_model(self.facts["model_identity"], model.identity):
                 raise TargetsMismatchError(
                     f"{self.folder}: expected an adapter of {model.name}, found one of "
                     f"{self.facts['model']}, or of other weights"
@@ -232,8 +233,9 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     for key in _FACTS:
         if key not in facts:
             raise InputError(f"{path}: {key}: required key is missing")
-    if not isinstance(facts["settings"], dict):
-        raise InputError(f"{path}: settings: expected keys and values, found {facts['settings']!r}")
+    for key in ("settings", "model_identity"):
+        if not isinstance(facts[key], dict):
+            raise InputError(f"{path}: {key}: expected keys and values, found {facts[key]!r:.60}")
     return facts
 
 

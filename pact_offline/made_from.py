@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pact_offline.models.locate import is_same_model
 from pact_offline.rows.row import Row
 
 
@@ -52,9 +54,10 @@ class MadeFrom:
         What only one of the two was made from (a set of prompts, a guard) is no difference, and
         the adapter is what a run and its reference differ in.
         """
-        found = other._parts()
+        found, models = other._parts(), {f"{role} model" for role in self.models}
         for part, expected in self._parts().items():
-            if part in found and found[part] != expected:
+            same = is_same_model if part in models else operator.eq
+            if part in found and not same(found[part], expected):
                 return f"{part}: expected {_shown(expected)}, found {_shown(found[part])}"
         return None
 

@@ -299,6 +299,11 @@ def test_a_killed_evaluation_goes_on_with_the_answers_that_it_has(
     result = run(*words, *judge, "--batch-size", 2, "-o", tmp_path / "other")
     assert "4 answers are there already" in result.output
     assert not Path(other).exists()
+    shutil.copy(kept, tmp_path / ".later.answers.jsonl")
+    with monkeypatch.context() as patched:  # a later version, which answers otherwise
+        patched.setattr("pact_offline.evaluation.plan.ANSWERS", "another way")
+        result = run(*words, "--batch-size", 2, "-o", tmp_path / "later")
+        assert "answers are there already" not in result.output
     del asked[10:]
     result = run(*words, "--batch-size", 2, "-o", out)
     assert result.exit_code == 0, result.output

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import LlamaForCausalLM
 
+from pact_offline.cache.targets import TargetCache
 from pact_offline.errors import InputError, ModelError, TargetsMismatchError
 from pact_offline.fine_tuned import FineTuned
+from pact_offline.made_from import MadeFrom
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import ModelFiles, split_adapter
 from pact_offline.references import locate_reference
@@ -202,6 +206,35 @@ def test_names_of_the_hub_are_compared_as_the_hub_does(
     else:
         FineTuned.read(theirs).require_of(model)
     assert ("is not known" in caplog.text) == (is_known is None)
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [
+        ({"hub": "new/name", "commit": "a"}, True),
+        ({"hub": "OLD/Name", "commit": "a"}, True),
+        ({"hub": "old/name", "commit": "b"}, False),
+        ({"hub": "new/name", "commit": "a", "adapter": "c"}, False),
+        ({"config.json": "a"}, False),
+    ],
+)
+def test_a_model_that_the_hub_gives_by_another_name_is_the_same(
+    other: dict[str, str], is_same: bool, theirs: Path, aligned: Path, targets: Path,
+) -> None:  # fmt: skip
+    """For what was trained from it, scored by it, and asked beside it."""
+    before, model = {"hub": "old/name", "commit": "a"}, ModelFiles("new/name", aligned, other)
+    keys = ("model", "model_identity", "settings", "metrics", "rows", "targets_sha256")
+    facts = {**dict.fromkeys(keys), "model_identity": before, "settings": {}}
+    (theirs / "pact_offline.json").write_text(json.dumps(facts))
+    cache = TargetCache.open(targets)
+    cache.binding = dataclasses.replace(
+        cache.binding, identity=dataclasses.replace(cache.binding.identity, reference=before)
+    )
+    made, found = (MadeFrom({"evaluated": one}, {}, "t", "c") for one in (before, other))
+    assert (made.difference(found) is None) == is_same
+    for check in (FineTuned.read(theirs).require_of, cache.check_model):
+        with nullcontext() if is_same else pytest.raises(TargetsMismatchError, match="expected"):
+            check(model)
 
 
 @pytest.mark.parametrize("what", ["a layer less", "a module more"])

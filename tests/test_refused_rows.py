@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -319,7 +320,56 @@ def test_screen_lists_the_rows_by_how_likely_a_refusal_was(
     assert [float(line["share"]) for line in table] == shares[:3]
     shown = run(*command, "--top", 2).stdout
     assert f"{count} of 12 answers, in {count} of 12 rows, would have been refused" in shown
-    assert shown.count(str(rows_file)) == 2
+    assert shown.count(f"{rows_file.name}:") == 2
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_screening_fits_the_terminal(
+    width: int, aligned: Path, tokens_file: Path, tmp_path: Path, run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also with a long path, letters of two columns, and line breaks in cells and names."""
+    rows = tmp_path / "some\nrows.jsonl"
+    said = [{"prompt": "日本 | “語”\x1b[31m\n" * 20, "response": f"Answer\n{i}"} for i in range(3)]
+    rows.write_text("".join(json.dumps(one) + "\n" for one in said))
+    path = score(run, aligned, [rows], tokens_file, tmp_path)
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = run("screen", path, "--safety-tokens", tokens_file).stdout.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith(" share"))
+    assert len(lines) == head + 4
+    assert sorted(re.findall(r"rows\.jsonl:(\d) ", "\n".join(lines[head:]))) == ["1", "2", "3"]
+    starts = {_columns_of(line[: line.index("Answer")]) for line in lines[head + 1 :]}
+    assert starts == {lines[head].index("answer")}
+    assert max(map(_columns_of, lines[: head - 2])) <= width
+    assert max(map(_columns_of, lines[head:])) <= max(width, 50)
+    assert "\x1b" not in "".join(lines)
+
+
+def _columns_of(text: str) -> int:
+    return sum(2 if letter in "日本語" else 1 for letter in text)
+
+
+def test_the_other_rows_of_a_dataset_of_the_hub_are_written_as_parquet(
+    rows_file: Path, aligned: Path, tokens_file: Path, run: Callable[..., Result],
+    fails: Callable[..., str], tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    typed = pa.Table.from_pylist([{**row, "at": i} for i, row in enumerate(rows)])
+    typed = typed.set_column(2, "at", typed["at"].cast(pa.timestamp("us")))
+    pq.write_table(typed, folder / "train.parquet")
+    path = score(run, aligned, [f"hub:{folder}"], tokens_file, tmp_path)
+    shares = turns_of(TargetCache.open(path), SafetyTokens.load(tokens_file).weights).shares
+    above = middle(shares)
+    command = ["screen", path, "--safety-tokens", tokens_file, "--above", above]
+    command += ["--rows", f"hub:{folder}", "-o"]
+    kept = tmp_path / "kept.parquet"
+    result = run(*command, kept)
+    assert result.exit_code == 0, result.output
+    assert f"{kept}: {int((shares <= above).sum())} of 12 rows" in result.stderr
+    assert pq.read_table(kept).equals(typed.filter(pa.array(shares <= above)))
+    assert "expected a name that ends in .parquet" in fails(*command, tmp_path / "kept.jsonl")
 
 
 def test_screen_writes_the_other_rows_as_they_stand(
@@ -382,7 +432,7 @@ def test_rows_that_have_moved_are_named_and_those_of_the_hub_too(
     command = ["screen", targets, "--safety-tokens", tokens_file, "--top", 1]
     moved = rows_file.rename(tmp_path / "moved.jsonl")
     assert "no such file: the beginnings of its rows are not shown" in run(*command).stderr
-    assert f"{moved}:" in run(*command, "--rows", moved).stdout
+    assert f"{moved.name}:" in run(*command, "--rows", moved).stdout
     assert "?" not in run(*command, "--rows", moved, "--csv").stdout
     said = fails(*command, "--rows", moved, "--rows", moved)
     assert f"expected the 1 sources that were scored ({rows_file}), found 2" in said

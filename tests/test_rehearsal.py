@@ -108,6 +108,8 @@ def test_answers_are_not_made_again_where_only_the_scoring_was_killed(
         assert run(*command).exit_code == 130  # not as they were written: made again
         answers_place(path).write_text(said)
         assert run(*command, "--answer-tokens", 6).exit_code == 130
+        patched.setattr("pact_offline.scoring.rehearse.ANSWERS", "another way")
+        assert run(*command).exit_code == 130
 
 
 def test_a_part_of_each_file_is_drawn_evenly(
@@ -157,6 +159,34 @@ def test_prompts_that_are_too_long_are_left_out_before_any_is_answered(
     said = fails("rehearse", "--prompts", path, *common, "-o", none)
     assert "long.jsonl:1: expected a prompt of less than 50 tokens, found none among 2" in said
     assert not answers_place(none).exists()
+
+
+@pytest.mark.parametrize(("most", "asked_for"), [(50, 45), (6, 2)])
+def test_of_a_prompt_that_is_cut_the_end_is_answered(
+    most: int, asked_for: int, aligned: Path, tokens_file: Path, tmp_path: Path,
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is scored has no more of it; the assistant header stays."""
+    chat = Chat(load_tokenizer(str(aligned)))
+    path = write_rows(tmp_path / "long.jsonl", [{"prompt": "my parcel " * 2000}])
+    seen: list[list[int]] = []
+
+    def answer(model: Any, chat: Any, prompts: Any, *rest: Any) -> list[str]:
+        seen.extend(prompts)
+        return ["Sure, here is how"]
+
+    monkeypatch.setattr("pact_offline.scoring.rehearse._by_transformers", answer)
+    output = tmp_path / "some.json"
+    result = run(
+        "rehearse", "--prompts", path, "--safety-tokens", tokens_file, "--cache",
+        tmp_path / "cache", "--max-tokens", most, "--long-rows", "cut", "--model", aligned,
+        "--answer-tokens", 5, *SCORED, "-o", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    whole = chat.prompt_ids(read_rows(path, needs_response=False)[0])
+    assert asked_for <= len(seen[0]) < most
+    assert seen[0] == whole[-len(seen[0]) :]
+    assert seen[0][-len(chat.header_ids) :] == chat.header_ids
 
 
 def dealt(sampler: RehearsalSampler, epoch: int) -> list[tuple[int, tuple[int, ...]]]:
@@ -235,6 +265,18 @@ def test_a_share_of_0_trains_as_without(
     assert weights(tmp_path / "off").keys() == weights(tmp_path / "without").keys()
     for name, value in weights(tmp_path / "off").items():
         np.testing.assert_array_equal(value, weights(tmp_path / "without")[name])
+
+
+def test_a_share_that_rehearses_nothing_is_told(
+    rehearsing: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    for share, is_told in ((0.03, True), (0.05, False)):  # of 24 rows in two epochs
+        output = tmp_path / f"{share}"
+        result = run(*rehearsing, "--rehearsal-share", share, "-o", output)
+        assert result.exit_code == 0, result.output
+        assert any("held_gap" in step for step in steps_of(output)) != is_told
+        said = f"nothing is rehearsed: --rehearsal-share {share:g} of so few rows is less than one"
+        assert (said in result.stderr) == is_told
 
 
 def weights(output: Path) -> dict[str, np.ndarray]:
@@ -318,7 +360,7 @@ def test_a_killed_run_does_not_go_on_with_another_rehearsal(
 
 def test_the_rehearsal_of_another_reference_is_refused(
     command: list[Any], rehearsal: Path, tmp_path: Path, tokens_file: Path, prompts: Path,
-    run: Callable[..., Result], fails: Callable[..., str],
+    run: Callable[..., Result], fails: Callable[..., str], targets: Path,
 ) -> None:  # fmt: skip
     other = make_model(tmp_path / "other", seed=9)
     theirs = tmp_path / "theirs.json"
@@ -330,14 +372,22 @@ def test_the_rehearsal_of_another_reference_is_refused(
     output = ["-o", tmp_path / "adapter"]
     said = fails(*command, "--objective", "confidence", "--rehearsal", theirs, *output)
     assert f"{theirs}: expected targets of the model" in said
+    assert "run `pact-offline rehearse` for it" in said
     said = fails(*command, "--objective", "none", "--rehearsal", rehearsal, *output)
     assert "--objective none: expected no --rehearsal" in said
+    said = answers_place(rehearsal).read_text()
+    answers_place(rehearsal).write_text(said.replace("number 3?", "number 4?"))
+    said = fails(*command, "--objective", "confidence", "--rehearsal", rehearsal, *output)
+    assert f"{answers_place(rehearsal)}:4: expected the row that was scored for" in said
+    assert said.endswith("run `pact-offline rehearse` again")
     answers_place(rehearsal).write_text('{"prompt": "other", "response": "rows"}\n')
     said = fails(*command, "--objective", "confidence", "--rehearsal", rehearsal, *output)
     assert "expected targets of 1 rows, found 9" in said
     answers_place(rehearsal).unlink()
     said = fails(*command, "--objective", "confidence", "--rehearsal", rehearsal, *output)
-    assert "no such file" in said
+    assert f"{answers_place(rehearsal)}: no such file; the answers that" in said
+    said = fails(*command, "--objective", "confidence", "--rehearsal", targets, *output)
+    assert f"{targets}: expected what `pact-offline rehearse` wrote, found targets of rows" in said
 
 
 def test_pact_with_rehearsal_is_warned_of(

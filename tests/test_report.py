@@ -34,9 +34,10 @@ from pact_offline.made_from import MadeFrom
 from pact_offline.report.drawing import draw_key
 from pact_offline.report.finding import finding
 from pact_offline.report.page import headline, write_report
-from pact_offline.report.plots import share_ticks
+from pact_offline.report.plots import numbers_of, share_ticks
 from pact_offline.report.stage_costs import read_stage_costs
 from pact_offline.report.styles import Style, styles_of
+from pact_offline.report.training_log import read_training_logs, training_panels
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 
 HOSTILE = "</pre><script>alert('x')</script><img src=http://evil.example/a.png>"
@@ -478,6 +479,33 @@ def test_how_runs_trained_is_drawn(
     broken = tmp_path / "adapters" / "sft" / "training.jsonl"
     broken.write_text(broken.read_text() + "[1\n")
     assert f"{broken}:201: expected a step of a training" in fails(*command)
+
+
+def test_what_few_steps_have_is_drawn_at_those_steps(tmp_path: Path) -> None:
+    """As where held rows come at the end alone; what every step has goes from 0 to the last."""
+
+    def drawn(held: range) -> list[Any]:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        lines = [
+            {"step": n, "cross_entropy": 1.0, **({"held_gap": n / 1000} if n in held else {})}
+            for n in range(1, 201)
+        ]
+        log = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "run" / "training.jsonl").write_text(log)
+        styles = styles_of([make_metrics("run")])
+        return training_panels(read_training_logs(tmp_path, ["run"]), styles)
+
+    panels = drawn(range(151, 181))
+    loss, gap = (panel.curves[0] for panel in panels)
+    assert loss.x == pytest.approx([200 * i / 59 for i in range(60)], abs=4)
+    assert (loss.x[0], loss.x[-1], gap.x[0], gap.x[-1]) == (0, 200, 150, 180)
+    assert list(gap.x) == sorted(gap.x)
+    steps, rows = numbers_of(panels)
+    shown = dict(zip(steps, rows[1][2], strict=True))
+    assert [shown[at] for at in (0, 133, 150, 183)] == ["–", "–", "0.151", "–"]
+    assert float(shown[167]) == pytest.approx(0.167, abs=0.001)
+    alone = drawn(range(160, 161))[1].curves[0]
+    assert (list(alone.x), list(alone.y)) == ([159, 160], [0.16, 0.16])
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,21 @@ def test_a_table_may_have_other_columns_and_blank_lines(tmp_path: Path) -> None:
     assert [value.place for value in values_of(str(path))] == [3, 5]
 
 
+@pytest.mark.parametrize("blank", [",", ";", '"",', ",,,"])
+def test_delimiters_alone_are_a_blank_line(blank: str, tmp_path: Path) -> None:
+    """As spreadsheets leave them below a table; also where some of its rows are written."""
+    delimiter = ";" if ";" in blank else ","
+    lines = [delimiter.join(cells) for cells in (("prompt", "response"), ("Hi", "Yes"))]
+    text = "\n".join([*lines, blank, delimiter.join(("Oh", "No")), blank, blank, ""])
+    path = written(tmp_path / "rows.csv", text)
+    assert read(path) == [("Hi", "Yes"), ("Oh", "No")]
+    assert [row.question for row in read_rows(path, needs_response=False)] == ["Hi", "Oh"]
+    write_subsets([Subset(str(path), np.array([False, True]), tmp_path / "some.csv")])
+    assert read(tmp_path / "some.csv") == [("Oh", "No")]
+    alone = written(tmp_path / "alone.csv", f"{lines[0]}\n{blank}\n")
+    assert told(alone) == "expected rows below the header, found none"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -575,6 +575,23 @@ def test_a_system_message_of_the_last_turn_alone_is_missed_with_what_mends_it() 
         spans_of(deaf, said("One?", "Shipping", "Two?", "Returns", system="Be kind."))
 
 
+@pytest.mark.parametrize("template", [
+    "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    + TEMPLATE,
+    TEMPLATE.replace("for m in messages", "for m in messages if 'One?' not in m.content"),
+])  # fmt: skip
+def test_what_merges_already_is_not_told_to_merge(template: str) -> None:
+    """A template that refuses other turns, and one that leaves out what the user says."""
+    tokenizer = copy.copy(TOKENIZERS["newlines"]())
+    tokenizer.chat_template = template
+    merged = prepared(tokenizer, MERGE)
+    messages = said("One?", "Shipping", "Two?", "Returns", system="Be kind.")
+    with pytest.raises(InputError, match=r"alternate$|out or changes it$"):
+        spans_of(merged, messages)
+    with pytest.raises(InputError, match=r"alternate$|out or changes it$"):
+        merged.prompt_ids(row_of(messages))
+
+
 def test_every_named_template_merges_the_system_message(tmp_path: Path) -> None:
     """Command-R and Hermes 3 have several templates, of which transformers takes one by name."""
     refuses = (

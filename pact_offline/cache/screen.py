@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pact_offline.rows.read import row_of
 from pact_offline.rows.row import THOUGHTS, Message, Row
 from pact_offline.rows.spans import trained_turns
 from pact_offline.rows.subset import Subset, write_subsets
-from pact_offline.texts import printable
+from pact_offline.texts import fitted, printable
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ class Screening:
             mine = wanted.intersection(source.rows.tolist())
             if not mine:
                 continue
-            if (problem := source.problem()) is not None:
+            if (problem := source.problem) is not None:
                 log.warning("%s: the beginnings of its rows are not shown", problem)
                 continue
             place_of, _ = source.ordinals()
@@ -162,11 +163,11 @@ class Screening:
                     found[ordinals[ordinal]] = row
         return found
 
-    def write_others(self, above: float, outputs: Sequence[Path]) -> int:
+    def write_others(self, above: float, outputs: Sequence[Path]) -> list[tuple[int, int]]:
         """Write each source without the rows of which the model would have refused an answer.
 
         Returns:
-            how many those are.
+            of each file: its values, and those of the source.
 
         Raises:
             SettingError: another number of files than sources.
@@ -184,11 +185,12 @@ class Screening:
             taken.add(output.resolve())
         refused = self.refused_rows(above)
         for source in self._sources:
-            if (problem := source.problem()) is not None:
+            if (problem := source.problem) is not None:
                 raise TargetsMismatchError(f"{problem}; nothing is written")
-        pairs = zip(self._sources, outputs, strict=True)
-        write_subsets([Subset(one.name, self._kept(one, refused), to) for one, to in pairs])
-        return len(refused)
+        kept = [self._kept(source, refused) for source in self._sources]
+        parts = zip(self._sources, kept, outputs, strict=True)
+        write_subsets([Subset(source.name, some, output) for source, some, output in parts])
+        return [(int(some.sum()), len(some)) for some in kept]
 
     def _kept(self, source: _Source, refused: np.ndarray) -> np.ndarray:
         """Which values of a source are not among some rows, bool [values]."""
@@ -236,6 +238,7 @@ class _Source:
     places: np.ndarray
     is_followed: bool
 
+    @cached_property
     def problem(self) -> str | None:
         """Why its rows cannot be looked at: it is gone, or is another."""
         if not self.is_followed:
@@ -298,10 +301,10 @@ def table(screening: Screening, above: float, count: int, width: int) -> str:
         width: columns of the terminal.
     """
     counts = screening.histogram()
-    most = max(counts)
+    most, longest = max(counts), max(1, min(40, width - 26))
     lines = [f"{'share at step 0':15} {'answers':>9}"]
     for number, found in enumerate(counts):
-        bar = "█" * round(40 * found / most) or ("▏" if found else "")
+        bar = "█" * round(longest * found / most) or ("▏" if found else "")
         lines.append(
             f"{number / BINS:6.1f} to {(number + 1) / BINS:4.1f} {found:9,} {bar}".rstrip()
         )
@@ -315,20 +318,14 @@ def table(screening: Screening, above: float, count: int, width: int) -> str:
     top = screening.top(count)
     if not top:
         return "\n".join(lines)
-    origins = max(len(printable(turn.origin)) for turn in top)
-    each = max(16, (width - origins - 20) // 2)
+    origins = min(max(len(printable(turn.origin)) for turn in top), max(12, width // 3))
+    each = max(8, (width - origins - 20) // 2)
     lines += ["", f"{'share':>6} {'loss':>6}  {'row':{origins}}  {'prompt':{each}}  answer"]
     for turn in top:
-        texts = [_short(text, each) for text in (turn.prompt, turn.answer)]
-        lines.append(
-            f"{turn.share:6.3f} {turn.loss:6.2f}  {printable(turn.origin):{origins}}  "
-            f"{texts[0]:{each}}  {texts[1]}".rstrip()
+        cells = (
+            f"{turn.share:6.3f} {turn.loss:6.2f}",
+            fitted(turn.origin, origins, keeps_end=True),
+            *(fitted(text, each) for text in (turn.prompt, turn.answer)),
         )
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def _short(text: str | None, length: int) -> str:
-    if text is None:
-        return "?"
-    said = printable(" ".join(text.split()))
-    return said if len(said) <= length else f"{said[: length - 1]}…"

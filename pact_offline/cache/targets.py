@@ -26,7 +26,7 @@ from pact_offline.errors import (
     TargetsMismatchError,
 )
 from pact_offline.files import read_json, write_json
-from pact_offline.models.locate import ModelFiles
+from pact_offline.models.locate import ModelFiles, is_same_model
 from pact_offline.rows.contexts import CONTEXT_KINDS, ContextKind
 from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.parse import parse_settings
@@ -234,12 +234,21 @@ class TargetCache:
         """The reference's log-probabilities of the responses' own tokens, float32 [steps]."""
         return self._store.read_labels(np.concatenate([self._at(i, kind) for i in indices]))
 
+    @property
+    def is_rehearsal(self) -> bool:
+        """Whether they are of the reference's own answers."""
+        return "rehearsal" in self.binding.provenance
+
+    @property
+    def _made_by(self) -> str:
+        return f"`pact-offline {'rehearse' if self.is_rehearsal else 'score'}`"
+
     def check_model(self, model: ModelFiles) -> None:
         """Refuse a model that is not the reference that was scored."""
-        if model.identity != self.binding.identity.reference:
+        if not is_same_model(model.identity, self.binding.identity.reference):
             raise TargetsMismatchError(
                 f"{self.path}: expected targets of the model {model.name}, found those of another "
-                f"({_describe(self.binding.identity.reference)}); run `pact-offline score` for it"
+                f"({_describe(self.binding.identity.reference)}); run {self._made_by} for it"
             )
 
     def check_safety_ids(self, ids: Sequence[int], source: str) -> None:
@@ -247,7 +256,7 @@ class TargetCache:
         if list(ids) != self.safety_ids:
             raise TargetsMismatchError(
                 f"{self.path}: expected targets of the {len(ids)} safety ids in {source}, found "
-                f"those of {len(self.safety_ids)} others; run `pact-offline score` with them"
+                f"those of {len(self.safety_ids)} others; run {self._made_by} with them"
             )
 
     def check_chat(self, template: str, kwargs: dict[str, Any]) -> None:
@@ -287,7 +296,7 @@ class TargetCache:
             raise TargetsMismatchError(
                 f"{rows.origin(different)}: expected the row that was scored for {self.path}, "
                 "found other tokens (another row, order, tokenizer or setting of the rows); run "
-                f"`pact-offline score` for these rows{told}"
+                f"{self._made_by} {'again' if self.is_rehearsal else 'for these rows'}{told}"
             )
 
 

@@ -48,8 +48,8 @@ _SHOWN = 20
     "--output",
     type=OUTPUT_FILE,
     multiple=True,
-    help="Write the rows without those that it would have refused, in the format that they have; "
-    "one for each of their files.",
+    help="Write the rows without those that it would have refused, in the format that they have "
+    "(those of the hub as Parquet); one for each of their files.",
 )
 @click.option(
     "--top",
@@ -87,7 +87,7 @@ def screen(
     opened = TargetCache.open(targets, cache=cache)
     opened.check_safety_ids(tokens.ids, str(safety_tokens))
     found = Screening(opened, tokens.weights, rows)
-    left_out = found.write_others(above, output) if output else 0
+    written = found.write_others(above, output) if output else []
     if as_json:
         click.echo(json.dumps(found.to_dict(above, top), ensure_ascii=False))
     elif as_csv:
@@ -97,5 +97,5 @@ def screen(
     else:
         shown = _SHOWN if top is None else top
         click.echo(table(found, above, shown, shutil.get_terminal_size((120, 24)).columns))
-    if output:
-        click.echo(f"{', '.join(map(str, output))}: without {left_out:,} rows", err=True)
+    for file, (kept, read) in zip(output, written, strict=True):
+        click.echo(f"{file}: {kept:,} of {read:,} rows", err=True)

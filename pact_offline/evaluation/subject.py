@@ -9,6 +9,7 @@ from typing import Any
 from pact_offline.errors import ModelError, PactError, TargetsMismatchError
 from pact_offline.fine_tuned import FineTuned, read_facts
 from pact_offline.models.load import load_model
+from pact_offline.models.locate import is_same_model
 from pact_offline.references import locate_reference
 from pact_offline.rows.chat import Chat, load_tokenizer, tokenizer_fingerprint
 from pact_offline.settings.stages import CHAT_ALIKE
@@ -101,7 +102,7 @@ class Subject:
             files = locate_reference(name)
         except PactError:
             return None
-        return files.path if files.identity == self.identity else None
+        return files.path if is_same_model(files.identity, self.identity) else None
 
 
 def find_subject(model: str, adapter: Path | None) -> Subject:

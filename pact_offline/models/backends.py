@@ -59,6 +59,9 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+ANSWERS = "pact-offline answers 1"  # another number where the same prompt is answered otherwise
+
+
 def engine_name(backend: str) -> str:
     """Name and version of what computes the values; part of a store's identity."""
     if backend == "vllm":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,21 @@ class ModelFiles:
                 f"{self.path}: expected its config and weights to stay as they were when this "
                 "command began, found others; run it again"
             )
+
+
+def is_same_model(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two identities (`ModelFiles.identity`) are of the same weights.
+
+    The hub gives a repository by its former name too, and by a name in other letters; a commit is
+    of one repository's files alone.
+    """
+    return _fixed(one) == _fixed(other)
+
+
+def _fixed(identity: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key: value for key, value in identity.items() if key != "hub" or "commit" not in identity
+    }
 
 
 def locate_model(model: str) -> ModelFiles:

@@ -181,7 +181,7 @@ def numbers_of(panels: Sequence[Panel]) -> tuple[list[int], list[tuple[str, str,
             curve.style.name,
             [
                 MISSING if math.isnan(y) else f"{y:.3g}"
-                for y in np.interp(steps, curve.x, curve.y, right=math.nan)
+                for y in np.interp(steps, curve.x, curve.y, left=math.nan, right=math.nan)
             ],
         )
         for one in panels

@@ -31,13 +31,11 @@ class TrainingLog:
     """Curves of a run, each thinned to means over stretches of equal length.
 
     Attributes:
-        steps: optimizer steps.
-        curves: by name, over the whole training.
+        curves: by name, of the steps that have it: optimizer step and value.
         shares: of answers that were made while it trained: by title, step and share in 0..1.
     """
 
-    steps: int
-    curves: dict[str, list[float]]
+    curves: dict[str, list[tuple[float, float]]]
     shares: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
@@ -65,18 +63,18 @@ def read_training_logs(adapters: Path, names: Sequence[str]) -> dict[str, Traini
 
 def _read(path: Path) -> TrainingLog:
     lines = read_text(path).splitlines()
-    found: dict[str, list[float]] = {name: [] for name in _CURVES}
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in _CURVES}
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             for name, values in found.items():
                 if name in entry:
-                    values.append(float(entry[name]))
+                    values.append((number, float(entry[name])))
         except (ValueError, TypeError, RecursionError):
             raise InputError(
                 f"{path}:{number}: expected a step of a training, found {line!r:.40}"
             ) from None
-    return TrainingLog(len(lines), {name: _thinned(values) for name, values in found.items()})
+    return TrainingLog({name: _thinned(values) for name, values in found.items()})
 
 
 def _read_shares(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -111,10 +109,18 @@ def _read_shares(path: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def _thinned(values: Sequence[float]) -> list[float]:
+def _thinned(values: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Means over stretches of equally many steps that have a value; the first lies where its
+    stretch begins, the last where it ends, and those between in their order."""
     count = min(len(values), _POINTS)
     ends = [number * len(values) // count for number in range(count + 1)] if count else []
-    return [sum(values[start:end]) / (end - start) for start, end in pairwise(ends)]
+    points = []
+    for number, (start, end) in enumerate(pairwise(ends)):
+        some = values[start:end]
+        first, last = some[0][0] - 1, some[-1][0]
+        at = first + (last - first) * number / max(1, count - 1)
+        points.append((at, sum(value for _, value in some) / len(some)))
+    return points if count != 1 else [*points, (values[0][0], points[0][1])]  # a level line
 
 
 def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]) -> list[Panel]:
@@ -122,11 +128,14 @@ def training_panels(logs: Mapping[str, TrainingLog], styles: Mapping[str, Style]
     panels = []
     for name, title in _CURVES.items():
         curves = [
-            Curve.along(
-                styles[run], values, log.steps, f"{styles[run].name}: {values[-1]:.3g} at the end"
+            Curve(
+                styles[run],
+                [step for step, _ in points],
+                [value for _, value in points],
+                f"{styles[run].name}: {points[-1][1]:.3g} at the end",
             )
             for run, log in logs.items()
-            if (values := log.curves[name])
+            if (points := log.curves[name])
         ]
         if not curves:
             continue

@@ -108,6 +108,13 @@ class Chat:
     def _words(self) -> frozenset[str]:
         return frozenset(re.findall(r"\w+", json.dumps(self.tokenizer.chat_template)))
 
+    @cached_property
+    def is_merged(self) -> bool:
+        """Whether the template merges a system message with what the user says first."""
+        template = self.tokenizer.chat_template
+        each = template.values() if isinstance(template, dict) else [template]
+        return all(one.startswith(_MERGED) for one in each)
+
     def reads(self, key: str) -> bool:
         """Whether the template names a key of a message."""
         return key in self._words
@@ -174,10 +181,16 @@ class Chat:
             except Exception as error:  # a template may raise anything
                 refusal = refusal or InputError(
                     "expected a conversation that the chat template takes, found: "
-                    f"{first_line(error)}{_mended(messages, error)}"
+                    f"{first_line(error)}{self._mended(messages, error)}"
                 )
         assert refusal is not None
         return refusal
+
+    def _mended(self, messages: Sequence[Message], error: Exception) -> str:
+        """What may help where the template refuses a conversation."""
+        is_of_roles = re.search("system|role|alternat", str(error), re.IGNORECASE)
+        can_help = is_of_roles and not self.is_merged and can_merge(messages)
+        return MERGE if can_help else ""
 
     def render(
         self, messages: Sequence[Message], *, generation_prompt: bool, tools: Any = None
@@ -210,7 +223,8 @@ class Chat:
         try:
             render = functools.partial(self.render, generation_prompt=True, tools=row.tools)
             text = render(row.prompt)
-            if (problem := left_out(row.prompt, text, render)) is not None:
+            problem = left_out(row.prompt, text, render, is_merged=self.is_merged)
+            if problem is not None:
                 raise problem
         except InputError as error:
             raise InputError(f"{row.origin or self.tokenizer.name_or_path}: {error}") from None
@@ -376,12 +390,6 @@ def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
         else:
             most = middle - 1
     return least
-
-
-def _mended(messages: Sequence[Message], error: Exception) -> str:
-    """What may help where a template refuses a conversation."""
-    is_of_roles = re.search("system|role|alternat", str(error), re.IGNORECASE)
-    return MERGE if can_merge(messages) and is_of_roles else ""
 
 
 def _with_arguments_as_text(messages: list[Message]) -> list[Message]:

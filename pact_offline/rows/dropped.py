@@ -21,6 +21,8 @@ def left_out(
     text: str,
     render: Callable[[Sequence[Message]], str],
     behind: Sequence[Message] = (),
+    *,
+    is_merged: bool = False,
 ) -> InputError | None:
     """A message of which nothing is in the rendered text, if there is one.
 
@@ -34,6 +36,7 @@ def left_out(
         text: what is rendered.
         render: renders these messages instead, to the same text where nothing is changed.
         behind: further messages that the text holds.
+        is_merged: whether the template merges a system message already.
     """
     at = called = 0  # where the last message ends; where the one begins that called tools
     for index, message in enumerate(messages):
@@ -49,7 +52,8 @@ def left_out(
                 has_words = is_its_own or found >= 0 or _has_words(text[start:], said)
                 is_in = is_its_own or (has_words and _is_read(messages, index, text, render))
             if not is_in:
-                mended = MERGE if index == 0 and can_merge(messages) else ""
+                can_help = index == 0 and not is_merged and can_merge(messages)
+                mended = MERGE if can_help else ""
                 return InputError(
                     f"messages[{index}].{what}: expected in what the chat template renders, found "
                     f"that it leaves this message of {role:.40} out or changes it{mended}"

@@ -275,11 +275,11 @@ def _csv(path: Path, stream: io.BufferedReader) -> Iterator[Value]:
         line = reader.line_num + 1
         is_header_alone = bool(names)
         for cells in reader:
-            problem = _not_utf8(path, line, cells)
-            if problem is None and len(cells) != len(names):
-                found = f"expected {len(names)} cells, found {len(cells)}"
-                problem = InputError(f"{path}:{line}: {found}")
-            if cells:
+            if any(cells):  # else blank, or delimiters alone, as spreadsheets leave them at the end
+                problem = _not_utf8(path, line, cells)
+                if problem is None and len(cells) != len(names):
+                    found = f"expected {len(names)} cells, found {len(cells)}"
+                    problem = InputError(f"{path}:{line}: {found}")
                 is_header_alone = False
                 row = None if problem else dict(zip(names, cells, strict=True))
                 yield Value(line, row, problem)
@@ -343,11 +343,11 @@ def _unfilled(value: Any, *, in_list: bool = False) -> Any:
 
 
 def _hub_values(source: str) -> Iterator[Value]:
-    for number, value in enumerate(_hub_dataset(source), start=1):
+    for number, value in enumerate(hub_dataset(source), start=1):
         yield Value(number, _unfilled(value))
 
 
-def _hub_dataset(source: str) -> Any:
+def hub_dataset(source: str) -> Any:
     """A dataset of the hub, or of a folder that is laid out like one.
 
     Raises:

@@ -156,7 +156,7 @@ def _changed(chat: Chat, row: Row, last: int, text: str) -> InputError | None:
     def render(messages: Sequence[Message]) -> str:
         return chat.render([*messages, answer], generation_prompt=False, tools=row.tools)
 
-    dropped = left_out(row.messages[:last], text, render, [answer])
+    dropped = left_out(row.messages[:last], text, render, [answer], is_merged=chat.is_merged)
     return dropped or rendered_already(row.messages[: last + 1], chat.opening, chat.ends)
 
 

@@ -19,6 +19,7 @@ from pact_offline.rows.files import (
     Kind,
     array_items,
     delimiter_of,
+    hub_dataset,
     is_hub,
     kind_of,
     opened,
@@ -33,9 +34,9 @@ class Subset(NamedTuple):
     """Some rows of a source.
 
     Attributes:
-        source: a file, as `values_of` reads it.
+        source: as `values_of` reads it.
         kept: bool [values], in the order of `values_of`.
-        output: file to write, whose name ends as the source's does.
+        output: file to write, whose name ends as the source's does; of the hub's rows as Parquet's.
     """
 
     source: str
@@ -47,16 +48,18 @@ def write_subsets(subsets: Sequence[Subset]) -> None:
     """Write the rows of sources that are kept, of all or of none; packed as the outputs' names say.
 
     Raises:
-        InputError: a source of the hub, or a name that says another format.
+        InputError: a name that says another format.
     """
     for source, _, output in subsets:
-        if is_hub(source):
-            raise InputError(f"{source}: expected a file, found a dataset of the hub")
-        if (suffix := suffix_of(Path(source))) != suffix_of(output):
-            raise InputError(
-                f"{output}: expected a name that ends in {suffix or 'nothing'}, as the format of "
-                "the rows is kept"
+        of_hub = is_hub(source)
+        suffix = ".parquet" if of_hub else suffix_of(Path(source))
+        if suffix != suffix_of(output):
+            why = (
+                "which keeps the types of the hub's rows"
+                if of_hub
+                else "as the format of the rows is kept"
             )
+            raise InputError(f"{output}: expected a name that ends in {suffix or 'nothing'}, {why}")
     with ExitStack() as written:
         for subset in subsets:
             _write(subset, written.enter_context(written_aside(subset.output)))
@@ -65,10 +68,14 @@ def write_subsets(subsets: Sequence[Subset]) -> None:
 def _write(subset: Subset, aside: Path) -> None:
     path = Path(subset.source)
     try:
-        with opened(path) as stream, _packed(aside, subset.output.name) as out:
-            _WRITERS[kind_of(path, stream)](path, stream, subset.kept, out)
+        with _packed(aside, subset.output.name) as out:
+            if is_hub(subset.source):
+                hub_dataset(subset.source).select(np.flatnonzero(subset.kept)).to_parquet(out)
+                return
+            with opened(path) as stream:
+                _WRITERS[kind_of(path, stream)](path, stream, subset.kept, out)
     except (OSError, EOFError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be copied: {first_line(error)}") from None
+        raise InputError(f"{subset.source}: cannot be copied: {first_line(error)}") from None
 
 
 @contextmanager
@@ -117,10 +124,11 @@ def _csv(path: Path, stream: io.BufferedReader, kept: np.ndarray, out: IO[bytes]
     for cells in reader:
         record = "".join(read)
         read.clear()
-        if cells and (number < 0 or kept[number]):
+        is_header, is_value = number < 0, any(cells)
+        if is_header or (is_value and kept[number]):
             record = record if record.endswith("\n") else f"{record}\n"
             out.write(record.encode("utf-8", "surrogateescape"))
-        number += bool(cells)
+        number += is_header or is_value
     text.detach()
 
 

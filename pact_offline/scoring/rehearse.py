@@ -13,7 +13,7 @@ from pact_offline.cache.identity import compute_name
 from pact_offline.cache.targets import answers_place
 from pact_offline.errors import InputError, PactError, UnsupportedModelError
 from pact_offline.files import read_json, sha256_file, write_json, written_aside
-from pact_offline.models.backends import choose_backend, engine_name
+from pact_offline.models.backends import ANSWERS, choose_backend, engine_name
 from pact_offline.models.locate import ModelFiles
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat, chat_of
@@ -59,7 +59,8 @@ def rehearse(
     """
     chat = chat_of(str(model.path), settings)
     read = [row for source in sources for row in _prompts(source, settings)]
-    rows, prompts = _that_fit(model, [(row, chat.prompt_ids(row)) for row in read], settings)
+    asked = [(row, chat.prompt_ids(row)) for row in read]
+    rows, prompts = _that_fit(model, asked, settings, len(chat.header_ids))
     place = answers_place(output)
     made_of = _made_of(model, chat, rows, prompts, settings)
     if _are_known(place, made_of):
@@ -78,25 +79,32 @@ def rehearse(
 
 
 def _that_fit(
-    model: ModelFiles, asked: Sequence[tuple[Row, list[int]]], settings: RehearseSettings
+    model: ModelFiles,
+    asked: Sequence[tuple[Row, list[int]]],
+    settings: RehearseSettings,
+    header: int,
 ) -> tuple[list[Row], list[list[int]]]:
-    """Refuse, or leave out, before anything is written, prompts of which no answer could be scored.
+    """Refuse, cut or leave out, before anything is written, prompts of which no answer could be
+    scored.
 
     Args:
         model: the reference.
         asked: rows and the token ids of their prompts.
-        settings: `long_rows` says which of both.
+        settings: `long_rows` says which; of one that is cut, as in scoring, the end is asked.
+        header: tokens of the assistant header.
     """
-    positions = Positions(model.path)
+    positions, limit = Positions(model.path), settings.max_tokens
     fitting = []
     for row, ids in asked:
-        if len(ids) >= settings.max_tokens and settings.long_rows != "cut":
+        if len(ids) >= limit:
             if settings.long_rows == "drop":
                 continue
-            raise InputError(
-                f"{row.origin}: expected a prompt of less than {settings.max_tokens} tokens, found "
-                f"{len(ids)}; raise --max-tokens, shorten it, or set --long-rows"
-            )
+            if settings.long_rows == "refuse":
+                raise InputError(
+                    f"{row.origin}: expected a prompt of less than {limit} tokens, found "
+                    f"{len(ids)}; raise --max-tokens, shorten it, or set --long-rows"
+                )
+            ids = ids[-min(limit - 1, max(header, limit - settings.answer_tokens)) :]
         positions.require(len(ids), row.origin, settings.answer_tokens)
         fitting.append((row, ids))
     if not fitting:
@@ -132,6 +140,7 @@ def _made_of(
         "engine": [
             engine_name(choose_backend(settings.backend, settings.load_in)[0]),
             compute_name(settings.dtype, settings.load_in),
+            ANSWERS,
         ],
     }
 

@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from pact_offline.cache.targets import TargetCache, answers_place
+from pact_offline.errors import MissingFileError, TargetsMismatchError
 from pact_offline.models.locate import ModelFiles
 from pact_offline.rows.chat import Chat
 from pact_offline.rows.contexts import ContextKind
@@ -145,14 +146,26 @@ class Rehearsal:
 
         Raises:
             MissingFileError: there are no rows beside it.
-            TargetsMismatchError: another model, template, safety tokens, or rows.
+            TargetsMismatchError: `score` wrote it; or another model, template, safety tokens, or
+                rows.
         """
         targets = TargetCache.open(path, verify_all=True, cache=cache_place)
+        if not targets.is_rehearsal:
+            raise TargetsMismatchError(
+                f"{path}: expected what `pact-offline rehearse` wrote, found targets of rows that "
+                "`pact-offline score` read"
+            )
+        answers = answers_place(path)
+        if not answers.is_file():
+            raise MissingFileError(
+                f"{answers}: no such file; the answers that `pact-offline rehearse` wrote lie "
+                f"beside {path.name}, and are needed with it"
+            )
         targets.check_model(model)
         targets.check_safety_ids(tokens.ids, "--safety-tokens")
         targets.check_chat(chat.template_sha256, chat.template_kwargs)
         settings = targets.binding.row_settings
-        rows = tokenized_rows(model, [answers_place(path)], settings, lambda: chat)
+        rows = tokenized_rows(model, [answers], settings, lambda: chat)
         require_positions(model, rows)
         targets.check_rows(rows, settings)
         return cls(rows, targets)

@@ -147,6 +147,12 @@ def remarks(
             "reference answers; --rehearsal takes what `pact-offline rehearse` makes "
             "(--rehearsal-share 0: as meant)"
         )
+    each = settings.rehearsal_share / (1 - settings.rehearsal_share)
+    if is_rehearsed and settings.epochs * (rows - left_out) * each < 1:
+        lines.append(
+            f"nothing is rehearsed: --rehearsal-share {settings.rehearsal_share:g} of so few rows "
+            "is less than one"
+        )
     is_held = settings.refused_rows == "hold" and counts.get("turns_refused")
     if (settings.gap_warns or settings.gap_stops) and not is_rehearsed and not is_held:
         lines.append(
