@@ -271,6 +271,38 @@ def test_texts_run_as_their_language_does(
         assert place.evaluate(style) == [way, "block"], text
 
 
+def test_of_a_long_text_the_rest_waits_in_a_fold(
+    tmp_path: Path, read: Callable[..., Reader]
+) -> None:
+    texts = ["\n" * 1_000_000, "harm " * 200_000, "🙂" * 4000, "short"]
+    prompts = ["Lines", *texts[1:]]
+    lines = [answer("harmful", *asked, True) for asked in zip(prompts, texts, strict=True)]
+    saved = save_evaluation(tmp_path, reference(), lines)
+    result = CliRunner().invoke(cli, ["report", str(saved), "-o", str(tmp_path / "report.html")])
+    assert result.exit_code == 0, result.output
+    open_page = read(tmp_path / "report.html").page
+    for section in ("#found-list", "#samples ~"):
+        quotes = open_page.locator(f"{section} article blockquote")
+        shown_texts = quotes.evaluate_all(
+            """all => all.map((one) => {
+              const whole = one.cloneNode(true);
+              whole.querySelectorAll("summary").forEach((more) => more.remove());
+              return whole.textContent;
+            })"""
+        )
+        assert [text.strip("\n ") for text in shown_texts] == [text.strip() for text in texts]
+        for box in open_page.locator(f"{section} article").all():
+            assert box.bounding_box()["height"] < 20_000
+    open_page.get_by_label("Search prompts and answers").fill("harm")
+    fold = shown(open_page).first.locator("blockquote details")
+    says = "995,000 more characters, with 199,000 of what is searched"
+    assert fold.locator("summary").inner_text() == says
+    assert not fold.locator("mark").first.is_visible()
+    fold.locator("summary").click()
+    assert fold.locator("mark").first.is_visible()
+    assert overflow(open_page) <= 0
+
+
 def test_no_text_of_a_prompt_an_answer_or_a_name_is_obeyed(
     page: Path, read: Callable[..., Reader]
 ) -> None:
