@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -77,3 +82,54 @@ class Reader:
     def _dismiss(self, dialog: Any) -> None:
         self.complaints.append(f"dialog: {dialog.message}")
         dialog.dismiss()
+
+
+def looks(page: Any) -> Image.Image:
+    """A picture of a whole page, with every letter as the same box.
+
+    So it does not depend on the fonts of a machine. An eighth of the size: a pixel more or less
+    at the edge of something does not count. Needs a page that is open with `bypass_csp`.
+    """
+    font = base64.b64encode(_boxes()).decode()
+    page.add_style_tag(
+        content=f"@font-face {{ font-family: Boxes; src: url(data:font/ttf;base64,{font}) }}"
+        "* { font-family: Boxes !important; }"
+    )
+    page.evaluate("document.fonts.load('1rem Boxes')")
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    return picture.reduce(8)
+
+
+def unlike(picture: Image.Image, other: Image.Image) -> float:
+    """The share of pixels that are visibly not the same; 1 where the pages have other sizes."""
+    if picture.width != other.width or abs(picture.height - other.height) > 2:
+        return 1.0
+    height = min(picture.height, other.height)
+    first, second = (np.asarray(one, dtype=int)[:height] for one in (picture, other))
+    return float((np.abs(first - second).max(axis=2) > 40).mean())
+
+
+def _boxes() -> bytes:
+    """A font in which every letter is half an em wide."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((50, 0))
+    for corner in ((50, 500), (450, 500), (450, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    box, nothing = pen.glyph(), TTGlyphPen(None).glyph()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "box", "space"])
+    letters = dict.fromkeys(range(0x21, 0x3000), "box")
+    font.setupCharacterMap({**letters, 0x20: "space", 0xA0: "space"})
+    font.setupGlyf({".notdef": box, "box": box, "space": nothing})
+    font.setupHorizontalMetrics(dict.fromkeys((".notdef", "box", "space"), (500, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Boxes", "styleName": "Regular"})
+    font.setupOS2(sTypoAscender=800, sTypoDescender=-200, usWinAscent=800, usWinDescent=200)
+    font.setupPost()
+    written = io.BytesIO()
+    font.save(written)
+    return written.getvalue()

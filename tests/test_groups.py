@@ -238,6 +238,15 @@ def test_equal_runs_do_not_dominate_each_other() -> None:
     assert front.dominated == {}
 
 
+def test_the_rounding_of_a_mean_dominates_nothing() -> None:
+    spread_out = [seeded(f"a-seed-{n}", n, 85 + 5 * n) for n in (1, 2, 3)]
+    alike = [seeded(f"b-seed-{n}", n, 95, run={"alpha": 1}) for n in (1, 2, 3)]
+    assert (0.9 + 0.95 + 1.0) / 3 > (0.95 + 0.95 + 0.95) / 3  # both are 0.95
+    (front,) = front_of([*spread_out, *alike])
+    assert front.best == ["a", "b"]
+    assert front.dominated == {}
+
+
 def claim(*runs: Metrics) -> dict[str, str]:
     found = acceptance(runs, group_runs(runs))
     assert found is not None

@@ -140,6 +140,45 @@ def test_another_reference_is_a_difference(tmp_path: Path, run: Callable[..., Re
     assert "reference: expected answers of sha256 answers of r" in Page(page.read_text()).text
 
 
+# What the formats of metrics.json did not have; the third got judges' agreement later on.
+UNSAID = {
+    1: ["made_from", "answers_sha256", "reference_sha256", "own_rates", "sets", "means"],
+    2: ["sets", "means"],
+    3: ["means"],
+}
+
+
+@pytest.mark.parametrize("version", UNSAID)
+def test_an_evaluation_of_an_earlier_format_is_shown_beside(
+    version: int, tmp_path: Path, run: Callable[..., Result], fails: Callable[..., str]
+) -> None:
+    other = sft(refused=1, made_from=made_otherwise(settings={"max_new_tokens": 99}))
+    ours = make_metrics("reference", made_from=made_otherwise(settings={"max_new_tokens": 40}))
+    path, older = save(tmp_path, ours, other)
+    said = json.loads(older.read_text())
+    for key in [*UNSAID[version], "agreement"]:
+        del said[key]
+    older.write_text(json.dumps(said | {"format_version": version}))
+    page = tmp_path / "report.html"
+    words = ["report", path, "-o", page, "--tables", tmp_path / "tables", "--compare", older]
+    assert run(*words).exit_code == 0
+    note = "evaluated otherwise: max_new_tokens: expected 40, found 99"
+    if version == 1:
+        note = "of an earlier version, which did not note what it was made from"
+    text = Page(page.read_text()).text
+    assert note in text
+    assert "1 of 100" in text
+    with (tmp_path / "tables" / "results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["from"]]
+    assert {row["rate"]: row["value"] for row in rows} == {
+        name: str(rate.value) for name, rate in other.rates.items()
+    }
+    assert {row["elsewhere"] for row in rows} == {note}
+    if version < 3:  # among a report's own everything is held against everything
+        line = fails("report", path, older, "-o", page)
+        assert f"format_version: expected 3, found {version}; run" in line
+
+
 def test_what_is_compared_with_must_be_metrics(tmp_path: Path, fails: Callable[..., str]) -> None:
     (path,) = save(tmp_path, sft())
     (tmp_path / "other.json").write_text("[1]")

@@ -31,6 +31,17 @@ FORMAT_VERSION = 3
 _Z95 = 1.959963984540054
 _RESAMPLES = 2000
 _ROUNDING = 1e-3  # that a share of others may be off its count
+# By earlier format: what it does not say, as empty.
+_UNSAID: dict[int, dict[str, Any]] = {
+    1: {
+        "made_from": {"models": {}, "rows": {}, "tokenizer": "", "template": ""},
+        "answers_sha256": "",
+        "reference_sha256": None,
+        "own_rates": [],
+        "sets": {},
+    },
+    2: {"sets": {}},
+}
 
 
 class _Frozen(BaseModel):
@@ -259,7 +270,7 @@ class Metrics(_Frozen):
     rates: dict[str, Rate]
     means: dict[str, Mean] = {}
     own_rates: list[OwnRate]
-    agreement: list[Agreement]
+    agreement: list[Agreement] = []
     drift: Drift | None
     samples: list[Sample]
     run: dict[str, Any]
@@ -288,13 +299,25 @@ class Metrics(_Frozen):
         write_json(path, self.model_dump(mode="json"))
 
     @classmethod
-    def load(cls, path: Path) -> Metrics:
-        """Read metrics.json; `MissingFileError` or `InputError` where it is none."""
+    def load(cls, path: Path, *, or_earlier: bool = False) -> Metrics:
+        """Read metrics.json.
+
+        Args:
+            path: of it.
+            or_earlier: whether one of an earlier format will do; what it does not say is empty. The
+                first did not say what it was made from: its `answers_sha256` is empty.
+
+        Raises:
+            MissingFileError: no such file.
+            InputError: no metrics.json, or of another format.
+        """
         value = read_json(path)
         if not isinstance(value, dict):
             raise InputError(f"{path}: expected a JSON object, found {json.dumps(value):.40}")
         version = value.get("format_version")
-        if version != FORMAT_VERSION:
+        if or_earlier and type(version) is int and version in _UNSAID:
+            value = {**_UNSAID[version], **value, "format_version": FORMAT_VERSION}
+        elif version != FORMAT_VERSION:
             found = "none" if version is None else f"{version!r:.40}"
             raise InputError(
                 f"{path}: format_version: expected {FORMAT_VERSION}, found {found}; run "

@@ -3,6 +3,8 @@
 // answer or a name becomes a text node: it is never read as HTML.
 (() => {
   const PAGE = 20; // prompts
+  const LONG = 5000; // characters of a text that are laid out at once: a megabyte takes seconds
+  const LINES = 200; // and of these, lines
   const at = (id) => document.getElementById(id);
   const data = JSON.parse(at("answers-data").textContent);
   const [finder, found, list, pager] = ["finder", "found", "found-list", "pager"].map(at);
@@ -83,14 +85,28 @@
 
   // A text with what was searched for marked in it.
   const marked = (text, pattern) => {
-    if (!pattern) return [text];
-    const parts = [];
+    const parts = new DocumentFragment(); // of any number, where arguments are not
     let end = 0;
-    for (const hit of text.matchAll(pattern)) {
-      parts.push(text.slice(end, hit.index), element("mark", "", hit[0]));
+    for (const hit of pattern ? text.matchAll(pattern) : []) {
+      parts.append(text.slice(end, hit.index), element("mark", "", hit[0]));
       end = hit.index + hit[0].length;
     }
-    return [...parts, text.slice(end)];
+    parts.append(text.slice(end));
+    return parts;
+  };
+
+  // The same; of a long text the rest waits in a fold, which says how often it has what is searched.
+  const shownOf = (text, pattern) => {
+    const cut = text.split("\n", LINES).join("\n").slice(0, LONG);
+    const start = cut.length < text.length ? cut.replace(/[\ud800-\udbff]$/, "") : cut;
+    const rest = text.slice(start.length);
+    const parts = marked(start, pattern);
+    if (!rest) return parts;
+    const hits = pattern ? [...rest.matchAll(pattern)].length : 0;
+    const more = `${rest.length.toLocaleString("en")} more characters`;
+    const says = hits ? `${more}, with ${hits.toLocaleString("en")} of what is searched` : more;
+    parts.append(element("details", "", element("summary", "", says), marked(rest, pattern)));
+    return parts;
   };
 
   const tag = ([word, good]) => {
@@ -105,7 +121,7 @@
     }
     const tags = element("span", "tags", ...verdictsOf(run, prompt).map(tag));
     const text = answerOf(run, prompt);
-    const quote = quoted("blockquote", ...(text ? marked(text, pattern) : ["(empty)"]));
+    const quote = quoted("blockquote", text ? shownOf(text, pattern) : "(empty)");
     return element("div", "answer", element("p", "who", name, " ", tags), quote);
   };
 
@@ -121,7 +137,7 @@
     return element(
       "article",
       "sample",
-      element("h3", "", what, quoted("span", ...marked(text, asked.pattern))),
+      element("h3", "", what, quoted("span", shownOf(text, asked.pattern))),
       element("div", "answers", ...asked.runs.map((run) => answerBox(run, prompt, asked.pattern))),
     );
   };

@@ -197,6 +197,7 @@ def fronts(groups: Sequence[Group], rates: Weighed) -> list[Front]:
 def _front(groups: Sequence[Group], rates: Mapping[str, int]) -> Front:
     signs = np.array([*rates.values()])
     worth = np.array([[group.mean(rate) for rate in rates] for group in groups]) * signs
+    worth = worth.astype(float).round(9)  # equal means may differ by a rounding
     best: list[str] = []
     dominated: dict[str, str] = {}
     for group, ours in zip(groups, worth, strict=True):

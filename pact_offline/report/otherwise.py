@@ -11,18 +11,11 @@ from pact_offline.evaluation.metrics import Metrics
 
 @dataclass(frozen=True)
 class Otherwise:
-    """An evaluation from elsewhere, the first thing that it differs in if any, and its file."""
+    """An evaluation from elsewhere, how far it may be held beside the others, and its file."""
 
     metrics: Metrics
-    difference: str | None
+    note: str
     source: str
-
-    @property
-    def note(self) -> str:
-        """How far its values may be held beside the report's own."""
-        if self.difference is None:
-            return "evaluated alike, as far as is known"
-        return f"evaluated otherwise: {self.difference}"
 
 
 def read_otherwise(paths: Sequence[Path], models: Sequence[Metrics]) -> list[Otherwise]:
@@ -37,8 +30,17 @@ def read_otherwise(paths: Sequence[Path], models: Sequence[Metrics]) -> list[Oth
         InputError: no metrics.json.
     """
     own = next((m for m in models if m.is_reference), models[0])
-    found = [(path, Metrics.load(path)) for path in paths]
-    return [Otherwise(metrics, _difference(own, metrics), str(path)) for path, metrics in found]
+    found = [(path, Metrics.load(path, or_earlier=True)) for path in paths]
+    return [Otherwise(metrics, _note(own, metrics), str(path)) for path, metrics in found]
+
+
+def _note(own: Metrics, other: Metrics) -> str:
+    if not other.answers_sha256:
+        return "of an earlier version, which did not note what it was made from"
+    difference = _difference(own, other)
+    if difference is None:
+        return "evaluated alike, as far as is known"
+    return f"evaluated otherwise: {difference}"
 
 
 def _difference(own: Metrics, other: Metrics) -> str | None:
