@@ -298,7 +298,7 @@ def test_turns_may_begin_and_end_in_other_ways(template: str, pieces: list[str])
     assert [decoded(chat, ids) for ids in found] == pieces
 
 
-ALWAYS = (  # Llama 3's first template, GLM-Edge's, and Command-R7B's, in short
+ALWAYS = (  # in short: Llama 3's first template, GLM-Edge's, Command-R7B's, …, Command-A's
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}",
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>",
@@ -306,6 +306,9 @@ ALWAYS = (  # Llama 3's first template, GLM-Edge's, and Command-R7B's, in short
     "assistant<|channel|>{{ m.content }}<|return|>{% endif %}<|end|>{% endfor %}"
     "<|start|>assistant<think></think>",
     "{% for m in messages %}{{ m.role.upper() }}: {{ m.content }}\n{% endfor %}ASSISTANT: ",
+    "{% for m in messages %}<|start|>{% if m.role != 'user' %}assistant<|channel|>"
+    "{{ m.content }}{% else %}user{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    "<|start|>assistant{% if add_generation_prompt %}<|channel|>{% endif %}",
 )
 
 
@@ -316,6 +319,7 @@ ALWAYS = (  # Llama 3's first template, GLM-Edge's, and Command-R7B's, in short
         (ALWAYS[1], "<|assistant|>", "<|user|>", ""),
         (ALWAYS[2], "<|start|>assistant<think></think>", "<|return|><|end|>", "<|return|><|end|>"),
         (ALWAYS[3], "ASSISTANT: ", "\n", "\n"),
+        (ALWAYS[4], "<|start|>assistant<|channel|>", "<|end|>", "<|end|>"),
     ],
 )
 def test_a_generation_prompt_that_is_written_unasked_is_no_end_of_an_answer(
@@ -543,6 +547,22 @@ def test_a_thought_that_begins_as_its_mark_does_is_trained_whole() -> None:
     (turn,) = spans.turns
     assert decoded(chat, spans.ids[turn.first :]).startswith("<b>two</b> and two")
     assert decoded(chat, spans.ids[: turn.first]).endswith("<think>")
+
+
+def test_an_answer_begins_before_a_mark_and_not_within_it() -> None:
+    """<think> and </think> begin alike: Laguna, GLM-4.7 and Spark write one of them."""
+    chat = chat_with(
+        TEMPLATE.replace("{{ m['content'] }}",
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+        "{% elif m.role == 'assistant' %}</think>{% endif %}{{ m['content'] }}")
+    )  # fmt: skip
+    messages = said("2+2?", "4", "3+3?", "6")
+    messages[3]["reasoning_content"] = "Three and three."
+    assert answers_of(chat, messages) == [
+        "4<|im_end|>\n", "<think>Three and three.</think>6<|im_end|>\n"
+    ]  # fmt: skip
+    spans = spans_of(chat, messages)
+    assert spans.ids[spans.turns[1].first] == chat.ids_of("<think>")[0]
 
 
 def test_one_row_that_is_refused_leaves_the_others_as_they_are() -> None:

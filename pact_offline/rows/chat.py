@@ -166,9 +166,11 @@ class Chat:
         ]  # fmt: skip
         asked, *_ = self._render_all(conversations[:1], generation_prompt=True)
         texts = self._render_all(conversations, generation_prompt=False)
-        if not all(isinstance(text, str) for text in texts) or asked != texts[0]:
+        if not all(isinstance(text, str) for text in (asked, *texts)):
             return "", ""
-        alone, answered, followed = map(str, texts)
+        asked, alone, answered, followed = map(str, (asked, *texts))
+        if not asked.startswith(alone):
+            return "", ""
         user = alone.rpartition(MARKER)[2]
         between = answered.partition(MARKER)[2].partition(other)[0]
         last, inner = (text.partition(other)[2] for text in (answered, followed))
@@ -182,7 +184,7 @@ class Chat:
         shared = before_mark(user, common_start(user, between), self.marks)
         if always.strip() and user.endswith(always) and shared > at:
             return always, ""
-        lacking = between[len(user) :] if between.startswith(user) else ""
+        lacking = between[len(user) :] if asked == alone and between.startswith(user) else ""
         return "", lacking.rstrip(" ") if lacking.strip() else ""
 
     def _opening_mark(self, text: str) -> str:

@@ -216,7 +216,7 @@ def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
             continue
         if marker not in other:
             continue
-        own = min(common_start(text, other), other.find(marker))
+        own = before_mark(text, min(common_start(text, other), other.find(marker)), chat.marks)
         if (thought := _thought_at(chat, item, turn, marker)) is not None:
             own = min(own, thought)  # a mark that opens a thought may begin as the thought does
         shared = common_start(text, until or "")
