@@ -142,8 +142,16 @@ def save_merged(
     require_model_saved(folder, merged.state_dict(), model.name)
     tokenizer = load_tokenizer(str(model.path))
     if (tuned.folder / "chat_template.jinja").is_file():  # what it was trained with
-        tokenizer.chat_template = read_text(tuned.folder / "chat_template.jinja")
+        tokenizer.chat_template = _templates_of(tuned.folder)
     tokenizer.save_pretrained(folder)
+
+
+def _templates_of(folder: Path) -> str | dict[str, str]:
+    """The chat template that a tokenizer was saved with; of several, each by its name."""
+    default = read_text(folder / "chat_template.jinja")
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    named = {file.stem: read_text(file) for file in others}
+    return {"default": default, **named} if named else default
 
 
 def own_dtype(folder: Path) -> Any:

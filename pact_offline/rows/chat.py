@@ -27,6 +27,9 @@ from pact_offline.rows.row import Message, Row
 from pact_offline.rows.values import shown
 from pact_offline.settings.stages import ChatSettings
 
+# transformers 5 takes a tokenizer.json apart for the class that a config names, right or wrong.
+_READ = "Hello, my friend.\nI am here"
+
 
 class Conversation(NamedTuple):
     """What a chat template renders."""
@@ -51,10 +54,16 @@ def load_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=False
         )
-        tokenizer("Hello")  # odd values of its files show on first use
+        given_back = str(tokenizer.decode(tokenizer(_READ).input_ids, skip_special_tokens=True))
     except Exception as error:
         reason = why_not_loaded(error, Path(model) if looks_like_path(model) else None)
         raise ModelError(f"{model}: no tokenizer could be loaded: {reason}") from None
+    if given_back.lower().split() != _READ.lower().split():
+        raise ModelError(
+            f"{model}: expected a tokenizer that gives back {_READ!r}, found {given_back!r:.60} by "
+            f"{type(tokenizer).__name__}, as tokenizer_class in tokenizer_config.json says; with "
+            "PreTrainedTokenizerFast there tokenizer.json is taken as it is"
+        )
     return tokenizer
 
 

@@ -97,7 +97,7 @@ def _that_fit(
                 f"{row.origin}: expected a prompt of less than {settings.max_tokens} tokens, found "
                 f"{len(ids)}; raise --max-tokens, shorten it, or set --long-rows"
             )
-        positions.require(len(ids), row.origin, settings.answer_tokens)
+        positions.require(ids, row.origin, settings.answer_tokens)
         fitting.append((row, ids))
     if not fitting:
         raise InputError(
