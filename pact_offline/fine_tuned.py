@@ -17,7 +17,7 @@ from pact_offline.errors import (
     TargetsMismatchError,
     first_line,
 )
-from pact_offline.files import read_json, sha256_file
+from pact_offline.files import read_json, read_text, sha256_file
 from pact_offline.folders import RUN_FILE
 from pact_offline.models.locate import (
     ModelFiles,
@@ -70,6 +70,18 @@ class FineTuned:
         text = "".join(f"{name} {checksum}\n" for name, checksum in sorted(files.items()))
         digest = hashlib.sha256(text.encode()).hexdigest()
         return cls(folder, is_whole, read_facts(folder), digest)
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """What a tokenizer beside it was saved with; of several, each by its name."""
+        file, config = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
+        if file.is_file():
+            others = sorted((self.folder / "additional_chat_templates").glob("*.jinja"))
+            named = {other.stem: read_text(other) for other in others}
+            return {"default": read_text(file), **named} if named else read_text(file)
+        value = read_json(config) if config.is_file() else None
+        template = value.get("chat_template") if isinstance(value, dict) else None
+        return template if isinstance(template, str) else None
 
     def require_of(self, model: ModelFiles) -> None:
         """Refuse what was trained from another model.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_offline.errors import InputError, ModelError, PactError, first_line
-from pact_offline.files import read_json, read_text, user_cache
+from pact_offline.files import read_json, user_cache
 from pact_offline.fine_tuned import FineTuned
 from pact_offline.folders import output_aside
 from pact_offline.models.locate import ModelFiles, locate_model, split_adapter, weight_checksums
@@ -42,7 +42,8 @@ def locate_reference(model: str) -> ModelFiles:
         raise InputError(f"{adapter}: expected a LoRA adapter, found a whole model")
     tuned.require_of(files)
     identity = {**files.identity, "adapter": tuned.sha256}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    parts = [identity, tuned.chat_template]  # weights are who it is, the template comes with it
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     place = _kept() / digest[:16]
     if (place / _MARK).is_file():
         with suppress(OSError):  # another user's
@@ -141,8 +142,8 @@ def save_merged(
         raise ModelError(f"{model.name}: its sum cannot be saved: {first_line(error)}") from None
     require_model_saved(folder, merged.state_dict(), model.name)
     tokenizer = load_tokenizer(str(model.path))
-    if (tuned.folder / "chat_template.jinja").is_file():  # what it was trained with
-        tokenizer.chat_template = read_text(tuned.folder / "chat_template.jinja")
+    if (template := tuned.chat_template) is not None:  # what it was trained with
+        tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
 
 

@@ -338,5 +338,5 @@ def test_an_answer_ends_where_a_table_of_positions_does(family: str, tmp_path: P
     assert six[1] != three[1]
     expected = f"rows:1: expected at most {most - 1} tokens, found {most}"
     with pytest.raises(InputError, match=expected):
-        Positions(folder).require(most, "rows:1")
-    Positions(folder).require(most - 1, "rows:1")
+        Positions(folder).require([5] * most, "rows:1")
+    Positions(folder).require([5] * (most - 1), "rows:1")

@@ -18,7 +18,7 @@ from click.testing import Result
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import make_model
+from tiny import TEMPLATE, make_model
 from transformers import LlamaForCausalLM
 
 from pact_offline.cache.targets import TargetCache
@@ -166,6 +166,40 @@ def test_an_adapter_is_of_the_weights_that_its_config_names(
         line = fails(*words)
         assert f"adapter_config.json: base_model_name_or_path: expected {base}, found '" in line
         assert line.endswith(f"another model; if it fits all the same, write {base} there")
+
+
+@pytest.mark.parametrize("beside", ["chat_template.jinja", "tokenizer_config.json"])
+def test_the_chat_template_beside_an_adapter_is_heeded_or_told(
+    beside: str, theirs: Path, aligned: Path, rows_file: Path, tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    """Axolotl and LLaMA-Factory save the tokenizer that they trained with, template and all."""
+    template = TEMPLATE.replace("assistant", "bot")
+    text = template if beside.endswith("jinja") else json.dumps({"chat_template": template})
+    (theirs / "chat_template.jinja").unlink()
+    (theirs / beside).write_text(text)
+    common = ["--rows", rows_file, "--objective", "none", "--epochs", 1, "--dtype", "float32"]
+    out = tmp_path / "out"
+    done = run("finetune", "--model", f"{aligned}+{theirs}", *common, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert (out / "chat_template.jinja").read_text() == template
+    (tmp_path / "its.jinja").write_text(template)
+    words = [
+        "evaluate",
+        "--name",
+        "x",
+        "--model",
+        aligned,
+        "--adapter",
+        theirs,
+        "--task",
+        rows_file,
+    ]
+    for more, told in (((), 1), (("--chat-template", tmp_path / "its.jinja"), 0)):
+        done = run(*words, "--dtype", "float32", "--max-new-tokens", 1, *more,
+                   "-o", tmp_path / f"evaluation{told}")  # fmt: skip
+        assert done.exit_code == 0, done.output
+        assert done.stderr.count("--chat-template FILE takes it") == told
 
 
 @pytest.mark.parametrize("named", ["owner/model", "/nowhere/model", "x" * 5000, "a\nb", "a\0b"])

@@ -298,6 +298,79 @@ def test_turns_may_begin_and_end_in_other_ways(template: str, pieces: list[str])
     assert [decoded(chat, ids) for ids in found] == pieces
 
 
+ALWAYS = (  # in short: Llama 3's first template, GLM-Edge's, Command-R7B's, …, Command-A's
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}",
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>",
+    "{% for m in messages %}<|start|>{% if m.role == 'user' %}user{{ m.content }}{% else %}"
+    "assistant<|channel|>{{ m.content }}<|return|>{% endif %}<|end|>{% endfor %}"
+    "<|start|>assistant<think></think>",
+    "{% for m in messages %}{{ m.role.upper() }}: {{ m.content }}\n{% endfor %}ASSISTANT: ",
+    "{% for m in messages %}<|start|>{% if m.role != 'user' %}assistant<|channel|>"
+    "{{ m.content }}{% else %}user{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    "<|start|>assistant{% if add_generation_prompt %}<|channel|>{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "header", "inner", "last"),
+    [
+        (ALWAYS[0], "<|im_start|>assistant\n", "<|im_end|>", "<|im_end|>"),
+        (ALWAYS[1], "<|assistant|>", "<|user|>", ""),
+        (ALWAYS[2], "<|start|>assistant<think></think>", "<|return|><|end|>", "<|return|><|end|>"),
+        (ALWAYS[3], "ASSISTANT: ", "\n", "\n"),
+        (ALWAYS[4], "<|start|>assistant<|channel|>", "<|end|>", "<|end|>"),
+    ],
+)
+def test_a_generation_prompt_that_is_written_unasked_is_no_end_of_an_answer(
+    template: str, header: str, inner: str, last: str
+) -> None:
+    chat = chat_with(template)
+    assert decoded(chat, chat.header_ids) == header
+    for system in (None, "Be kind."):
+        messages = said("One?", "Shipping", "Two?", "Billing", system=system)
+        assert answers_of(chat, messages) == [f"Shipping{inner}", f"Billing{last}"]
+    prompt = decoded(chat, chat.prompt_ids(row_of(MESSAGES)))
+    assert prompt.endswith(header)
+    assert prompt.count(header) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "header"),
+    [
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+         "<|im_start|>assistant\n"),
+        ("{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}{% else %}"
+         "{{ '\nAssistant: ' + m.content + eos_token }}{% endif %}{% endfor %}", "\nAssistant:"),
+    ],
+)  # fmt: skip
+def test_a_prompt_has_the_header_that_the_template_writes_before_answers_alone(
+    template: str, header: str
+) -> None:
+    chat = chat_with(template)
+    row = row_of(said("One?", "Shipping", "Two?", "Billing"))
+    assert decoded(chat, chat.prompt_ids(row)).endswith(header)
+    assert decoded(chat, chat.header_ids) == header
+    example = tokenize_all([row], chat, RowSettings(scaffold="response"))[0]
+    for context in contexts_of(example, chat.header_ids):
+        text = decoded(chat, context.ids)
+        assert text.count(header) == len(context.spans)
+        assert "ssistant" not in decoded(chat, context.labels)
+    assert answers_of(chat, said("One?", "Shipping"))[0].strip().startswith("Shipping<|im_end|>")
+
+
+def test_a_turn_that_ends_where_another_follows_ends_there() -> None:
+    """Apertus, Apriel and GLM-4 write no end of the last answer."""
+    for end in ("<|end|>", "\n<|end|>\n", "<|user|>"):
+        chat = chat_with(
+            "{% for m in messages %}{% if m.role == 'user' %}{{ '' if loop.first else end }}"
+            "<|im_start|>{{ m.content }}<|assistant|>\n{% else %}{{ m.content }}{% endif %}"
+            "{% endfor %}", end=end,
+        )  # fmt: skip
+        found = answers_of(chat, said("One?", "Shipping", "Two?", "Billing"))
+        assert found == [f"Shipping{end.rstrip()}", "Billing"]
+
+
 def test_a_space_of_sentencepiece_is_there_once() -> None:
     chat = chat_with(WORDS, "sentencepiece")
     spans = spans_of(chat, said("One?", "Yes", "Two?", "No"))
@@ -476,6 +549,22 @@ def test_a_thought_that_begins_as_its_mark_does_is_trained_whole() -> None:
     assert decoded(chat, spans.ids[: turn.first]).endswith("<think>")
 
 
+def test_an_answer_begins_before_a_mark_and_not_within_it() -> None:
+    """<think> and </think> begin alike: Laguna, GLM-4.7 and Spark write one of them."""
+    chat = chat_with(
+        TEMPLATE.replace("{{ m['content'] }}",
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+        "{% elif m.role == 'assistant' %}</think>{% endif %}{{ m['content'] }}")
+    )  # fmt: skip
+    messages = said("2+2?", "4", "3+3?", "6")
+    messages[3]["reasoning_content"] = "Three and three."
+    assert answers_of(chat, messages) == [
+        "4<|im_end|>\n", "<think>Three and three.</think>6<|im_end|>\n"
+    ]  # fmt: skip
+    spans = spans_of(chat, messages)
+    assert spans.ids[spans.turns[1].first] == chat.ids_of("<think>")[0]
+
+
 def test_one_row_that_is_refused_leaves_the_others_as_they_are() -> None:
     chat = chat_with(TEMPLATES["gemma"])
     rows = [row_of(said("a", "b")), row_of(said("a", "b", system="S")), row_of(said("c", "d"))]
@@ -499,6 +588,14 @@ def test_a_template_that_renders_no_text_is_refused() -> None:
         spans_of(chat_with("Hello"), MESSAGES)
     with pytest.raises(ModelError, match="renders what a user says, found: "):
         spans_of(chat_with(TEMPLATE.replace("m['content']", "m['content'][:4]")), MESSAGES)
+
+
+def test_a_template_that_wants_to_be_told_something_is_refused_with_what_tells_it() -> None:
+    wants = TEMPLATE + "{% if rule + 'x' %}{% endif %}"
+    with pytest.raises(ModelError, match=r"'rule' is undefined \(--chat-template-kwargs sets .*, "
+                       r"--chat-template FILE takes another\)$"):  # fmt: skip
+        spans_of(chat_with(wants), MESSAGES)
+    assert spans_of(chat_with(wants, rule=""), MESSAGES) == spans_of(chat_with(), MESSAGES)
 
 
 # The chat template

@@ -223,6 +223,21 @@ def test_a_broken_model_is_refused_in_one_line(name: str, model: Path) -> None:
         _require_line(error, model, said)
 
 
+def test_a_tokenizer_that_loses_text_is_refused_with_what_mends_it(model: Path) -> None:
+    """transformers 5 makes SentencePiece of a DeepSeek distillate's bytes where it lies on disk."""
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    for kind in ("LlamaTokenizerFast", "PreTrainedTokenizerFast"):
+        (model / "tokenizer_config.json").write_text(
+            json.dumps({**config, "tokenizer_class": kind})
+        )
+        if kind.startswith("Llama"):
+            with pytest.raises(ModelError) as caught:
+                load_tokenizer(str(model))
+            _require_line(caught.value, model, "found 'Hello,myfriend.Iamhere' by LlamaTokenizer")
+        else:
+            assert load_tokenizer(str(model)).get_vocab()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"model": 3}'])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_broken_tokenizer_is_refused_in_one_line(name: str, text: str, model: Path) -> None:

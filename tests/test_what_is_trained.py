@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 from conftest import write_rows
 from tiny import TEMPLATE, make_model
+from transformers import AutoTokenizer
 
 from pact_offline.files import sha256_file
 from pact_offline.safety_tokens.file import SafetyTokens
@@ -288,6 +289,46 @@ def test_an_id_is_no_answer_and_a_dropped_tool_result_is_told(
     assert "messages[2].content: expected in what the chat template renders" in fails(
         *plain, "--rows", rows, "--chat-template", template
     )
+
+
+def test_tokens_that_the_model_has_no_embedding_of_are_refused_before_it_loads(
+    aligned: Path, tmp_path: Path, rows_file: Path, fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A token was added, and the model not resized: well as long as it is not used."""
+    grown = tmp_path / "grown"
+    shutil.copytree(aligned, grown)
+    tokenizer = AutoTokenizer.from_pretrained(grown)
+    tokenizer.add_special_tokens({"eos_token": "<|eot|>"})
+    tokenizer.save_pretrained(grown)
+    row = {"prompt": "Hi <|eot|>", "response": "Yes"}
+    write_rows(rows_file, [*map(json.loads, rows_file.read_text().splitlines()), row])
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    common = ["--model", grown, "--dtype", "float32", "-o", tmp_path / "out"]
+    size = json.loads((aligned / "config.json").read_text())["vocab_size"]
+    for words in (
+        ["finetune", "--objective", "none", "--rows"],
+        ["evaluate", "--name", "r", "--task"],
+    ):
+        told = fails(*words, rows_file, *common)
+        assert f"{rows_file}:13: expected token ids below {size}, as many as {grown} has" in told
+
+
+def test_a_merged_model_has_every_named_template(
+    rows_file: Path, aligned: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    named = tmp_path / "named"
+    shutil.copytree(aligned, named)
+    (named / "additional_chat_templates").mkdir()
+    (named / "additional_chat_templates" / "tool_use.jinja").write_text(THINKING)
+    merged, adapter = tmp_path / "merged", tmp_path / "adapter"
+    tuned = ["--dtype", "float32", "--objective", "none", "--epochs", 1, "-o", adapter]
+    assert run("finetune", "--model", named, "--rows", rows_file, *tuned).exit_code == 0
+    done = run("merge", "--model", named, "--adapter", adapter, "-o", merged)
+    assert done.exit_code == 0, done.output
+    ours, theirs = (AutoTokenizer.from_pretrained(one).chat_template for one in (merged, named))
+    assert ours == theirs
+    assert {*ours} == {"default", "tool_use"}
 
 
 def test_a_merged_model_has_the_template_that_it_was_trained_with(

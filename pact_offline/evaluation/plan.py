@@ -171,7 +171,7 @@ def _check_prompts(
     for one in sets.values():
         unread: Counter[str] = Counter()
         for row in one.rows:
-            positions.require(len(chat.prompt_ids(row)), row.origin)
+            positions.require(chat.prompt_ids(row), row.origin)
             unread.update(chat.unread(row))
         tell_unread(f"the {one.name} prompts", unread)
         if one.kind == "refuse" and one.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from pact_offline.models.locate import is_same_model
 from pact_offline.references import locate_reference
 from pact_offline.rows.chat import Chat, load_tokenizer, tokenizer_fingerprint
 from pact_offline.settings.stages import CHAT_ALIKE
+
+log = logging.getLogger(__name__)
 
 # Of what a run says of itself, beside its settings.
 _KEPT = (
@@ -65,18 +68,28 @@ class Subject:
     def check_chat(self, chat: Chat) -> None:
         """Refuse another chat template, or other variables of it, than a run was trained with.
 
+        What `finetune` did not make does not say; but a tokenizer beside it may.
+
         Raises:
             TargetsMismatchError: it was.
         """
         facts = self.tuned.facts if self.tuned else None
+        if self.tuned and facts is None:
+            theirs = self.tuned.chat_template
+            if theirs is not None and theirs != chat.tokenizer.chat_template:
+                log.warning(
+                    "%s: the tokenizer there has another chat template than prompts are rendered "
+                    "by; --chat-template FILE takes it",
+                    self.tuned.folder,
+                )
         if facts is None or "template" not in facts:
             return
-        theirs = facts["template"], facts["settings"].get("chat_template_kwargs", {})
-        if theirs != (chat.template_sha256, chat.template_kwargs):
+        known = facts["template"], facts["settings"].get("chat_template_kwargs", {})
+        if known != (chat.template_sha256, chat.template_kwargs):
             raise TargetsMismatchError(
                 f"{self.tuned and self.tuned.folder}: expected a run with the chat template sha256 "
                 f"{chat.template_sha256:.12} and variables {chat.template_kwargs}, found one with "
-                f"{theirs[0]:.12} and {theirs[1]}; {CHAT_ALIKE}"
+                f"{known[0]:.12} and {known[1]}; {CHAT_ALIKE}"
             )
 
     def load(self, dtype: str) -> Any:

@@ -120,7 +120,7 @@ def watch_of(
     positions = Positions(model)
     for one in sets.values():
         for row in one.rows:  # what the template refuses, and is too long, is refused now
-            positions.require(len(chat.prompt_ids(row)), row.origin)
+            positions.require(chat.prompt_ids(row), row.origin)
     decides = [
         {name: [one.kind, rows_sha256(one.rows)] for name, one in sets.items()},
         verdicts.content,

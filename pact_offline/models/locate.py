@@ -160,6 +160,13 @@ def positions_of(folder: Path) -> int | None:
     return int(positions * max(1, factor))
 
 
+def vocabulary_of(folder: Path) -> int | None:
+    """The tokens that a model in a directory has; None where its config tells none."""
+    config = _read_object(folder / "config.json")
+    size = (config.get("text_config") or config).get("vocab_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def files_of(folder: Path) -> list[Path]:
     """The files of a local model that decide what it does, sorted; none where it is no folder."""
     return sorted({file for pattern in _WANTED for file in folder.glob(pattern)})

@@ -27,6 +27,9 @@ from pact_offline.rows.row import Message, Row
 from pact_offline.rows.values import shown
 from pact_offline.settings.stages import ChatSettings
 
+# transformers 5 takes a tokenizer.json apart for the class that a config names, right or wrong.
+_READ = "Hello, my friend.\nI am here"
+
 
 class Conversation(NamedTuple):
     """What a chat template renders."""
@@ -51,10 +54,16 @@ def load_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=False
         )
-        tokenizer("Hello")  # odd values of its files show on first use
+        given_back = str(tokenizer.decode(tokenizer(_READ).input_ids, skip_special_tokens=True))
     except Exception as error:
         reason = why_not_loaded(error, Path(model) if looks_like_path(model) else None)
         raise ModelError(f"{model}: no tokenizer could be loaded: {reason}") from None
+    if given_back.lower().split() != _READ.lower().split():
+        raise ModelError(
+            f"{model}: expected a tokenizer that gives back {_READ!r}, found {given_back!r:.60} by "
+            f"{type(tokenizer).__name__}, as tokenizer_class in tokenizer_config.json says; with "
+            "PreTrainedTokenizerFast there tokenizer.json is taken as it is"
+        )
     return tokenizer
 
 
@@ -134,7 +143,8 @@ class Chat:
                 reason = f"{text!r:.60} for it"
         raise ModelError(
             f"{self.tokenizer.name_or_path}: expected a chat template that renders what a user "
-            f"says, found: {reason}"
+            f"says, found: {reason} (--chat-template-kwargs sets what a template is told, "
+            "--chat-template FILE takes another)"
         )
 
     def _apply(
@@ -153,7 +163,58 @@ class Chat:
     def render_all(
         self, conversations: Sequence[Conversation], *, generation_prompt: bool
     ) -> list[str | InputError]:
-        """The text of each conversation; of one that the template refuses, why."""
+        """The text of each conversation; of one that the template refuses, why.
+
+        A template that writes a generation prompt always, or never, is made to heed what is asked.
+        """
+        texts = self._render_all(conversations, generation_prompt=generation_prompt)
+        always, never = self._unasked
+        if generation_prompt:
+            return [text + never if isinstance(text, str) else text for text in texts]
+        return [text.removesuffix(always) if isinstance(text, str) else text for text in texts]
+
+    @cached_property
+    def _unasked(self) -> tuple[str, str]:
+        """A generation prompt that the template writes unasked, and one that it lacks."""
+        other = MARKER[::-1]
+        conversations = [
+            _sampled([MARKER]), _sampled([MARKER, other]), _sampled([MARKER, other, MARKER])
+        ]  # fmt: skip
+        asked, *_ = self._render_all(conversations[:1], generation_prompt=True)
+        texts = self._render_all(conversations, generation_prompt=False)
+        if not all(isinstance(text, str) for text in (asked, *texts)):
+            return "", ""
+        asked, alone, answered, followed = map(str, (asked, *texts))
+        if not asked.startswith(alone):
+            return "", ""
+        user = alone.rpartition(MARKER)[2]
+        between = answered.partition(MARKER)[2].partition(other)[0]
+        last, inner = (text.partition(other)[2] for text in (answered, followed))
+        inner = inner.partition(MARKER)[0]
+        end = before_mark(last, common_start(last, inner), self.marks)
+        opening = self._opening_mark(alone)
+        if opening and last[:end].endswith(opening):
+            end -= len(opening)  # every turn begins with it
+        always = last[end:]
+        at = len(user) - len(always)
+        shared = before_mark(user, common_start(user, between), self.marks)
+        if always.strip() and user.endswith(always) and shared > at:
+            return always, ""
+        lacking = between[len(user) :] if asked == alone and between.startswith(user) else ""
+        return "", lacking.rstrip(" ") if lacking.strip() else ""
+
+    def _opening_mark(self, text: str) -> str:
+        """The mark that a conversation begins with, behind the beginning of text."""
+        begin = str(self.tokenizer.bos_token or "")
+        for rest in (text.removeprefix(begin), text):
+            for mark in self.marks:
+                if rest.startswith(mark):
+                    return mark
+        return ""
+
+    def _render_all(
+        self, conversations: Sequence[Conversation], *, generation_prompt: bool
+    ) -> list[str | InputError]:
         given = [self._given(conversation.messages) for conversation in conversations]
         plain = [i for i, conversation in enumerate(conversations) if conversation.tools is None]
         found: dict[int, str | InputError] = {}
@@ -245,9 +306,8 @@ class Chat:
     def header_ids(self) -> list[int]:
         """The assistant header: what stands between a user's turn and an answer.
 
-        It is what was set; else what the template's generation prompt adds; where that adds
-        nothing, what follows the user's text, or stands between it and an answer; where nothing
-        does, the beginning of text.
+        It is what was set; else what the generation prompt adds; where that adds nothing, what
+        follows the user's text; where nothing does, the beginning of text.
 
         Raises:
             ModelError: there is none of these, so a response cannot be told from its prompt.
@@ -257,7 +317,7 @@ class Chat:
         else:
             without, with_header = (self._tail(generation_prompt=adds) for adds in (False, True))
             header = with_header[common_start(without, with_header) :] or with_header
-            header = header or self.ids_of(self._between()) or self._beginning()
+            header = header or self._beginning()
         if not header:
             raise ModelError(
                 f"{self.tokenizer.name_or_path}: expected a chat template with an assistant header "
@@ -300,26 +360,13 @@ class Chat:
         text = self._sample([MARKER], generation_prompt=generation_prompt)
         return self.ids_of(text.rpartition(MARKER)[2])
 
-    def _between(self) -> str:
-        """What stands between a user's text and an answer."""
-        other = MARKER[::-1]
-        return (
-            self._sample([MARKER, other], generation_prompt=False)
-            .partition(MARKER)[2]
-            .partition(other)[0]
-        )
-
     def _beginning(self) -> list[int]:
         first = self.tokenizer.bos_token_id
         return [] if first is None else [int(first)]
 
     def _sample(self, said: Sequence[str], *, generation_prompt: bool) -> str:
-        roles = ("user", "assistant")
-        messages = [
-            {"role": role, "content": text} for role, text in zip(roles, said, strict=False)
-        ]
         try:
-            return self.render(messages, generation_prompt=generation_prompt)
+            return self.render(_sampled(said).messages, generation_prompt=generation_prompt)
         except InputError as error:
             raise ModelError(f"{self.tokenizer.name_or_path}: {error}") from None
 
@@ -378,6 +425,21 @@ def _merging(template: Any) -> Any:
     if isinstance(template, dict):
         return {name: _merging(one) for name, one in template.items()}
     return _MERGED + template.removeprefix(_MERGED) if isinstance(template, str) else template
+
+
+def _sampled(said: Sequence[str]) -> Conversation:
+    """A conversation of texts, the user's first."""
+    roles = ("user", "assistant")
+    return Conversation([{"role": roles[i % 2], "content": text} for i, text in enumerate(said)])
+
+
+def before_mark(text: str, at: int, marks: Sequence[str]) -> int:
+    """A place, moved before a mark that it lies in: two ways to end a turn may begin alike."""
+    for mark in marks:
+        found = text.find(mark, max(0, at - len(mark) + 1), at + len(mark) - 1)
+        if found >= 0:
+            return found
+    return at
 
 
 def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pact_offline.errors import InputError
-from pact_offline.rows.chat import Chat, Conversation, common_start
+from pact_offline.rows.chat import Chat, Conversation, before_mark, common_start
 from pact_offline.rows.dropped import MARKER, left_out, said_by
 from pact_offline.rows.pieces import Piece, encode, encode_apart, token_at
 from pact_offline.rows.rendered import rendered_already
@@ -169,7 +169,7 @@ def _places(chat: Chat, item: _Rendered) -> list[_Place] | InputError:
             if place is None or said not in item.text[place.own : place.end]:
                 return InputError(
                     f"messages[{turn}].{what}: expected in what the chat template renders, found "
-                    "that it leaves this out or changes it"
+                    "that it leaves this out or changes it (--chat-template FILE takes another)"
                 )
         if place is not None:
             places.append(place)
@@ -199,7 +199,8 @@ def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
         for content in (message["content"], message["content"].strip()):
             behind = text[header + len(content) : len(until)]
             if text.startswith(content, header) and content.strip() not in behind:
-                return _Place(header, header, len(until))  # else it may be what is put before it
+                end = _with_mark(text, header, len(until), chat.marks)
+                return _Place(header, header, end)  # else it may be what is put before it
     marker = _marker(text)
     for variant in _variants(message, marker):
         try:
@@ -215,7 +216,7 @@ def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
             continue
         if marker not in other:
             continue
-        own = min(common_start(text, other), other.find(marker))
+        own = before_mark(text, min(common_start(text, other), other.find(marker)), chat.marks)
         if (thought := _thought_at(chat, item, turn, marker)) is not None:
             own = min(own, thought)  # a mark that opens a thought may begin as the thought does
         shared = common_start(text, until or "")
@@ -227,10 +228,7 @@ def _place(chat: Chat, item: _Rendered, turn: int) -> _Place | None:
                 continue
             end = len(text) - len(behind)
             end += common_start(text[end:], alone.rpartition(marker)[2])
-        end = _before_mark(text, end, chat.marks)
-        mark = next((mark for mark in chat.marks if text.startswith(mark, end)), "")
-        if not text[own:end].rstrip().endswith(chat.marks) and end < len(text):
-            end += len(mark)  # the turn ends otherwise where another follows
+        end = _with_mark(text, own, before_mark(text, end, chat.marks), chat.marks)
         return _Place(own if header is None else min(header, own), own, end)
     if header is not None and until and text.startswith(until):
         return _Place(header, header, len(until))
@@ -267,13 +265,13 @@ def _until(chat: Chat, item: _Rendered, turn: int) -> str | None:
     return max(until, other, key=lambda rendered: common_start(item.text, rendered))
 
 
-def _before_mark(text: str, at: int, marks: Sequence[str]) -> int:
-    """A place, moved before a mark that it lies in: two ways to end a turn may begin alike."""
-    for mark in marks:
-        found = text.find(mark, max(0, at - len(mark) + 1), at + len(mark) - 1)
-        if found >= 0:
-            return found
-    return at
+def _with_mark(text: str, own: int, end: int, marks: Sequence[str]) -> int:
+    """Where an answer ends that no mark ends: behind the mark that follows where a turn does."""
+    if text[own:end].rstrip().endswith(tuple(marks)):
+        return end
+    behind = end + len(text[end:]) - len(text[end:].lstrip())
+    mark = next((mark for mark in marks if text.startswith(mark, behind)), "")
+    return behind + len(mark) if mark else end
 
 
 def _holds(text: str, message: Message) -> bool:

@@ -95,6 +95,18 @@ class TokenizedRows:
         """Tokens of each row, int64 [rows]."""
         return _joined([np.diff(batch.id_ends) for batch in self._batches])
 
+    def first_with_id_from(self, size: int) -> tuple[int, int] | None:
+        """The first row that has a token id of a size or above, and that id; None: none has."""
+        begin = 0
+        for batch in self._batches:
+            found = np.flatnonzero(batch.ids[batch.id_ends[0] : batch.id_ends[-1]] >= size)
+            if len(found):
+                at = batch.id_ends[0] + found[0]
+                row = int(np.searchsorted(batch.id_ends, at, side="right")) - 1
+                return begin + row, int(batch.ids[at])
+            begin += len(batch.place)
+        return None
+
     @property
     def turns(self) -> np.ndarray:
         """Trained answers of each row, int64 [rows]."""

@@ -67,7 +67,7 @@ def find_safety_tokens(
     for own, seen in ((files, seen_aligned), (base_files, seen_base)):
         positions = Positions(own.path)
         for row, one in zip(pairs, seen, strict=True):
-            positions.require(len(one.ids), row.origin, more=0)
+            positions.require(one.ids, row.origin, more=0)
     read = partial(_read, batch_size=settings.batch_size, progress=progress or (lambda n: None))
     model = load_model(str(files.path), settings.dtype)
     aligned_mean = read(model, seen_aligned).mean

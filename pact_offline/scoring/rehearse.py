@@ -105,7 +105,7 @@ def _that_fit(
                     f"{len(ids)}; raise --max-tokens, shorten it, or set --long-rows"
                 )
             ids = ids[-min(limit - 1, max(header, limit - settings.answer_tokens)) :]
-        positions.require(len(ids), row.origin, settings.answer_tokens)
+        positions.require(ids, row.origin, settings.answer_tokens)
         fitting.append((row, ids))
     if not fitting:
         raise InputError(
