@@ -42,7 +42,7 @@ from pact_offline.settings.stages import RowSettings
 
 log = logging.getLogger(__name__)
 
-_VERSION = "pact-offline rows 6"
+_VERSION = "pact-offline rows 7"
 _ROWS, _FACTS = "rows.arrow", "facts.json"
 _KEPT_BYTES = 16 << 30
 _ABANDONED_AFTER = 24 * 3600.0
