@@ -16,6 +16,8 @@ import torch
 from click.testing import Result
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pact_offline.errors import ModelError, PactError, UnsupportedModelError
 from pact_offline.models.load import load_model, make_savable
@@ -233,9 +235,18 @@ def test_a_tokenizer_that_loses_text_is_refused_with_what_mends_it(model: Path) 
         if kind.startswith("Llama"):
             with pytest.raises(ModelError) as caught:
                 load_tokenizer(str(model))
-            _require_line(caught.value, model, "found 'Hello,myfriend.Iamhere' by LlamaTokenizer")
+            _require_line(caught.value, model, "found 'hello,myfriend.iamhere' by LlamaTokenizer")
         else:
             assert load_tokenizer(str(model)).get_vocab()
+
+
+def test_a_tokenizer_whose_own_words_are_few_is_taken(tmp_path: Path) -> None:
+    """It loses what it does not know by its own file, whatever class reads it."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "I": 1, "am": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=3, hidden_size=8, num_attention_heads=1).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == {"<unk>": 0, "I": 1, "am": 2}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"model": 3}'])
