@@ -160,7 +160,7 @@ def _read_again(sources: Sequence[str], settings: RowSettings) -> tuple[Counter[
     for source in sources:
         for _, row in iterate_rows(Findings(source), columns=settings.columns):
             roles.update(message["role"] for message in row.messages)
-            inner = {key for message in row.messages for key in message}
+            inner = dict.fromkeys(key for message in row.messages for key in message)
             keys.update(f"messages[].{key}" for key in inner)
             keys.update(["tools"] if row.tools else [])
     return roles, keys
