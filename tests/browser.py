@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+_NEAR = 4  # lines of a picture that is an eighth of the size
+
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -101,12 +103,25 @@ def looks(page: Any) -> Image.Image:
 
 
 def unlike(picture: Image.Image, other: Image.Image) -> float:
-    """The share of pixels that are visibly not the same; 1 where the pages have other sizes."""
-    if picture.width != other.width or abs(picture.height - other.height) > 2:
+    """The share of pixels that are visibly not the same; 1 where the pages have other sizes.
+
+    Each line is looked for among those near it: another browser's buttons are a little higher.
+    """
+    first, second = (np.asarray(one, dtype=int) for one in (picture, other))
+    if picture.width != other.width or abs(len(first) - len(second)) > _NEAR:
         return 1.0
-    height = min(picture.height, other.height)
-    first, second = (np.asarray(one, dtype=int)[:height] for one in (picture, other))
-    return float((np.abs(first - second).max(axis=2) > 40).mean())
+    height = min(len(first), len(second))
+    first, second = first[:height], second[:height]
+    return max(_not_near(first, second), _not_near(second, first))
+
+
+def _not_near(lines: np.ndarray, others: np.ndarray) -> float:
+    padded = np.pad(others, ((_NEAR, _NEAR), (0, 0), (0, 0)), mode="edge")
+    found = [
+        (np.abs(lines - padded[shift : shift + len(lines)]).max(axis=2) > 40).mean(axis=1)
+        for shift in range(2 * _NEAR + 1)
+    ]
+    return float(np.min(found, axis=0).mean())
 
 
 def _boxes() -> bytes:
