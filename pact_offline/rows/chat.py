@@ -78,9 +78,8 @@ def _gives_back_as_it_is(source: Mapping[str, str]) -> bool:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return _words_given_back(PreTrainedTokenizerFast.from_pretrained(**source)) == (
-            _READ.lower().split()
-        )
+        as_it_is = PreTrainedTokenizerFast.from_pretrained(**source, trust_remote_code=False)
+        return _words_given_back(as_it_is) == _READ.lower().split()
     except Exception:  # there is none
         return False
 
