@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from tiny import make_model
+from tiny import make_model, states_of_head
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -57,6 +57,15 @@ def assert_same(one: Any, other: Any) -> None:
     assert one[1].keys() == other[1].keys()
     for name, gradient in one[1].items():
         torch.testing.assert_close(gradient, other[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_is_compared_on_no_slice_of_states(tmp_path: Path) -> None:
+    """Torch would copy it for every row of the batch on a CPU."""
+    model = load_model(str(make_model(tmp_path / "m")), "float32")
+    given = states_of_head(model)
+    loss_and_gradients(model)
+    assert [states.shape[:-1] for states in given] == [(4, 1), (4, 1), (20,)]
+    assert all(states.is_contiguous() for states in given)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma"])

@@ -164,3 +164,16 @@ def make_model(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def states_of_head(model: Any) -> list[torch.Tensor]:
+    """What a model's LM head will be given, behind every hook."""
+    head, given = model.get_output_embeddings(), []
+    own = head.forward
+
+    def forward(states: torch.Tensor) -> torch.Tensor:
+        given.append(states)
+        return own(states)
+
+    head.forward = forward
+    return given

@@ -92,7 +92,7 @@ def generate(
             bad_words_ids=avoided or None,
             begin_suppress_tokens=avoided_first or None,
         )
-        with _in_place_of_own(model, config):
+        with _in_place_of_own(model, config), _head_of_whole_states(model):
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -133,6 +133,20 @@ def _in_place_of_own(model: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         inner.generation_config = own
+
+
+@contextmanager
+def _head_of_whole_states(model: Any) -> Iterator[None]:
+    """On a CPU, torch multiplies a slice of each prompt's states by a copy of the head for each."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _positions(model: Any) -> int | None:

@@ -74,7 +74,7 @@ def step_log_probabilities(
 
     if head not in _is_known:
         with torch.no_grad():
-            found = logits_of(hidden[:, :1]).float()
+            found = logits_of(hidden[:, :1].contiguous()).float()
         _is_known[head] = torch.allclose(found, outputs.logits.float(), rtol=1e-3, atol=1e-3)
         if not _is_known[head]:
             return step_log_probabilities(model, batch, places, labels, safety_ids, outside)
@@ -154,7 +154,8 @@ def _without_head(
         kind = given[0].device.type
         if torch.is_autocast_enabled(kind):
             modes.append(torch.autocast(kind, torch.get_autocast_dtype(kind)))
-        return (given[0][:, :columns], *given[1:])
+        # Of a slice, torch makes a copy of the head for each row on a CPU.
+        return (given[0][:, :columns].contiguous(), *given[1:])
 
     hook = head.register_forward_pre_hook(hold_back)
     try:
