@@ -301,7 +301,7 @@ def test_a_killed_evaluation_goes_on_with_the_answers_that_it_has(
     assert not Path(other).exists()
     shutil.copy(kept, tmp_path / ".later.answers.jsonl")
     with monkeypatch.context() as patched:  # a later version, which answers otherwise
-        patched.setattr("pact_offline.evaluation.plan.ANSWERS", "another way")
+        patched.setattr("pact_offline.evaluation.plan.ANSWERS_VERSION", "another way")
         result = run(*words, "--batch-size", 2, "-o", tmp_path / "later")
         assert "answers are there already" not in result.output
     del asked[10:]

@@ -108,7 +108,7 @@ def test_answers_are_not_made_again_where_only_the_scoring_was_killed(
         assert run(*command).exit_code == 130  # not as they were written: made again
         answers_place(path).write_text(said)
         assert run(*command, "--answer-tokens", 6).exit_code == 130
-        patched.setattr("pact_offline.scoring.rehearse.ANSWERS", "another way")
+        patched.setattr("pact_offline.scoring.rehearse.ANSWERS_VERSION", "another way")
         assert run(*command).exit_code == 130
 
 

@@ -21,7 +21,7 @@ from pact_offline.evaluation.reference import Reference, read_reference
 from pact_offline.evaluation.subject import Subject, find_subject
 from pact_offline.evaluation.task_scores import TaskScore, find_task_scores
 from pact_offline.made_from import MadeFrom, rows_sha256
-from pact_offline.models.backends import ANSWERS, engine_name
+from pact_offline.models.backends import ANSWERS_VERSION, engine_name
 from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.positions import Positions
 from pact_offline.rows.read import tell_unread
@@ -70,7 +70,7 @@ class Plan:
         at_once = batch_size if backend == "transformers" else None
         return [
             *(made.models["evaluated"], made.adapter, made.rows, made.tokenizer, made.template),
-            *(made.settings, choices, engine_name(backend), at_once, ANSWERS),
+            *(made.settings, choices, engine_name(backend), at_once, ANSWERS_VERSION),
         ]
 
 

@@ -8,6 +8,8 @@ from pact_offline.errors import SettingError
 from pact_offline.models.quantised import require_quantisation
 from pact_offline.provenance import installed
 
+ANSWERS_VERSION = "pact-offline answers 1"  # another where the same prompt is answered otherwise
+
 
 def choose_backend(backend: str, load_in: str | None = None) -> tuple[str, str]:
     """The backend that `auto` stands for here, and why; loads no engine.
@@ -57,9 +59,6 @@ def has_gpu() -> bool:
     import torch  # seconds
 
     return torch.cuda.is_available()
-
-
-ANSWERS = "pact-offline answers 1"  # another number where the same prompt is answered otherwise
 
 
 def engine_name(backend: str) -> str:

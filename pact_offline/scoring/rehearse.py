@@ -13,7 +13,7 @@ from pact_offline.cache.identity import compute_name
 from pact_offline.cache.targets import answers_place
 from pact_offline.errors import InputError, PactError, UnsupportedModelError
 from pact_offline.files import read_json, sha256_file, write_json, written_aside
-from pact_offline.models.backends import ANSWERS, choose_backend, engine_name
+from pact_offline.models.backends import ANSWERS_VERSION, choose_backend, engine_name
 from pact_offline.models.locate import ModelFiles
 from pact_offline.progress import bar
 from pact_offline.rows.chat import Chat, chat_of
@@ -140,7 +140,7 @@ def _made_of(
         "engine": [
             engine_name(choose_backend(settings.backend, settings.load_in)[0]),
             compute_name(settings.dtype, settings.load_in),
-            ANSWERS,
+            ANSWERS_VERSION,
         ],
     }
 
