@@ -26,11 +26,12 @@ from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.progress import bar
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import Chat, load_tokenizer
+from pact_offline.rows.chat import Chat
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.read import read_all_rows, read_rows
 from pact_offline.rows.row import Row
 from pact_offline.rows.tokenize import tokenize_all
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.settings.stages import AlignSettings, FinetuneSettings
 from pact_offline.training.finetune import train
 from pact_offline.training.policy import prepare_policy

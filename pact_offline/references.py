@@ -118,7 +118,7 @@ def save_merged(
 
     from pact_offline.models.load import load_model, make_savable
     from pact_offline.models.saved import require_model_saved
-    from pact_offline.rows.chat import load_tokenizer
+    from pact_offline.rows.tokenizer import load_tokenizer
 
     loaded: Any = load_model(str(tuned.folder if tuned.is_whole else model.path), "float32")
     if getattr(loaded, "is_quantized", False):

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from tiny import make_model
 
 from pact_offline.cli import cli
-from pact_offline.rows.chat import load_tokenizer, tokenizer_fingerprint
+from pact_offline.rows.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 
 ROOT = Path(__file__).parents[1]

@@ -184,7 +184,7 @@ def make_inputs(folder: Path) -> None:
     """Small files and models that the commands take, and things that are no files."""
     from tiny import make_model
 
-    from pact_offline.rows.chat import load_tokenizer
+    from pact_offline.rows.tokenizer import load_tokenizer
 
     rows = [{"prompt": f"Where is parcel {i}?", "response": "Billing" * (i + 1)} for i in range(4)]
     lines = {"rows": rows, "prompts": [{"prompt": row["prompt"]} for row in rows]}

@@ -42,9 +42,10 @@ from pact_offline.cache.writer import StoreWriter
 from pact_offline.errors import ScoringError, StoreError, TargetsMismatchError
 from pact_offline.files import sha256_file
 from pact_offline.models.locate import locate_model
-from pact_offline.rows.chat import Chat, load_tokenizer
+from pact_offline.rows.chat import Chat
 from pact_offline.rows.contexts import CONTEXT_KINDS, Context, contexts_of
 from pact_offline.rows.tokenized import TokenizedRows, tokenized_by
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.scoring.dataset import prepare
 from pact_offline.settings.stages import ScoreSettings
 

@@ -24,7 +24,7 @@ from pact_offline.evaluation.drift import (
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.models.load import load_model
 from pact_offline.objectives.confidence import confidence
-from pact_offline.rows.chat import load_tokenizer
+from pact_offline.rows.tokenizer import load_tokenizer
 
 
 def logs(*steps: list[float]) -> Tensor:

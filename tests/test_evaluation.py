@@ -23,7 +23,7 @@ from pact_offline.evaluation.kept_answers import KeptAnswers
 from pact_offline.evaluation.metrics import Metrics, Rate
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
-from pact_offline.rows.chat import load_tokenizer
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.safety_tokens.file import SafetyTokens
 
 

@@ -14,7 +14,7 @@ from pact_offline.evaluation import guards
 from pact_offline.evaluation.guards import KINDS, find_guard
 from pact_offline.evaluation.verdicts import KnownVerdicts
 from pact_offline.files import user_cache
-from pact_offline.rows.chat import load_tokenizer
+from pact_offline.rows.tokenizer import load_tokenizer
 
 # What each template does with a conversation and its variables, in short.
 LLAMA_GUARD = (

@@ -38,7 +38,7 @@ from pact_offline.errors import PactError
 from pact_offline.evaluation.prompt_sets import read_prompts
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
-from pact_offline.rows.chat import load_tokenizer
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.rows.read import read_rows
 
 def rows(source):

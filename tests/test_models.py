@@ -27,10 +27,11 @@ from pact_offline.models.locate import locate_model
 from pact_offline.models.log_confidences import _padded_logits, reads_padding, response_logits
 from pact_offline.models.vllm_answers import _repetition_penalty
 from pact_offline.models.vllm_engine import prepare_environment
-from pact_offline.rows.chat import Chat, load_tokenizer
+from pact_offline.rows.chat import Chat
 from pact_offline.rows.contexts import Context
 from pact_offline.rows.describe import end_ids
 from pact_offline.rows.positions import Positions
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.scoring.scorer import Scored
 from pact_offline.scoring.transformers import TransformersScorer
 

@@ -18,7 +18,7 @@ from pact_offline.evaluation.attacks import COMPLIANCE, attacks_of
 from pact_offline.evaluation.metrics import Metrics
 from pact_offline.evaluation.prompt_sets import kind_of_set, parse_set, read_prompts
 from pact_offline.evaluation.published_sets import PUBLISHED_SETS
-from pact_offline.rows.chat import load_tokenizer
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.settings.workflow import EvaluationData
 
 # A few rows of each, written for these tests in the form of the file that its repository ships.

@@ -23,10 +23,11 @@ from pact_offline.cache.screen import Screening
 from pact_offline.cache.targets import TargetCache
 from pact_offline.models.load import load_model
 from pact_offline.objectives.confidence import confidence
-from pact_offline.rows.chat import Chat, load_tokenizer
+from pact_offline.rows.chat import Chat
 from pact_offline.rows.files import values_of
 from pact_offline.rows.subset import Subset, write_subsets
 from pact_offline.rows.tokenized import tokenized_by
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings, RowSettings
 from pact_offline.training.collator import ResponseCollator

@@ -24,8 +24,9 @@ from pact_offline.files import sha256_file
 from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
-from pact_offline.rows.chat import Chat, load_tokenizer
+from pact_offline.rows.chat import Chat
 from pact_offline.rows.read import read_rows
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.collator import ResponseCollator

@@ -18,8 +18,8 @@ from tiny import make_model
 from pact_offline.errors import InputError, ModelError, TargetsMismatchError
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
-from pact_offline.rows.chat import load_tokenizer
 from pact_offline.rows.read import read_rows
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 from pact_offline.safety_tokens.hand_list import read_hand_list
 from pact_offline.safety_tokens.search import find_safety_tokens, likeliest, safety_direction

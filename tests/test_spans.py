@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pact_offline.errors import InputError, MissingFileError, ModelError
-from pact_offline.rows.chat import MARKER, Chat, chat_of, load_tokenizer
+from pact_offline.rows.chat import MARKER, Chat, chat_of
 from pact_offline.rows.chat import chat_with as prepared
 from pact_offline.rows.contexts import Context, contexts_of
 from pact_offline.rows.forms import parse_row
@@ -28,6 +28,7 @@ from pact_offline.rows.read import read_rows
 from pact_offline.rows.row import Row
 from pact_offline.rows.spans import Spans, find_spans
 from pact_offline.rows.tokenize import LongRowError, tokenize, tokenize_all
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.settings.stages import ChatSettings, RowSettings
 
 TEMPLATES = {

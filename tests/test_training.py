@@ -33,7 +33,7 @@ from pact_offline.machine import peak_resident_mib
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import locate_model
 from pact_offline.objectives.registry import OBJECTIVES
-from pact_offline.rows.chat import load_tokenizer
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.checkpoints import fingerprint

@@ -21,7 +21,8 @@ from pact_offline.evaluation import subject
 from pact_offline.evaluation.metrics import Mean, Metrics, Rate
 from pact_offline.evaluation.task_scores import TaskScore, last_number
 from pact_offline.models.load import load_model
-from pact_offline.rows.chat import chat_with, load_tokenizer
+from pact_offline.rows.chat import chat_with
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.settings.evaluate import EvaluateSettings
 from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.stages import ChatSettings

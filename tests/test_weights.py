@@ -22,7 +22,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from pact_offline.errors import ModelError, PactError, UnsupportedModelError
 from pact_offline.models.load import load_model, make_savable
 from pact_offline.models.locate import locate_model, require_no_other_weights
-from pact_offline.rows.chat import load_tokenizer
+from pact_offline.rows.tokenizer import load_tokenizer
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"

@@ -18,7 +18,8 @@ from pact_offline.models.generate import generate
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import ModelFiles, locate_model
 from pact_offline.progress import bar
-from pact_offline.rows.chat import Chat, load_tokenizer
+from pact_offline.rows.chat import Chat
+from pact_offline.rows.tokenizer import load_tokenizer
 from pact_offline.settings.evaluate import GuardFormat
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from pact_offline.fine_tuned import FineTuned, read_facts
 from pact_offline.models.load import load_model
 from pact_offline.models.locate import is_same_model
 from pact_offline.references import locate_reference
-from pact_offline.rows.chat import Chat, load_tokenizer, tokenizer_fingerprint
+from pact_offline.rows.chat import Chat
+from pact_offline.rows.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pact_offline.settings.stages import CHAT_ALIKE
 
 log = logging.getLogger(__name__)

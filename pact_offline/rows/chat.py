@@ -15,20 +15,11 @@ from typing import Any, NamedTuple
 from pact_offline.errors import InputError, ModelError, first_line
 from pact_offline.files import read_json, read_text
 from pact_offline.models.ends import ends_of_answers
-from pact_offline.models.locate import (
-    hub_name,
-    looks_like_path,
-    require_model,
-    split_adapter,
-    why_not_loaded,
-)
 from pact_offline.rows.dropped import MARKER, MERGE, can_merge, left_out
 from pact_offline.rows.row import Message, Row
+from pact_offline.rows.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pact_offline.rows.values import shown
 from pact_offline.settings.stages import ChatSettings
-
-# transformers 5 takes a tokenizer.json apart for the class that a config names, right or wrong.
-_READ = "Hello, my friend.\nI am here"
 
 
 class Conversation(NamedTuple):
@@ -36,52 +27,6 @@ class Conversation(NamedTuple):
 
     messages: Sequence[Message]
     tools: tuple[Any, ...] | None = None
-
-
-def load_tokenizer(model: str) -> Any:
-    """A model's tokenizer, with a chat template.
-
-    Raises:
-        MissingFileError: no such path or hub model.
-        ModelError: there is no tokenizer, or it has no chat template.
-    """
-    from transformers import AutoTokenizer
-
-    require_model(model)
-    model, _ = split_adapter(model)
-    name, revision = (model, None) if looks_like_path(model) else hub_name(model)
-    source = {"pretrained_model_name_or_path": name, "revision": revision or "main"}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-        words = _words_given_back(tokenizer)  # odd values of its files show on first use
-    except Exception as error:
-        reason = why_not_loaded(error, Path(model) if looks_like_path(model) else None)
-        raise ModelError(f"{model}: no tokenizer could be loaded: {reason}") from None
-    if words != _READ.lower().split() and _gives_back_as_it_is(source):
-        raise ModelError(
-            f"{model}: expected a tokenizer that gives back {_READ!r}, as its tokenizer.json does, "
-            f"found {' '.join(words)!r:.60} by {type(tokenizer).__name__}, as tokenizer_class in "
-            "tokenizer_config.json says; with PreTrainedTokenizerFast there tokenizer.json is "
-            "taken as it is"
-        )
-    return tokenizer
-
-
-def _words_given_back(tokenizer: Any) -> list[str]:
-    """What a tokenizer makes of a sentence, and of its ids again."""
-    ids = tokenizer(_READ).input_ids
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).lower().split()
-
-
-def _gives_back_as_it_is(source: Mapping[str, str]) -> bool:
-    """Whether a tokenizer.json, taken as it is, loses nothing of a sentence."""
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        as_it_is = PreTrainedTokenizerFast.from_pretrained(**source, trust_remote_code=False)
-        return _words_given_back(as_it_is) == _READ.lower().split()
-    except Exception:  # there is none
-        return False
 
 
 class Chat:
@@ -490,10 +435,3 @@ def _as_text(call: dict[str, Any]) -> dict[str, Any]:
 def _at_template_date(form: str) -> str:
     """The day in place of today's, for templates that write the date: a context is no day's."""
     return datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC).strftime(form)
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over the vocabulary (every token's text and id), 64 hex digits."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    text = json.dumps(vocabulary, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,7 +13,7 @@ import numpy as np
 from pact_offline.errors import InputError, TargetsMismatchError
 from pact_offline.files import is_text, read_json, write_json
 from pact_offline.made_from import MadeFrom
-from pact_offline.rows.chat import tokenizer_fingerprint
+from pact_offline.rows.tokenizer import tokenizer_fingerprint
 from pact_offline.settings.stages import CHAT_ALIKE
 from pact_offline.texts import visible
 

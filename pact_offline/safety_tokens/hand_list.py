@@ -8,7 +8,7 @@ from typing import Any
 from pact_offline.errors import InputError
 from pact_offline.files import is_text, read_json
 from pact_offline.provenance import provenance
-from pact_offline.rows.chat import load_tokenizer, tokenizer_fingerprint
+from pact_offline.rows.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 
 _LARGEST_WEIGHT = 1e30

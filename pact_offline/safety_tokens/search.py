@@ -14,10 +14,11 @@ from pact_offline.errors import InputError, ModelError
 from pact_offline.made_from import MadeFrom, rows_sha256
 from pact_offline.provenance import provenance
 from pact_offline.references import locate_reference
-from pact_offline.rows.chat import Chat, chat_of, load_tokenizer, tokenizer_fingerprint
+from pact_offline.rows.chat import Chat, chat_of
 from pact_offline.rows.positions import Positions
 from pact_offline.rows.row import THOUGHTS, Row, texts
 from pact_offline.rows.spans import find_spans
+from pact_offline.rows.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pact_offline.safety_tokens.file import SafetyToken, SafetyTokens
 from pact_offline.settings.stages import TokensSettings
 
