@@ -16,6 +16,13 @@ from pact_offline.errors import InputError, ModelError, first_line
 from pact_offline.files import read_json, read_text
 from pact_offline.models.ends import ends_of_answers
 from pact_offline.rows.dropped import MARKER, MERGE, can_merge, left_out
+from pact_offline.rows.generation_prompt import (
+    ANSWER,
+    QUESTION,
+    GenerationPrompt,
+    common_start,
+    generation_prompt_of,
+)
 from pact_offline.rows.row import Message, Row
 from pact_offline.rows.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pact_offline.rows.values import shown
@@ -130,49 +137,21 @@ class Chat:
         A template that writes a generation prompt always, or never, is made to heed what is asked.
         """
         texts = self._render_all(conversations, generation_prompt=generation_prompt)
-        always, never = self._unasked
+        unasked, missing = self._generation_prompt
         if generation_prompt:
-            return [text + never if isinstance(text, str) else text for text in texts]
-        return [text.removesuffix(always) if isinstance(text, str) else text for text in texts]
+            return [text + missing if isinstance(text, str) else text for text in texts]
+        return [text.removesuffix(unasked) if isinstance(text, str) else text for text in texts]
 
     @cached_property
-    def _unasked(self) -> tuple[str, str]:
-        """A generation prompt that the template writes unasked, and one that it lacks."""
-        other = MARKER[::-1]
-        conversations = [
-            _sampled([MARKER]), _sampled([MARKER, other]), _sampled([MARKER, other, MARKER])
-        ]  # fmt: skip
-        asked, *_ = self._render_all(conversations[:1], generation_prompt=True)
-        texts = self._render_all(conversations, generation_prompt=False)
-        if not all(isinstance(text, str) for text in (asked, *texts)):
-            return "", ""
-        asked, alone, answered, followed = map(str, (asked, *texts))
-        if not asked.startswith(alone):
-            return "", ""
-        user = alone.rpartition(MARKER)[2]
-        between = answered.partition(MARKER)[2].partition(other)[0]
-        last, inner = (text.partition(other)[2] for text in (answered, followed))
-        inner = inner.partition(MARKER)[0]
-        end = before_mark(last, common_start(last, inner), self.marks)
-        opening = self._opening_mark(alone)
-        if opening and last[:end].endswith(opening):
-            end -= len(opening)  # every turn begins with it
-        always = last[end:]
-        at = len(user) - len(always)
-        shared = before_mark(user, common_start(user, between), self.marks)
-        if always.strip() and user.endswith(always) and shared > at:
-            return always, ""
-        lacking = between[len(user) :] if asked == alone and between.startswith(user) else ""
-        return "", lacking.rstrip(" ") if lacking.strip() else ""
-
-    def _opening_mark(self, text: str) -> str:
-        """The mark that a conversation begins with, behind the beginning of text."""
+    def _generation_prompt(self) -> GenerationPrompt:
+        said = [_sampled([QUESTION, ANSWER, QUESTION][:turns]) for turns in (1, 2, 3)]
+        asked = self._render_all(said[:1], generation_prompt=True)
+        texts = asked + self._render_all(said, generation_prompt=False)
+        if any(isinstance(text, InputError) for text in texts):
+            return GenerationPrompt()
+        asked_for, alone, answered, followed = map(str, texts)
         begin = str(self.tokenizer.bos_token or "")
-        for rest in (text.removeprefix(begin), text):
-            for mark in self.marks:
-                if rest.startswith(mark):
-                    return mark
-        return ""
+        return generation_prompt_of(asked_for, alone, answered, followed, self.marks, begin)
 
     def _render_all(
         self, conversations: Sequence[Conversation], *, generation_prompt: bool
@@ -393,27 +372,6 @@ def _sampled(said: Sequence[str]) -> Conversation:
     """A conversation of texts, the user's first."""
     roles = ("user", "assistant")
     return Conversation([{"role": roles[i % 2], "content": text} for i, text in enumerate(said)])
-
-
-def before_mark(text: str, at: int, marks: Sequence[str]) -> int:
-    """A place, moved before a mark that it lies in: two ways to end a turn may begin alike."""
-    for mark in marks:
-        found = text.find(mark, max(0, at - len(mark) + 1), at + len(mark) - 1)
-        if found >= 0:
-            return found
-    return at
-
-
-def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items two sequences begin with alike."""
-    least, most = 0, min(len(one), len(other))
-    while least < most:  # texts are long: compare them by halves
-        middle = (least + most + 1) // 2
-        if one[:middle] == other[:middle]:
-            least = middle
-        else:
-            most = middle - 1
-    return least
 
 
 def _with_arguments_as_text(messages: list[Message]) -> list[Message]:

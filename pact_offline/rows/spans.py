@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pact_offline.errors import InputError
-from pact_offline.rows.chat import Chat, Conversation, before_mark, common_start
+from pact_offline.rows.chat import Chat, Conversation
 from pact_offline.rows.dropped import MARKER, left_out, said_by
+from pact_offline.rows.generation_prompt import before_mark, common_start
 from pact_offline.rows.pieces import Piece, encode, encode_apart, token_at
 from pact_offline.rows.rendered import rendered_already
 from pact_offline.rows.row import THOUGHTS, Message, Row, has_answer

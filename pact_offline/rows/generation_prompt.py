@@ -1,0 +1,81 @@
+"""The generation prompt of chat templates that do not heed whether it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pact_offline.rows.dropped import MARKER
+
+QUESTION, ANSWER = MARKER, MARKER[::-1]
+
+
+class GenerationPrompt(NamedTuple):
+    """What a template does otherwise than it is asked; nothing, of nearly every one.
+
+    Attributes:
+        unasked: what it writes behind a conversation where no generation prompt is asked for.
+        missing: what stands before its answers, and is not written where one is asked for.
+    """
+
+    unasked: str = ""
+    missing: str = ""
+
+
+def generation_prompt_of(
+    asked: str, alone: str, answered: str, followed: str, marks: Sequence[str], begin: str
+) -> GenerationPrompt:
+    """Compare what a template renders.
+
+    Args:
+        asked: QUESTION, with a generation prompt.
+        alone: QUESTION, as the rest without.
+        answered: QUESTION and ANSWER.
+        followed: QUESTION, ANSWER and QUESTION.
+        marks: its special tokens.
+        begin: its beginning of text.
+    """
+    if not asked.startswith(alone):
+        return GenerationPrompt()
+    behind = alone.rpartition(QUESTION)[2]
+    between = answered.partition(QUESTION)[2].partition(ANSWER)[0]
+    unasked = _behind_the_last(alone, answered, followed, marks, begin)
+    shared = before_mark(behind, common_start(behind, between), marks)
+    if unasked.strip() and behind.endswith(unasked) and shared > len(behind) - len(unasked):
+        return GenerationPrompt(unasked=unasked)
+    missing = between[len(behind) :] if asked == alone and between.startswith(behind) else ""
+    return GenerationPrompt(missing=missing.rstrip(" ") if missing.strip() else "")
+
+
+def _behind_the_last(
+    alone: str, answered: str, followed: str, marks: Sequence[str], begin: str
+) -> str:
+    """What stands behind an answer that is the last, and not where another turn follows."""
+    last = answered.partition(ANSWER)[2]
+    inner = followed.partition(ANSWER)[2].partition(QUESTION)[0]
+    end = before_mark(last, common_start(last, inner), marks)
+    texts = (alone.removeprefix(begin), alone)
+    openings = (mark for text in texts for mark in marks if text.startswith(mark))
+    opening = next(openings, "")  # what every turn begins with is the next one's
+    return last[len(last[:end].removesuffix(opening)) :]
+
+
+def before_mark(text: str, at: int, marks: Sequence[str]) -> int:
+    """A place, moved before a mark that it lies in: two ways to end a turn may begin alike."""
+    for mark in marks:
+        found = text.find(mark, max(0, at - len(mark) + 1), at + len(mark) - 1)
+        if found >= 0:
+            return found
+    return at
+
+
+def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences begin with alike."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:  # texts are long: compare them by halves
+        middle = (least + most + 1) // 2
+        if one[:middle] == other[:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
