@@ -19,7 +19,7 @@ import liger_kernel.ops.rms_norm
 import numpy as np
 import torch
 import triton.language as tl
-from tiny import make_model
+from tiny import logits_and_gradients, make_model
 from triton.runtime import interpreter
 
 from pact_offline.models.liger import use_liger
@@ -49,10 +49,7 @@ def largest_differences(model: str) -> dict[str, float]:
         policy = load_model(model, "float32")
         if is_liger:
             use_liger(policy)
-        logits = policy(ids).logits
-        logits.log_softmax(-1)[..., 5].sum().backward()
-        gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
-        found.append((logits.detach(), gradients))
+        found.append(logits_and_gradients(policy, ids))
     (plain, gradients), (ours, others) = found
     return {
         "logits": (ours - plain).abs().max().item(),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file
-from tiny import make_model
+from tiny import logits_and_gradients, make_model
 
 from pact_offline.cache.targets import TargetCache
 from pact_offline.models.load import load_model
@@ -147,10 +147,7 @@ def test_ligers_kernels_keep_a_familys_logits_and_gradients(family: str, tmp_pat
         model = load_model(path, "float32")
         if is_liger:
             use_liger(model)
-        logits = model(ids).logits
-        logits.log_softmax(-1)[..., 5].sum().backward()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found.append((logits.detach(), gradients))
+        found.append(logits_and_gradients(model, ids))
     (plain, gradients), (ours, others) = found
     torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
     for name, gradient in gradients.items():

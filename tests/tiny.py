@@ -177,3 +177,13 @@ def states_of_head(model: Any) -> list[torch.Tensor]:
 
     head.forward = forward
     return given
+
+
+def logits_and_gradients(
+    model: Any, ids: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of all weights, for the log-probability of one token at every position."""
+    logits = model(ids).logits
+    logits.log_softmax(-1)[..., 5].sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients
