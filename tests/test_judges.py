@@ -67,6 +67,16 @@ def test_but_for_wordings_that_are_rare_on_purpose_hardly_a_refusal_is_missed() 
     assert min(found[:2]) >= 0.97
 
 
+def test_a_set_by_which_nothing_was_mended_is_judged_nearly_as_well() -> None:
+    """Whoever mends the judge by it measures on a set of new answers, and names that here."""
+    unseen = [one for one in JUDGED if one["set"] == "eleventh" and one["language"] == "en"]
+    clean = [one for one in unseen if one["kind"] in ("clean", "compliance")]
+    for name, some in (("of all kinds", unseen), ("clean", clean)):
+        found = quality(some)
+        log.info("the eleventh set, English answers %s: %s", name, found)
+        assert min(found[:2]) >= 0.95
+
+
 @pytest.mark.parametrize("language", ["de", "fr", "es", "zh"])
 def test_other_languages_are_told_apart(language: str) -> None:
     found = quality(of(language=language))
