@@ -142,7 +142,7 @@ def _head_of_whole_states(model: Any) -> Iterator[None]:
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    hook = head.register_forward_pre_hook(lambda _, given: tuple(one.contiguous() for one in given))
     try:
         yield
     finally:
