@@ -76,6 +76,55 @@ def test_attention_weights_are_dropped_in_training_alone() -> None:
     assert torch.equal(some, whole)
 
 
+def packed_mask(*sizes: int) -> Tensor:
+    """What is added to the scores of rows that are packed into one: [1, 1, tokens, tokens]."""
+    sees = torch.block_diag(*(torch.ones(size, size).tril() for size in sizes)).bool()
+    return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo().min)[None, None]
+
+
+def window(mask: Tensor) -> Tensor:
+    """Of each token, no more than the three last ones."""
+    near = torch.ones_like(mask).triu(-2).bool()
+    return mask.masked_fill(~near, torch.finfo().min)
+
+
+def one_sees_another_row(mask: Tensor) -> Tensor:
+    mask[..., 12, 1] = 0
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "computed"),
+    [
+        (packed_mask(5, 1, 7), 5 * 5 + 1 + 7 * 7),
+        (window(packed_mask(5, 1, 7)), 5 * 5 + 1 + 7 * 7),
+        (packed_mask(13), 13 * 13),
+        (one_sees_another_row(packed_mask(5, 1, 7)), 13 * 13),  # so it is no row of its own
+    ],
+)
+def test_of_packed_rows_each_attends_to_itself(
+    mask: Tensor, computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    softmax, seen = torch.softmax, []
+
+    def counted(scores: Tensor, dim: int) -> Tensor:
+        seen.append(scores.numel())
+        return softmax(scores, dim=dim)
+
+    monkeypatch.setattr(attention.torch, "softmax", counted)
+    query = torch.randn(1, 4, 13, 8, generator=GENERATOR, requires_grad=True)
+    key, value = (torch.randn(1, 2, 13, 8, generator=GENERATOR) for _ in range(2))
+    ours, _ = attention.grouped_attention(torch.nn.Module(), query, key, value, mask)
+    assert sum(seen) == 4 * computed
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(ours, whole)
+    (gradient,) = torch.autograd.grad(ours.square().sum(), query, retain_graph=True)
+    (expected,) = torch.autograd.grad(whole.square().sum(), query)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_a_position_bias_is_left_to_sdpa() -> None:
     query = torch.randn(1, 2, 5, 8, generator=GENERATOR)
     layer: Any = torch.nn.Module()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ def grouped_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers' eager attention computes, without its copies.
 
-    Query heads that share a key and value head go through one product, so neither is repeated; and
-    a backward pass keeps the attention weights once, in the compute dtype, not in fp32 too.
+    Query heads that share a key and value head go through one product, so neither is repeated; a
+    backward pass keeps the attention weights once, in the compute dtype, not in fp32 too; and of
+    rows that are packed into one each attends to itself alone.
 
     Args:
         module: the attention layer.
@@ -40,7 +42,8 @@ def grouped_attention(
         others: what models pass to some other implementation; a position bias is left to sdpa.
 
     Returns:
-        [rows, queries, heads, size], and the attention weights [rows, heads, queries, tokens].
+        [rows, queries, heads, size], and the attention weights [rows, heads, queries, tokens]; of
+        packed rows None.
     """
     if others.get("position_bias") is not None:
         others |= {"scaling": scaling, "dropout": dropout}
@@ -48,19 +51,53 @@ def grouped_attention(
             module, query, key, value, attention_mask, **others
         )
         return found
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    dropout = dropout if module.training else 0.0
+    if (sizes := _packed_sizes(attention_mask)) is None:
+        return _attend(query, key, value, attention_mask, dropout, softcap)
+    assert attention_mask is not None
+    ends = [0, *accumulate(sizes)]
+    masks = [attention_mask[:, :, a:b, a:b] for a, b in pairwise(ends)]
+    apart = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), masks, strict=True)
+    outputs = [_attend(q, k, v, mask, dropout, softcap)[0] for q, k, v, mask in apart]
+    return torch.cat(outputs, dim=1), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
     rows, heads, queries, size = query.shape
     shared, tokens = key.shape[1], key.shape[2]
-    query = query * (size**-0.5 if scaling is None else scaling)
     scores = query.reshape(rows, shared, -1, size) @ key.transpose(2, 3)
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
+    if mask is not None:
         by_head = scores.view(rows, shared, -1, queries, tokens)
-        scores = (by_head + attention_mask[:, :, None]).view(scores.shape)
+        scores = (by_head + mask[:, :, None]).view(scores.shape)
     weights = torch.softmax(scores, dim=-1)  # the kernel itself computes in fp32
-    weights = torch.dropout(weights, dropout, train=module.training)
+    weights = torch.dropout(weights, dropout, train=dropout > 0)
     output = (weights @ value).view(rows, heads, queries, -1).transpose(1, 2).contiguous()
     return output, weights.view(rows, heads, queries, tokens)
+
+
+def _packed_sizes(mask: Tensor | None) -> list[int] | None:
+    """Tokens of each of the rows that are packed into one, or None: they are not.
+
+    A row starts where a token does not see the one before it, and no token sees another row.
+    """
+    if mask is None or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
+        return None
+    sees = mask[0, 0] == 0
+    is_start = ~sees.diagonal(-1)
+    row = torch.nn.functional.pad(is_start.cumsum(0), (1, 0))
+    if not is_start.any() or (sees & (row[:, None] != row)).any():
+        return None
+    return [int(size) for size in row.bincount()]
 
 
 AttentionInterface.register(NAME, grouped_attention)
