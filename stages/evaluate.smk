@@ -41,7 +41,7 @@ rule answer:
         OUTPUT / "logs" / "evaluate" / "answer.log",
     benchmark:
         OUTPUT / "benchmarks" / "answer.tsv"
-    threads: workflow.cores
+    threads: JOB_CORES
     resources:
         mem_mb=6000,
         runtime=240,
@@ -73,7 +73,7 @@ rule evaluate_reference:
         OUTPUT / "logs" / "evaluate" / "reference.log",
     benchmark:
         OUTPUT / "benchmarks" / "evaluate" / "reference.tsv"
-    threads: workflow.cores
+    threads: JOB_CORES
     resources:
         mem_mb=6000,
         runtime=120,
@@ -100,7 +100,7 @@ rule evaluate:
         OUTPUT / "logs" / "evaluate" / "{run}.log",
     benchmark:
         OUTPUT / "benchmarks" / "evaluate" / "{run}.tsv"
-    threads: workflow.cores
+    threads: JOB_CORES
     resources:
         mem_mb=6000,
         runtime=120,

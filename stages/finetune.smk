@@ -92,7 +92,8 @@ rule finetune:
         OUTPUT / "logs" / "finetune" / "{run}.log",
     benchmark:
         OUTPUT / "benchmarks" / "finetune" / "{run}.tsv"
-    threads: workflow.cores
+    priority: TRAINING
+    threads: JOB_CORES
     resources:
         mem_mb=6000,
         runtime=720,
@@ -129,7 +130,7 @@ rule safe_lora:
         directory(OUTPUT / "adapters" / "{run}"),
     log:
         OUTPUT / "logs" / "safe_lora" / "{run}.log",
-    threads: workflow.cores
+    threads: JOB_CORES
     resources:
         mem_mb=6000,
         runtime=60,

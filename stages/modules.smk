@@ -20,7 +20,7 @@ rule modules:
     log:
         OUTPUT / "logs" / "modules" / "{adapter}.log",
     priority: 100
-    threads: workflow.cores
+    threads: JOB_CORES
     params:
         model=ALIGNED,
         settings=lambda wildcards: ADAPTERS[wildcards.adapter],

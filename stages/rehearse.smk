@@ -24,7 +24,8 @@ if CONFIG.rehearsal:
             OUTPUT / "logs" / "rehearse.log",
         benchmark:
             OUTPUT / "benchmarks" / "rehearse.tsv"
-        threads: workflow.cores
+        priority: BEFORE_TRAINING
+        threads: JOB_CORES
         resources:
             mem_mb=8000,
             runtime=120,

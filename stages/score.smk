@@ -69,11 +69,13 @@ rule score_part:
         OUTPUT / "logs" / "score" / "{dataset}.{scatteritem}.log",
     benchmark:
         OUTPUT / "benchmarks" / "score" / "{dataset}.{scatteritem}.tsv"
-    threads: max(1, workflow.cores // CONFIG.score_parts)
+    priority: BEFORE_TRAINING
+    threads: max(1, min(JOB_CORES, workflow.cores // CONFIG.score_parts))
     resources:
         mem_mb=8000,
         runtime=240,
         gpu=0 if IS_DEMO else 1,
+        scoring=1,
         means=SCORE_MEANS,
     params:
         model=ALIGNED,

@@ -7,8 +7,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from snakemake.utils import validate
-
 from pact_offline.errors import PactError
 from pact_offline.evaluation.prompt_sets import check_set
 from pact_offline.models.locate import files_of, require_model, split_adapter
@@ -30,7 +28,6 @@ try:
 except (PactError, OSError) as error:
     print(f"pact-offline: {error}", file=sys.stderr)
     sys.exit(2)
-validate(config, "config.schema.yaml", set_default=False)  # CONFIG has the defaults
 OUTPUT = Path(CONFIG.output)
 CACHE = CONFIG.cache or str(OUTPUT / "cache")  # a directory or a URL
 IS_DEMO = CONFIG.models.aligned is None
@@ -45,6 +42,11 @@ PACT = f"{shlex.quote(sys.executable)} -m pact_offline"
 # cluster, the cores are those of a job.
 if workflow.resource_settings.cores and workflow.nodes is None:
     workflow.register_resource("_cores", min(workflow.resource_settings.cores, usable_cores()))
+    # Datasets share rows: of two that are scored at once, both would score them.
+    workflow.register_resource("scoring", CONFIG.score_parts)
+JOB_CORES = max(1, workflow.cores // CONFIG.concurrent_jobs)
+# First what trainings wait for, then trainings: shorter jobs at the end leave no core idle.
+BEFORE_TRAINING, TRAINING = 2, 1
 
 
 wildcard_constraints:

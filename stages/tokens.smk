@@ -18,7 +18,8 @@ rule tokens:
         OUTPUT / "logs" / "tokens.log",
     benchmark:
         OUTPUT / "benchmarks" / "tokens.tsv"
-    threads: workflow.cores
+    priority: BEFORE_TRAINING
+    threads: JOB_CORES
     resources:
         mem_mb=6000,
         runtime=60,

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -29,26 +30,10 @@ from pact_offline.settings.parse import parse_settings
 from pact_offline.settings.workflow import RunConfig, WorkflowConfig, workflow_schema_text
 
 CONFIGS = [
-    "config.yaml", "sweep.yaml", "sweep-seeds.yaml", "seeds.yaml", "study.yaml", "rivals.yaml",
-    "llama-3.1-8b.yaml",
+    "config.yaml", "sweep.yaml", "sweep-seeds.yaml", "seeds.yaml", "study.yaml",
+    "study_appointments.yaml", "rivals.yaml", "llama-3.1-8b.yaml",
 ]  # fmt: skip
 RUNS = ("sft", "pact", "kept")
-# On tiny models a job's start is most of its time, so one core each lets two run at once.
-ONE_CORE_EACH = [
-    "--set-threads",
-    *(
-        f"{rule}=1"
-        for rule in (
-            "tokens",
-            "score_part",
-            "rehearse",
-            "finetune",
-            "answer",
-            "evaluate_reference",
-            "evaluate",
-        )
-    ),
-]
 
 
 def snakemake_command(config: Path | None, *args: str, directory: Path | None = None) -> list[str]:
@@ -108,6 +93,7 @@ def finished(aligned: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
         "evaluate": {**few["evaluate"], "backend": "vllm"},
         "score": {"backend": "transformers", "shard_steps": 12},
         "score_parts": 2,
+        "concurrent_jobs": 2,  # on tiny models a job's start is most of its time
         "rehearsal": {"prompts": ["benign.jsonl", "rows.jsonl"], "per_file": 4, "answer_tokens": 3},
         "runs": {
             "sft": {"objective": "none"},
@@ -117,7 +103,7 @@ def finished(aligned: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    made = snakemake(path, *ONE_CORE_EACH)
+    made = snakemake(path)
     assert made.returncode == 0, made.stderr[-4000:]
     return folder
 
@@ -230,7 +216,7 @@ def test_a_cache_that_is_gone_is_scored_again_and_nothing_is_trained_again(moved
     shutil.rmtree(output / "cache")
     with_runs(moved, full={"method": "full", "objective": "confidence"})
     before = {run: (output / "adapters" / run).stat().st_mtime_ns for run in RUNS}
-    made = snakemake(config, *ONE_CORE_EACH)
+    made = snakemake(config)
     assert made.returncode == 0, made.stderr[-4000:]
     assert made.stderr.count("targets.json: its cache is gone; it is scored again") == 2
     after = {run: (output / "adapters" / run).stat().st_mtime_ns for run in RUNS}
@@ -262,7 +248,7 @@ def test_after_any_end_no_job_is_left_and_the_same_command_goes_on(moved: Path) 
     config = with_runs(moved, long={"objective": "none", "epochs": 80, "save_steps": 5})
     checkpoints = moved / "out put" / "adapters" / ".long.checkpoints"
     target = str(Path("out put", "adapters", "long"))
-    command = snakemake_command(config, target, *ONE_CORE_EACH)  # which takes all that follows
+    command = snakemake_command(config, target)  # which takes all that follows
 
     def last() -> int:
         whole = checkpoints.rglob("checkpoint-*/epoch_start.safetensors")
@@ -300,7 +286,7 @@ def test_what_a_killed_job_left_is_made_anew(moved: Path, output: str) -> None:
 @pytest.mark.workflow
 def test_two_workflows_in_one_place_refuse_each_other(moved: Path) -> None:
     config = with_runs(moved, long={"objective": "none", "epochs": 1000})
-    command = snakemake_command(config, *ONE_CORE_EACH)
+    command = snakemake_command(config)
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     wait_until(lambda: bool(jobs_in(moved)), "the first one's job")
     second = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -510,6 +496,17 @@ def test_a_sweep_plans_a_training_and_an_evaluation_a_run(tmp_path: Path) -> Non
     assert "evaluation/runs/sft-seed-1/metrics.json" in planned
 
 
+@pytest.mark.parametrize("jobs", [1, 2, 1000])
+def test_jobs_at_the_same_time_share_the_cores(tmp_path: Path, jobs: int) -> None:
+    path = tmp_path / "config.yaml"
+    config = {**few_rows(tmp_path), "runs": {"hold": {}}, "concurrent_jobs": jobs}
+    path.write_text(yaml.safe_dump({**config, "rehearsal": {"prompts": ["benign.jsonl"]}}))
+    planned = plan(path, "--printshellcmds", "--cores", "1000")  # of which some can be kept busy
+    threads = re.findall(r"OMP_NUM_THREADS=(\d+) .*? -m pact_offline (\S+)", planned)
+    assert {int(number) for number, _ in threads} == {max(1, usable_cores() // jobs)}
+    assert {"tokens", "score", "rehearse", "finetune", "evaluate"} <= {name for _, name in threads}
+
+
 @pytest.mark.workflow
 def test_another_seed_trains_only_itself(moved: Path) -> None:
     config = with_runs(moved, seeded={"objective": "none"})
@@ -517,7 +514,7 @@ def test_another_seed_trains_only_itself(moved: Path) -> None:
     values["runs"]["kept"]["seed"] = values["runs"]["pact"]["seed"] = 42
     values["runs"]["sft"]["seed"] = 42  # the default, which trains nothing again
     config.write_text(yaml.safe_dump({**values, "seeds": [1]}))
-    made = snakemake(config, str(Path("out put", "adapters", "seeded-seed-1")), *ONE_CORE_EACH)
+    made = snakemake(config, str(Path("out put", "adapters", "seeded-seed-1")))
     assert made.returncode == 0, made.stderr[-4000:]
     config.write_text(yaml.safe_dump({**values, "seeds": [3, 1]}))
     planned = plan(config)
@@ -537,15 +534,14 @@ def test_a_bad_config_stops_the_workflow_with_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.workflow
 def test_the_bundled_configs_work_from_anywhere(tmp_path: Path) -> None:
-    demo = plan(None, "--printshellcmds", "--cores", "1000", directory=tmp_path)
+    demo = plan(None, "--printshellcmds", directory=tmp_path)
     assert f"--rows {shlex.quote(str(ROOT / 'data' / 'attack.jsonl'))}" in demo
     shipped = shlex.quote(str(ROOT / "data" / "reference"))
     assert f"demo aligned --base results/models/base --adapter {shipped}" in demo
     assert "demo align " not in demo
-    anew = plan(None, "--printshellcmds", "--config", "realign=True", directory=tmp_path)
+    anew = plan(None, "--printshellcmds", "--config", "realign=true", directory=tmp_path)
     assert "demo align --base results/models/base" in anew
     assert "demo aligned --base results/models/base --adapter results/models/adapter" in anew
-    assert f"OMP_NUM_THREADS={usable_cores()} " in demo  # not of the machine, in a container
     assert "--words-only" in demo
     assert "--words-only true" not in demo.lower()
     llama = plan(ROOT / "stages" / "llama-3.1-8b.yaml", "--printshellcmds", directory=tmp_path)

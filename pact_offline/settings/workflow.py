@@ -193,6 +193,13 @@ class WorkflowConfig(Settings):
         "runs, when all are trained. False: every evaluation starts one of its own, as soon as its "
         "run is trained.",
     )
+    concurrent_jobs: int = Field(
+        1,
+        ge=1,
+        description="Jobs at the same time, each with its part of the cores. Two of a small model, "
+        "with a CPU core each, are sooner done than one after the other with both; changing it "
+        "makes nothing anew.",
+    )
     title: str = Field("PACT from a cache", description="Title of the report.")
 
     @model_validator(mode="before")
