@@ -281,11 +281,17 @@ def _require_lora(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / WEIGHTS, framework="numpy") as weights:
+        with safe_open(folder / WEIGHTS, framework="pt") as weights:
             names = list(weights.keys())
+            broken = [n for n in names if not weights.get_tensor(n).float().isfinite().all()]
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{folder / WEIGHTS}: expected safetensors, found: {first_line(error)}"
         ) from None
     if not any("lora_" in name for name in names):
         raise InputError(f"{folder / WEIGHTS}: expected LoRA weights, found none")
+    if broken:
+        raise InputError(
+            f"{folder / WEIGHTS}: expected finite weights, found others in {broken[0]}"
+            f"{_and_others(broken)}"
+        )

@@ -329,6 +329,9 @@ def break_adapter(adapter: Path, how: str) -> None:
         weights.write_bytes(weights.read_bytes()[:100])
     elif how == "nothing learnt":
         save_file({"other": torch.zeros(1)}, weights)
+    elif how == "not finite":
+        name, value = next(iter(load_file(weights).items()))
+        save_file(load_file(weights) | {name: value * float("nan")}, weights)
     elif how == "another kind":
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "XLORA"}))
     elif how == "no JSON":
@@ -343,6 +346,7 @@ def break_adapter(adapter: Path, how: str) -> None:
         ("sharded", "found adapter_model-00001-of-00002.safetensors"),
         ("cut", "adapter_model.safetensors: expected safetensors, found"),
         ("nothing learnt", "adapter_model.safetensors: expected LoRA weights, found none"),
+        ("not finite", "adapter_model.safetensors: expected finite weights, found others in base_"),
         ("another kind", "peft_type: expected 'LORA', found 'XLORA'"),
         ("no JSON", "adapter_config.json:1: expected JSON"),
     ],
