@@ -102,6 +102,7 @@ rule targets:
         digest=OUTPUT / "targets" / "{dataset}" / "digest.txt",
     log:
         OUTPUT / "logs" / "targets" / "{dataset}.log",
+    priority: BEFORE_TRAINING
     resources:
         mem_mb=2000,
         runtime=30,

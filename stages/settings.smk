@@ -42,9 +42,10 @@ PACT = f"{shlex.quote(sys.executable)} -m pact_offline"
 # cluster, the cores are those of a job.
 if workflow.resource_settings.cores and workflow.nodes is None:
     workflow.register_resource("_cores", min(workflow.resource_settings.cores, usable_cores()))
-    # Datasets share rows: of two that are scored at once, both would score them.
+    # Datasets share rows, which two that are scored at once would both score.
     workflow.register_resource("scoring", CONFIG.score_parts)
-JOB_CORES = max(1, workflow.cores // CONFIG.concurrent_jobs)
+# On the machine of a cluster's job, the cores are those that it asked for.
+JOB_CORES = max(1, workflow.cores // (1 if workflow.remote_exec else CONFIG.concurrent_jobs))
 # First what trainings wait for, then trainings: shorter jobs at the end leave no core idle.
 BEFORE_TRAINING, TRAINING = 2, 1
 

@@ -125,6 +125,21 @@ def test_of_packed_rows_each_attends_to_itself(
     torch.testing.assert_close(gradient, expected)
 
 
+def test_it_is_compiled_whole_for_packed_rows_of_any_lengths() -> None:
+    compiled = torch.compile(
+        attention.grouped_attention, backend="eager", fullgraph=True, dynamic=True
+    )
+    layer = torch.nn.Module()
+    for mask in (packed_mask(5, 1, 7), packed_mask(4, 4), packed_mask(9)):
+        query = torch.randn(1, 2, mask.shape[-1], 8, generator=GENERATOR)
+        for dropout in (0.0, 1.0):
+            out, _ = compiled(layer, query, query, query, mask, dropout=dropout)
+            expected, _ = attention.grouped_attention(
+                layer, query, query, query, mask, dropout=dropout
+            )
+            torch.testing.assert_close(out, expected)
+
+
 def test_a_position_bias_is_left_to_sdpa() -> None:
     query = torch.randn(1, 2, 5, 8, generator=GENERATOR)
     layer: Any = torch.nn.Module()

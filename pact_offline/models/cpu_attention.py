@@ -29,7 +29,8 @@ def grouped_attention(
 
     Query heads that share a key and value head go through one product, so neither is repeated; a
     backward pass keeps the attention weights once, in the compute dtype, not in fp32 too; and of
-    rows that are packed into one each attends to itself alone.
+    rows that are packed into one each attends to itself alone (but not compiled, as every batch
+    has other rows).
 
     Args:
         module: the attention layer.
@@ -52,14 +53,13 @@ def grouped_attention(
         )
         return found
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    dropout = dropout if module.training else 0.0
-    if (sizes := _packed_sizes(attention_mask)) is None:
-        return _attend(query, key, value, attention_mask, dropout, softcap)
-    assert attention_mask is not None
+    sizes = None if torch.compiler.is_compiling() else _packed_sizes(attention_mask)
+    if attention_mask is None or sizes is None:
+        return _attend(query, key, value, attention_mask, dropout, softcap, module.training)
     ends = [0, *accumulate(sizes)]
     masks = [attention_mask[:, :, a:b, a:b] for a, b in pairwise(ends)]
     apart = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), masks, strict=True)
-    outputs = [_attend(q, k, v, mask, dropout, softcap)[0] for q, k, v, mask in apart]
+    outputs = [_attend(q, k, v, m, dropout, softcap, module.training)[0] for q, k, v, m in apart]
     return torch.cat(outputs, dim=1), None
 
 
@@ -70,6 +70,7 @@ def _attend(
     mask: Tensor | None,
     dropout: float,
     softcap: float | None,
+    train: bool,
 ) -> tuple[Tensor, Tensor]:
     rows, heads, queries, size = query.shape
     shared, tokens = key.shape[1], key.shape[2]
@@ -80,7 +81,7 @@ def _attend(
         by_head = scores.view(rows, shared, -1, queries, tokens)
         scores = (by_head + mask[:, :, None]).view(scores.shape)
     weights = torch.softmax(scores, dim=-1)  # the kernel itself computes in fp32
-    weights = torch.dropout(weights, dropout, train=dropout > 0)
+    weights = torch.dropout(weights, dropout, train=train)
     output = (weights @ value).view(rows, heads, queries, -1).transpose(1, 2).contiguous()
     return output, weights.view(rows, heads, queries, tokens)
 
@@ -92,7 +93,7 @@ def _packed_sizes(mask: Tensor | None) -> list[int] | None:
     """
     if mask is None or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
         return None
-    sees = mask[0, 0] == 0
+    sees = mask[0, 0] > torch.finfo(mask.dtype).min / 2
     is_start = ~sees.diagonal(-1)
     row = torch.nn.functional.pad(is_start.cumsum(0), (1, 0))
     if not is_start.any() or (sees & (row[:, None] != row)).any():

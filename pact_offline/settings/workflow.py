@@ -198,7 +198,7 @@ class WorkflowConfig(Settings):
         ge=1,
         description="Jobs at the same time, each with its part of the cores. Two of a small model, "
         "with a CPU core each, are sooner done than one after the other with both; changing it "
-        "makes nothing anew.",
+        "scores and trains nothing anew.",
     )
     title: str = Field("PACT from a cache", description="Title of the report.")
 
