@@ -403,6 +403,7 @@ def test_the_schema_file_is_up_to_date() -> None:
         ),
         ({"runs": {"x" * 60: {}}, "seeds": [10]}, "expected a name of at most 64 characters"),
         ({"models": {"aligned": "a"}}, "models: expected both 'aligned' and 'base'"),
+        ({"concurrent_jobs": True}, "config: concurrent_jobs: expected a number, found true"),
         ({"score_parts": 0}, "score_parts: expected greater than or equal to 1, found 0"),
     ],
 )
