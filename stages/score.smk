@@ -70,7 +70,7 @@ rule score_part:
     benchmark:
         OUTPUT / "benchmarks" / "score" / "{dataset}.{scatteritem}.tsv"
     priority: BEFORE_TRAINING
-    threads: max(1, min(JOB_CORES, workflow.cores // CONFIG.score_parts))
+    threads: cores_each(max(CONFIG.concurrent_jobs, CONFIG.score_parts))
     resources:
         mem_mb=8000,
         runtime=240,

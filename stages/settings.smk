@@ -44,8 +44,6 @@ if workflow.resource_settings.cores and workflow.nodes is None:
     workflow.register_resource("_cores", min(workflow.resource_settings.cores, usable_cores()))
     # Datasets share rows, which two that are scored at once would both score.
     workflow.register_resource("scoring", CONFIG.score_parts)
-# On the machine of a cluster's job, the cores are those that it asked for.
-JOB_CORES = max(1, workflow.cores // (1 if workflow.remote_exec else CONFIG.concurrent_jobs))
 # First what trainings wait for, then trainings: shorter jobs at the end leave no core idle.
 BEFORE_TRAINING, TRAINING = 2, 1
 
@@ -53,6 +51,15 @@ BEFORE_TRAINING, TRAINING = 2, 1
 wildcard_constraints:
     run="[A-Za-z0-9][A-Za-z0-9._-]*",
     dataset="[A-Za-z0-9][A-Za-z0-9._-]*",
+
+
+def cores_each(jobs):
+    """A job's part of the cores, where so many run at once. On the machine of a cluster's job they
+    are those that it asked for."""
+    return max(1, workflow.cores // (1 if workflow.remote_exec else jobs))
+
+
+JOB_CORES = cores_each(CONFIG.concurrent_jobs)
 
 
 def options(settings, without=()):
