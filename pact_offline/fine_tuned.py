@@ -53,11 +53,11 @@ class FineTuned:
 
     @classmethod
     def read(cls, folder: Path) -> FineTuned:
-        """Look at a folder; nothing is loaded.
+        """Look at a folder and, of an adapter, at its weights; no model is loaded.
 
         Raises:
             MissingFileError: there is none.
-            InputError: it holds neither, or its weights are no safetensors.
+            InputError: it holds neither, or its weights are no safetensors or not finite.
         """
         if not folder.is_dir():
             raise MissingFileError(f"{folder}: no such adapter directory")
@@ -257,7 +257,8 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def _require_lora(folder: Path) -> None:
-    """Refuse what is no LoRA adapter in safetensors: pickled weights would run code."""
+    """Refuse what is no LoRA adapter in safetensors (pickled weights would run code), or holds
+    weights that are not finite."""
     if not (folder / CONFIG).is_file():
         raise InputError(
             f"{folder}: expected a peft adapter ({CONFIG}), or a model (config.json), found neither"

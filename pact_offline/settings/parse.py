@@ -31,8 +31,8 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic takes `true` for 1, and one that was meant for another key is then not seen."""
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a boolean for a number, as which pydantic takes it."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         kinds = {annotation, *get_args(annotation)}
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
