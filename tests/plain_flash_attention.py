@@ -53,6 +53,26 @@ def flash_attn_varlen_func(
     return torch.cat(found)
 
 
+def plain_varlen_attn(called: list[str]) -> Any:
+    """The same by the interface of torch's own; it adds to `called`."""
+
+    def varlen_attn(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int,
+        max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        assert enable_gqa or query.shape[1] == key.shape[1]
+        assert cu_seq_q.dtype == torch.int32
+        assert max_q == max_k == cu_seq_q.diff().max()
+        called.append("varlen_attn")
+        return flash_attn_varlen_func(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale,
+            window_size=window_size,
+        )  # fmt: skip
+
+    return varlen_attn
+
+
 @contextmanager
 def plain_flash_attention() -> Iterator[list[str]]:
     """Let transformers take it for flash attention 2 and 3; yields which functions it called."""

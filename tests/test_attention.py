@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from plain_flash_attention import plain_flash_attention
+from plain_flash_attention import plain_flash_attention, plain_varlen_attn
 from tiny import make_model
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from pact_offline.errors import ModelError
 from pact_offline.models import cpu_attention as attention
+from pact_offline.models import packed_attention
 from pact_offline.models.load import load_model
 from pact_offline.models.log_confidences import aligned_batch, keeps_packed_rows_apart, packed_batch
 
@@ -185,9 +187,14 @@ def test_the_implementation_is_not_saved_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma", "gemma3", "mistral", "mixtral", "phi3", "qwen3", "gpt2"]
+    ("family", "kind"),
+    [
+        (family, kind)
+        for family in ("llama", "gemma", "gemma3", "mistral", "mixtral", "phi3", "qwen3", "gpt2")
+        for kind in ("auto", "eager", "sdpa")
+        if (family, kind) != ("gemma", "sdpa")  # refused: scores are bounded
+    ],
 )
-@pytest.mark.parametrize("kind", ["auto", "eager", "sdpa"])
 def test_packed_rows_see_themselves_alone(family: str, kind: str, tmp_path: Path) -> None:
     """Windows, soft caps, sinks and learnt positions: the logits of padded rows, to rounding."""
     rows = [
@@ -258,3 +265,56 @@ def test_flash_attention_is_told_of_padding_and_of_packed_rows(
         kept = model(**packed.inputs, use_cache=False).logits[0, packed.columns]
         torch.testing.assert_close(kept, expected[0], rtol=1e-4, atol=1e-5)
         assert "flash_attn_varlen_func" in called
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "mixtral", "qwen3", "gemma3", "gemma4", "phi3", "glm4", "granite", "olmo2",
+     "gpt2", "deepseek-v3"],
+)  # fmt: skip
+def test_packed_attention_is_eager_attention(
+    family: str, kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's kernel of variable lengths (here in plain torch), and where that cannot be."""
+    path = str(make_model(tmp_path / "m", family=family))
+    calls: list[str] = []
+    if kernel:
+        monkeypatch.setattr(packed_attention, "_DTYPES", (torch.float32,))
+        monkeypatch.setattr(packed_attention, "varlen_attn", plain_varlen_attn(calls))
+    found = []
+    for kind in ("eager", packed_attention.NAME):
+        model = load_model(path, "float32", attention="eager")
+        model.set_attn_implementation(kind)
+        assert keeps_packed_rows_apart(model)
+        packed = packed_batch(ROWS)
+        logits = model(**packed.inputs, use_cache=False).logits[0, packed.columns]
+        logits.pow(2).mean().backward()
+        weights = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append((logits.detach(), torch.cat([weight.flatten() for weight in weights])))
+        padded = aligned_batch(ROWS, 0)
+        again = model(**padded.inputs, use_cache=False).logits[:, padded.columns][padded.is_step]
+        torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
+    assert bool(calls) == (kernel and family != "deepseek-v3")  # its values are narrower
+    for ours, eager in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_attention_answers_prompts_too(tmp_path: Path) -> None:
+    """A policy that is asked while it trains: a cache, and one row alone."""
+    path = str(make_model(tmp_path / "m", family="mistral"))
+    eager, ours = (load_model(path, "float32", attention="eager") for _ in range(2))
+    ours.set_attn_implementation(packed_attention.NAME)
+    for rows in ([([*range(3, 40), 0], [(37, 38)])], [([5, 6, 7, 0], [(3, 4)]), ROWS[0]]):
+        inputs = aligned_batch(rows, 0).inputs
+        del inputs["position_ids"]
+        found = [m.generate(**inputs, max_new_tokens=8).tolist() for m in (eager, ours)]
+        assert found[0] == found[1]
+
+
+def test_scores_that_are_bounded_are_not_left_to_sdpa(tmp_path: Path) -> None:
+    path = str(make_model(tmp_path / "m", family="gemma"))
+    model = load_model(path, "float32", device=torch.device("meta"))
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ModelError, match="soft cap, which sdpa leaves out"):
+        load_model(path, "float32", attention="sdpa")

@@ -19,7 +19,12 @@ from tiny import logits_and_gradients, make_model
 
 from pact_offline.cache.targets import TargetCache
 from pact_offline.models.load import load_model
-from pact_offline.models.log_confidences import keeps_packed_rows_apart
+from pact_offline.models.log_confidences import (
+    keeps_packed_rows_apart,
+    logits_at_steps,
+    packed_batch,
+)
+from pact_offline.models.packed_attention import NAME, runs_packed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -103,6 +108,40 @@ def test_packed_rows_train_as_padded_ones_do(
     order = ["--row-order", "random"]
     padded = trained("padded", *order)
     same_training(trained("packed", *order, *options, "--attention", attention), padded, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "mixtral", "qwen3", "gemma3", "gemma4", "phi3", "olmo2", "gpt2"]
+)
+def test_the_kernel_for_packed_rows_is_as_near_to_fp32_as_sdpa(family: str, tmp_path: Path) -> None:
+    """Logits and gradient, in bfloat16; windows and shared heads too."""
+    path = str(make_model(tmp_path / "m", family=family))
+    rows = [(range(3, 4 + n), [(at, n + 1)]) for n, at in ((300, 200), (25, 24), (12, 3))]
+    packed = packed_batch([(list(ids), spans) for ids, spans in rows])
+    found = []
+    for dtype, kind in (("float32", "eager"), ("bfloat16", "sdpa"), ("bfloat16", NAME)):
+        model = load_model(path, dtype, attention=kind if kind != NAME else "auto")
+        if kind == NAME:
+            assert runs_packed(model)
+            model.set_attn_implementation(NAME)
+            assert keeps_packed_rows_apart(model)
+        logits = logits_at_steps(model, packed).float()
+        logits.pow(2).mean().backward()
+        grads = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+        found.append((logits.detach(), torch.cat(grads)))
+    for exact, plain, ours in zip(*found, strict=True):
+        assert (ours - exact).norm() < 1.5 * (plain - exact).norm()
+
+
+def test_packed_rows_train_in_bfloat16_as_padded_ones_do(
+    command: Words, tmp_path: Path, run: Run
+) -> None:
+    at = command.index("--dtype")
+    words = [*command[:at], *command[at + 2 :], "--row-order", "random"]
+    for name, options in (("padded", []), ("packed", ["--packing"])):
+        result = run(*words, *options, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    same_training(tmp_path / "packed", tmp_path / "padded", rel=5e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma3", "mistral", "qwen3"])

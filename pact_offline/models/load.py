@@ -56,6 +56,11 @@ def require_trainable_attention(attention: str) -> None:
         )
 
 
+def has_soft_cap(config: Any) -> bool:
+    """Whether a model bounds its attention's scores, as Gemma-2 does and sdpa does not."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
 _REFUSED = re.compile(r"^- `(\w+)`: ", re.MULTILINE)  # as `validate` lists keys
 
 
@@ -144,7 +149,8 @@ def load_model(
         dtype: name of the weights' dtype.
         attention: an implementation of transformers; "auto": what transformers takes for the model,
             but on a CPU, whose sdpa is slow in bfloat16 at chat lengths, `grouped_attention` for
-            models that sdpa is right for, and eager for the others.
+            models that sdpa is right for, and eager for the others; and eager where scores are
+            bounded (Gemma-2), which sdpa would leave out.
         device: default: `default_device`.
         load_in: "8bit" or "4bit" (nf4, quantised twice): linear modules are held so.
 
@@ -160,9 +166,12 @@ def load_model(
     require_safetensors(folder)
     device = device or default_device()
     is_cpu_default = attention == "auto" and device.type == "cpu"
-    chosen = attention if attention != "auto" else "eager" if is_cpu_default else None
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if attention == "sdpa" and has_soft_cap(config):
+            raise ValueError("its attention has a soft cap, which sdpa leaves out; take eager")
+        is_eager = is_cpu_default or has_soft_cap(config)
+        chosen = attention if attention != "auto" else "eager" if is_eager else None
         loaded, found = model_class(config).from_pretrained(
             folder,
             dtype=getattr(torch, dtype),

@@ -80,7 +80,7 @@ from pact_offline.training.kernels import take_kernels
 from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.lora import check_lora_modules
 from pact_offline.training.model_card import model_card
-from pact_offline.training.policy import prepare_policy, require_rows_apart
+from pact_offline.training.policy import prepare_policy, prepare_to_pack
 from pact_offline.training.rehearsal import JoinedTargets, Rehearsal, RehearsedRows
 from pact_offline.training.step_log import STEP_LOG, Journal
 from pact_offline.training.summary import (
@@ -163,7 +163,7 @@ def finetune(
         weights = torch.from_numpy(tokens.weights) if tokens is not None else None
         policy = prepare_policy(str(model.path), settings)
         if settings.packing:
-            require_rows_apart(policy, model.name)
+            prepare_to_pack(policy, settings, model.name)
         trained = trained_parts(policy)
         if is_main:
             require_space(output, trained["parameters"], settings)

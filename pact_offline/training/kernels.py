@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pact_offline.errors import PactError, SettingError, first_line
 from pact_offline.models.liger import use_liger
-from pact_offline.models.load import default_device
+from pact_offline.models.load import default_device, has_soft_cap
 from pact_offline.models.log_confidences import (
     Aligned,
     aligned_batch,
@@ -20,6 +20,7 @@ from pact_offline.models.log_confidences import (
     logits_at_steps,
     packed_batch,
 )
+from pact_offline.models.packed_attention import NAME as PACKED
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.tokenized import TokenizedRows
 from pact_offline.settings.stages import FinetuneSettings
@@ -55,8 +56,8 @@ def take_kernels(
     """Give a policy Liger's kernels and compiled layers, as the settings say.
 
     On a CPU these have tests; what a GPU's compilers make depends on their versions too. So there
-    each, and an attention by name, is compared with the model's own kernels on the first rows. They
-    may differ by some times what two of the model's own attentions do.
+    each, and an attention by name or for packed rows, is compared with the model's own kernels on
+    the first rows. They may differ by some times what two of the model's own attentions do.
 
     Args:
         policy: from `prepare_policy`, changed in place.
@@ -78,6 +79,8 @@ def take_kernels(
         return
     if (attention := settings.attention) not in _OWN_ATTENTION:
         ways = {f"--attention {attention}": lambda: None, **ways}
+    elif inner.config._attn_implementation == PACKED:
+        ways = {"--packing --attention auto": lambda: None, **ways}
     if not ways:
         return
     if policy.device.type == "cuda":  # Triton starts kernels on the current one
@@ -173,7 +176,7 @@ def _own(
     chosen, always = inner.config._attn_implementation, _ALWAYS[settings.dtype]
     found = []
     for name in ("eager", "sdpa"):
-        if name == "eager" or inner._supports_sdpa:
+        if name == "eager" or (inner._supports_sdpa and not has_soft_cap(inner.config)):
             inner.set_attn_implementation(name)
             if inner.config._attn_implementation != name:
                 raise RuntimeError(f"{type(inner).__name__} takes no {name} attention")

@@ -9,16 +9,29 @@ from transformers import set_seed
 from pact_offline.errors import SettingError
 from pact_offline.models.load import load_model, make_savable
 from pact_offline.models.log_confidences import keeps_packed_rows_apart
+from pact_offline.models.packed_attention import NAME, runs_packed
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.lora import with_adapter
 
 
-def require_rows_apart(policy: Any, model: str) -> None:
-    """Refuse to pack rows for a model that would see one of them in the next.
+def prepare_to_pack(policy: Any, settings: FinetuneSettings, model: str) -> None:
+    """Let a policy see each of the packed rows alone.
+
+    Args:
+        policy: from `prepare_policy`. On a GPU it is given `packed_attention` where that can be.
+        settings: of the run.
+        model: its name, for messages.
 
     Raises:
-        SettingError: it does.
+        SettingError: it sees one row in the next all the same.
     """
+    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    if settings.attention == "auto" and runs_packed(inner):
+        own = inner.config._attn_implementation
+        inner.set_attn_implementation(NAME)
+        if keeps_packed_rows_apart(policy):
+            return
+        inner.set_attn_implementation(own)
     if not keeps_packed_rows_apart(policy):
         raise SettingError(
             f"--packing: expected a model that keeps packed rows apart, found {model}, which sees "
