@@ -176,10 +176,13 @@ def test_the_rest_is_what_the_other_ids_hold(mass: float) -> None:
     shares = torch.full((2, 50), (1 - mass) / 47)
     shares[:, [3, 5, 7]] = mass / 3
     logits = shares.log() + 4
-    rest = head_module.log_probability_outside(
-        logits, torch.tensor([3, 5, 7]), logits.logsumexp(-1, keepdim=True)
-    )
-    torch.testing.assert_close(rest.exp(), torch.full((2,), 1 - mass))
+    ids = torch.tensor([3, 5, 7])
+    labels = torch.tensor([5, 9])
+    found = head_module.log_probabilities(logits, labels, torch.tensor([7, 8]), ids)
+    assert found.rest is not None
+    torch.testing.assert_close(found.labels.exp(), shares[:, labels].diagonal())
+    torch.testing.assert_close(found.safety.exp(), shares[:, 7:9])
+    torch.testing.assert_close(found.rest.exp(), torch.full((2,), 1 - mass))
 
 
 def test_a_policy_that_refuses_for_sure_is_pulled_back(aligned: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -12,7 +11,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
-_HALF = math.log(0.5)
 _is_known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # heads that were compared
 
 
@@ -51,7 +49,8 @@ def step_log_probabilities(
         places: int64 [steps], of the response steps among rows x columns, row by row.
         labels: int64 [steps], the tokens that follow.
         safety_ids: int64 [ids], or None.
-        outside: int64 [some], ids that `rest` leaves out; None: no rest is wanted.
+        outside: int64 [some], ids that `rest` leaves out, each once and not the whole vocabulary;
+            None: no rest is wanted.
     """
     inputs: dict[str, Any] = {
         name: batch[name]
@@ -109,36 +108,27 @@ def _at(values: Tensor, places: Tensor) -> Tensor:
 def log_probabilities(
     logits: Tensor, labels: Tensor, ids: Tensor, outside: Tensor | None = None
 ) -> StepLogProbabilities:
-    """As `step_log_probabilities`, of logits [steps, vocabulary]."""
-    logits = logits.float()
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    picked = (logits.gather(-1, labels.unsqueeze(-1)) - normaliser).squeeze(-1)
-    rest = None if outside is None else log_probability_outside(logits, outside, normaliser)
-    return StepLogProbabilities(picked, logits.index_select(-1, ids) - normaliser, rest)
+    """As `step_log_probabilities`, of logits [steps, vocabulary].
 
-
-def log_probability_outside(logits: Tensor, ids: Tensor, normaliser: Tensor) -> Tensor:
-    """The log of the probability of all but some ids, with a gradient however small it is.
-
-    Where those ids hold less than half it is 1 less theirs, which costs no pass over the
-    vocabulary; elsewhere fp32 would round that away, and it is summed over the other logits.
-
-    Args:
-        logits: fp32 [steps, vocabulary].
-        ids: int64 [ids], each once, and not the whole vocabulary.
-        normaliser: fp32 [steps, 1], logsumexp of the logits.
-
-    Returns:
-        fp32 [steps].
+    The rest has a gradient however small it is. Nothing waits for a GPU, and what is picked out of
+    the vocabulary is picked at once, since the gradient of each such look-up is as large as it.
     """
-    inside = logits.index_select(-1, ids).logsumexp(dim=-1) - normaliser.squeeze(-1)
-    is_likely = inside.detach() > _HALF
-    rest = torch.log1p(-inside.clamp(max=_HALF).exp())
-    if is_likely.any():
-        others = logits[is_likely].index_fill(-1, ids, -torch.inf)
-        exact = others.logsumexp(dim=-1) - normaliser[is_likely].squeeze(-1)
-        rest = rest.masked_scatter(is_likely, exact)
-    return rest
+    logits = logits.float()
+    if len(ids) == logits.shape[-1]:  # in order: the whole distribution
+        every = logits.log_softmax(dim=-1)
+        return StepLogProbabilities(every.gather(-1, labels.unsqueeze(-1)).squeeze(-1), every, None)
+    apart = ids.new_empty(0) if outside is None else outside
+    columns = torch.cat((ids, apart)).expand(len(labels), -1)
+    picked = logits.gather(-1, torch.cat((labels.unsqueeze(-1), columns), dim=-1))
+    own, safety, inside = picked.split((1, len(ids), len(apart)), dim=-1)
+    if outside is None:
+        normaliser, rest = logits.logsumexp(dim=-1, keepdim=True), None
+    else:
+        others = logits.index_fill(-1, outside, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        odds = inside.logsumexp(dim=-1, keepdim=True) - others
+        surplus = torch.nn.functional.softplus(odds)
+        normaliser, rest = others + surplus, -surplus.squeeze(-1)
+    return StepLogProbabilities((own - normaliser).squeeze(-1), safety - normaliser, rest)
 
 
 def _without_head(
