@@ -111,10 +111,11 @@ def test_packed_rows_train_as_padded_ones_do(
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral", "mixtral", "qwen3", "gemma3", "gemma4", "phi3", "olmo2", "gpt2"]
+    "family", ["llama", "mistral", "qwen3", "gemma3", "gemma4", "phi3", "olmo2", "gpt2"]
 )
 def test_the_kernel_for_packed_rows_is_as_near_to_fp32_as_sdpa(family: str, tmp_path: Path) -> None:
-    """Logits and gradient, in bfloat16; windows and shared heads too."""
+    """Logits and gradient, in bfloat16; windows and shared heads too. (Of experts, rounding alone
+    may choose others.)"""
     path = str(make_model(tmp_path / "m", family=family))
     rows = [(range(3, 4 + n), [(at, n + 1)]) for n, at in ((300, 200), (25, 24), (12, 3))]
     packed = packed_batch([(list(ids), spans) for ids, spans in rows])
@@ -214,9 +215,9 @@ def test_a_live_reference_costs_its_weights_and_a_cache_none(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         kept = command if way != "live" else [*command[:5], *command[7:]]
-        result = run(*kept, *words, *options, "-o", tmp_path / way)
+        result = run(*kept, *words, *options, "-o", tmp_path / "runs" / way)
         assert result.exit_code == 0, result.output
-        found[way] = steps_of(tmp_path / way)[-1]["peak_memory_mib"]
+        found[way] = steps_of(tmp_path / "runs" / way)[-1]["peak_memory_mib"]
     assert found["live"] - found["cache"] > 0.9 * weights
     assert found["cache"] - found["none"] < 0.1 * weights
 

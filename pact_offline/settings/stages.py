@@ -354,7 +354,7 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
     )
     attention: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
-    ] = Field("auto", description="Attention kernel; auto: sdpa, but on a CPU one for short rows.")
+    ] = Field("auto", description="Attention kernel; auto: what suits the model and device.")
     row_order: Literal["by_length", "random", "as_given"] = Field(
         "by_length", description="by_length: shuffled, with rows of like length in a batch."
     )
@@ -387,7 +387,8 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
     packing: bool = Field(
         False,
         description="Put the rows of a pass one after the other, with no padding; each still sees "
-        "itself alone. Goes with --row-order random.",
+        "itself alone. On a GPU a third less memory; on a CPU less time where rows are rehearsed. "
+        "Goes with --row-order random.",
     )
     compile: bool = Field(
         False,
