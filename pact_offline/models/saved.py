@@ -68,7 +68,7 @@ def require_adapter_saved(
     Args:
         folder: where it was saved.
         weights: of `adapter_weights`.
-        policy: that was trained, whole in this process.
+        policy: that was trained, whole in this process, or `adapter_alone` of it.
         model: its name, for messages.
 
     Raises:
@@ -84,6 +84,24 @@ def require_adapter_saved(
     state = dict(policy.named_parameters())
     missing = set(weights) & set(found.missing_keys) | (set(weights) - set(state))
     _require_same(model, weights, state, missing, set(found.unexpected_keys))
+
+
+def adapter_alone(policy: Any, weights: Mapping[str, torch.Tensor]) -> Any:
+    """A policy whose adapter is zeros and whose model is on the meta device.
+
+    Args:
+        policy: whose weights processes share.
+        weights: of `adapter_weights`.
+    """
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        config = policy.get_base_model().config
+        empty = model_class(config).from_config(config, trust_remote_code=False)
+        alone = get_peft_model(empty, policy.peft_config["default"])
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    alone.load_state_dict(zeros, strict=False, assign=True)
+    return alone
 
 
 def _require_same(

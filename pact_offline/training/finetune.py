@@ -38,6 +38,7 @@ from pact_offline.models.locate import ModelFiles
 from pact_offline.models.log_confidences import reads_padding
 from pact_offline.models.quantised import require_quantisation
 from pact_offline.models.saved import (
+    adapter_alone,
     adapter_weights,
     require_adapter_saved,
     require_model_saved,
@@ -225,16 +226,16 @@ def _save_weights(
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
     is_whole = not hasattr(policy, "peft_config")
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     weights = gathered if is_whole else adapter_weights(gathered)
     with weights_left(weights, folder, output):
         policy.save_pretrained(folder, state_dict=dict(gathered))
-        if is_sharded:  # loading is for all processes together
-            return
-        if is_whole:
+        if trainer.is_deepspeed_enabled:  # there loading is for all processes together
+            log.warning("%s: DeepSpeed: what was saved is not loaded again to compare it", output)
+        elif is_whole:
             require_model_saved(folder, weights, model)
         else:
-            require_adapter_saved(folder, weights, policy, model)
+            into = adapter_alone(policy, weights) if trainer.is_fsdp_enabled else policy
+            require_adapter_saved(folder, weights, into, model)
 
 
 def _checkpoints(
