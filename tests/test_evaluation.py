@@ -375,6 +375,19 @@ def test_an_adapter_without_weights_for_its_modules_is_refused(
     assert "expected weights of every module that adapter_config.json names" in line
 
 
+def test_a_model_whose_weights_are_no_numbers_is_refused(
+    rows_file: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    model = make_model(tmp_path / "m")
+    weights = load_file(model / "model.safetensors")
+    next(value for name, value in weights.items() if "q_proj" in name)[0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    words = ["--name", "x", "--model", model, "--task", rows_file, "--backend", "transformers"]
+    line = fails("evaluate", *words, "-o", tmp_path / "out")
+    assert "expected logits that are numbers, found NaN" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_directory_of_an_adapter_is_no_model(
     command: list[Any], tuned: dict[str, Path], aligned: Path, tmp_path: Path,
     fails: Callable[..., str],

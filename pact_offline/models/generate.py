@@ -52,7 +52,7 @@ def generate(
 
     Raises:
         InputError: a prompt leaves no position for an answer.
-        ModelError: the model's penalty of repetition is none.
+        ModelError: the model's penalty of repetition is none, or its logits are no numbers.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers = [""] * len(prompts)
@@ -97,6 +97,7 @@ def generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
+                logits_processor=[_require_numbers(model.config._name_or_path)],
             )
         for row, i in enumerate(batch):
             answer = output[row, width:].tolist()
@@ -122,6 +123,23 @@ def repetition_penalty(config: Any, model: str) -> float:
             f"{found!r:.60}"
         )
     return float(found)
+
+
+def _require_numbers(model: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Refuse NaN at the first step of a batch, where the largest of them would be an answer."""
+    is_first = True
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        nonlocal is_first
+        if is_first and scores.isnan().any():
+            raise ModelError(
+                f"{model}: expected logits that are numbers, found NaN: its weights are broken, "
+                "or too large for --dtype"
+            )
+        is_first = False
+        return scores
+
+    return look
 
 
 @contextmanager
