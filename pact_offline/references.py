@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,17 +135,25 @@ def save_merged(
         )
     make_savable(merged, model.name)
     kept = getattr(torch, dtype) if dtype else own_dtype(model.path)
-    try:
+    with _told_where_it_cannot_be_saved(model):
         merged.to(kept).save_pretrained(folder, safe_serialization=True)
-    except OSError:
-        raise
-    except Exception as error:  # a full disk too: safetensors has errors of its own
-        raise ModelError(f"{model.name}: its sum cannot be saved: {first_line(error)}") from None
     require_model_saved(folder, merged.state_dict(), model.name)
     tokenizer = load_tokenizer(str(model.path))
     if (template := tuned.chat_template) is not None:  # what it was trained with
         tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
+    with _told_where_it_cannot_be_saved(model):
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _told_where_it_cannot_be_saved(model: ModelFiles) -> Iterator[None]:
+    """On a full disk safetensors and tokenizers raise errors of their own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{model.name}: its sum cannot be saved: {first_line(error)}") from None
 
 
 def own_dtype(folder: Path) -> Any:

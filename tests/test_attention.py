@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from plain_flash_attention import plain_flash_attention, plain_varlen_attn
-from tiny import make_model
+from tiny import SIZES, make_model
 from torch import Tensor
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from pact_offline.errors import ModelError
 from pact_offline.models import cpu_attention as attention
@@ -225,6 +225,25 @@ def test_a_model_that_sees_one_packed_row_in_the_next_is_known(
 ) -> None:
     model = load_model(str(make_model(tmp_path / "m", family=family)), dtype)
     assert keeps_packed_rows_apart(model) == (family not in ("gpt-oss", "qwen3.5"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("recurrent_gemma", {"num_hidden_layers": 3, "attention_window_size": 16, "lru_width": 64}),
+        ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32,
+                       "mamba_d_state": 8, "mamba_n_groups": 1}),
+    ],
+)  # fmt: skip
+def test_a_model_that_carries_little_over_is_known_too(
+    kind: str, sizes: dict[str, int], dtype: str
+) -> None:
+    """Less than what rounding in bfloat16 makes of other logits."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**{**SIZES, **sizes, "vocab_size": 400})
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).eval()
+    assert not keeps_packed_rows_apart(model)
 
 
 @pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler takes no path with a space")

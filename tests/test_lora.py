@@ -77,7 +77,10 @@ def test_all_linear_has_experts_and_neither_routers_nor_the_head(family: str) ->
         assert not {"router", "gate", "lm_head"} & set(name.split("."))
 
 
-@pytest.mark.parametrize("kind", ["nemotron_h", "falcon_h1", "mamba", "mamba2", "falcon_mamba"])
+@pytest.mark.parametrize(
+    "kind",
+    ["nemotron_h", "falcon_h1", "mamba", "mamba2", "falcon_mamba", "bamba", "granitemoehybrid"],
+)
 def test_all_linear_leaves_out_what_peft_adapts_in_no_model_of_a_type(
     kind: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -85,7 +88,7 @@ def test_all_linear_leaves_out_what_peft_adapts_in_no_model_of_a_type(
     config.save_pretrained(tmp_path)
     all_linear = FinetuneSettings(lora_modules=("all-linear",), lora_dropout=0)
     check_lora_modules(str(tmp_path), all_linear)
-    assert f"peft adapts no out_proj in a model of type {kind}" in caplog.text
+    assert f"no out_proj gets an adapter in a model of type {kind}" in caplog.text
     policy = empty_model(str(tmp_path))
     names = adapted(with_adapter(policy, kind, all_linear))
     assert {"in_proj"} <= {name.rpartition(".")[2] for name in names}
@@ -255,3 +258,28 @@ def test_tied_embeddings_get_no_adapter_that_could_not_be_merged(
     line = fails("score", "--model", f"{model}+{tmp_path / 'theirs'}", *command[3:5], "--cache",
                  tmp_path / "c", "-o", tmp_path / "t.json", "--safety-tokens", "x")  # fmt: skip
     assert "expected an adapter that can be added up, found one of embeddings" in line
+
+
+def test_all_linear_tells_of_dense_modules_that_peft_gives_to_experts(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    sizes = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    config = CONFIG_MAPPING["glm4_moe"](**SIZES, **sizes, vocab_size=400, moe_intermediate_size=32)
+    config.save_pretrained(tmp_path)
+    check_lora_modules(
+        str(tmp_path), FinetuneSettings(lora_modules=("all-linear",), lora_dropout=0)
+    )
+    assert "in place of 6 linear modules with names like theirs, as model.layers.0" in caplog.text
+
+
+def test_linear_modules_in_a_list_get_an_adapter_too(tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["gemma3n_text"](
+        **SIZES, vocab_size=400, num_kv_shared_layers=0, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=400, laurel_rank=8, altup_num_inputs=2,
+        layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0] * 2,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    settings = FinetuneSettings(lora_modules=("all-linear",), lora_dropout=0)
+    check_lora_modules(str(tmp_path), settings)
+    policy = with_adapter(empty_model(str(tmp_path)), "m", settings)
+    assert any("altup_projections.0" in name for name in adapted(policy))

@@ -336,6 +336,47 @@ def test_a_generation_prompt_that_is_written_unasked_is_no_end_of_an_answer(
     assert prompt.count(header) == 1
 
 
+EACH = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_what_a_template_writes_behind_a_conversation_is_no_part_of_an_answer() -> None:
+    chat = chat_with(
+        EACH + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|im_start|>note\n"
+        "This chat was exported.<|im_end|>\n{% endif %}"
+    )
+    messages = said("One?", "Shipping", "Two?", "Billing", system=None)
+    assert answers_of(chat, messages) == ["Shipping<|im_end|>\n", "Billing<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ eos_token }}"
+         "{% if add_generation_prompt %}assistant: {% endif %}", "user: One?\nassistant: "),
+        ("{% for m in messages %}{{ m.content }}  {% endfor %}{{ eos_token }}", "One?  "),
+    ],
+)  # fmt: skip
+def test_an_end_that_a_template_writes_always_stands_before_no_answer(
+    template: str, prompt: str
+) -> None:
+    chat = chat_with(template)
+    asked = said("One?", system=None)
+    assert chat.render(asked, generation_prompt=True) == prompt
+    assert answers_of(chat, said("One?", "Shipping", system=None))[0].endswith("<|im_end|>")
+
+
+def test_a_system_message_that_stands_behind_the_answer_is_refused() -> None:
+    turns = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    chat = chat_with(
+        f"{{% for m in messages if m.role != 'system' %}}{turns}{{% endfor %}}"
+        f"{{% for m in messages if m.role == 'system' %}}{turns}{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (found,) = find_spans(chat, [Row(tuple(said("One?", "Shipping", system="Be kind.")))])
+    assert isinstance(found, InputError)
+    assert "messages[0]: expected before the answer in what the chat template" in str(found)
+
+
 @pytest.mark.parametrize(
     ("template", "header"),
     [

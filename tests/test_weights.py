@@ -21,7 +21,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pact_offline.errors import ModelError, PactError, UnsupportedModelError
 from pact_offline.models.load import load_model, make_savable
-from pact_offline.models.locate import locate_model, require_no_other_weights
+from pact_offline.models.locate import locate_model, positions_of, require_no_other_weights
 from pact_offline.rows.tokenizer import load_tokenizer
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -382,3 +382,27 @@ def test_every_loader_is_told_to_run_no_code_of_a_repository() -> None:
                 f"{file.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call.func)}"
             )
     assert calls >= 8
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, 1024),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 1024),
+        ({"rope_scaling": {"type": "longrope", "factor": 8.0}}, 1024),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 2048),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 4096),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0,
+                              "original_max_position_embeddings": 256}}, 1024),
+        ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+         1024),
+        ({"rope_scaling": "rubbish"}, 1024),
+    ],
+)  # fmt: skip
+def test_positions_are_those_that_a_config_means(
+    config: dict[str, Any], expected: int, tmp_path: Path
+) -> None:
+    """Some kinds of stretched positions count in `max_position_embeddings`, some do not."""
+    written = {"max_position_embeddings": 1024, **config}
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    assert positions_of(tmp_path) == expected

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from pact_offline.errors import ModelError
+
 
 def ends_of_answers(*ids: Any) -> list[int]:
     """The ids that configs, a tokenizer and a template name, each once.
 
     Args:
         ids: an id, a list of them, or None, of each.
+
+    Raises:
+        ModelError: it is something else.
     """
     found = [one for value in ids for one in (value if isinstance(value, list) else [value])]
-    return [*dict.fromkeys(one for one in found if isinstance(one, int))]
+    for one in found:
+        if one is not None and type(one) is not int:
+            raise ModelError(
+                f"eos_token_id: expected a token id, or a list of them, found {one!r:.60}"
+            )
+    return [*dict.fromkeys(one for one in found if one is not None)]

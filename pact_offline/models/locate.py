@@ -148,13 +148,22 @@ def why_not_loaded(error: Exception, folder: Path | None = None) -> str:
     return first_line(error)
 
 
+# Of these a config counts the positions after stretching already, as vLLM reads it.
+_POSITIONS_STRETCHED = {"llama3", "longrope", "su", "mrope"}
+
+
 def positions_of(folder: Path) -> int | None:
     """The most tokens that a model in a directory can place; None where its config tells none."""
     config = _read_object(folder / "config.json")
     config = config.get("text_config") or config
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    factor = scaling.get("factor", 1) if isinstance(scaling, dict) else 1
+    scaling = scaling if isinstance(scaling, dict) else {}
+    kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor", 1)
+    if kind == "yarn":
+        positions = scaling.get("original_max_position_embeddings", positions)
+    elif kind in _POSITIONS_STRETCHED or str(config.get("model_type")).startswith("gemma3"):
+        factor = 1
     if not isinstance(positions, int) or not isinstance(factor, int | float) or positions <= 0:
         return None
     return int(positions * max(1, factor))

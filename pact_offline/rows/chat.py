@@ -137,10 +137,16 @@ class Chat:
         A template that writes a generation prompt always, or never, is made to heed what is asked.
         """
         texts = self._render_all(conversations, generation_prompt=generation_prompt)
-        unasked, missing = self._generation_prompt
-        if generation_prompt:
-            return [text + missing if isinstance(text, str) else text for text in texts]
-        return [text.removesuffix(unasked) if isinstance(text, str) else text for text in texts]
+        found = self._generation_prompt
+
+        def mended(text: str) -> str:
+            if not generation_prompt:
+                return text.removesuffix(found.unasked)
+            if found.closing and text.endswith(found.closing + found.adds):
+                return text.removesuffix(found.closing + found.adds) + found.adds
+            return text + found.missing
+
+        return [mended(text) if isinstance(text, str) else text for text in texts]
 
     @cached_property
     def _generation_prompt(self) -> GenerationPrompt:

@@ -16,10 +16,15 @@ class GenerationPrompt(NamedTuple):
     Attributes:
         unasked: what it writes behind a conversation where no generation prompt is asked for.
         missing: what stands before its answers, and is not written where one is asked for.
+        closing: what it writes behind a conversation, before the generation prompt too, though it
+            stands before no answer; `adds` is that generation prompt.
+        adds: see `closing`.
     """
 
     unasked: str = ""
     missing: str = ""
+    closing: str = ""
+    adds: str = ""
 
 
 def generation_prompt_of(
@@ -35,16 +40,28 @@ def generation_prompt_of(
         marks: its special tokens.
         begin: its beginning of text.
     """
-    if not asked.startswith(alone):
-        return GenerationPrompt()
     behind = alone.rpartition(QUESTION)[2]
     between = answered.partition(QUESTION)[2].partition(ANSWER)[0]
     unasked = _behind_the_last(alone, answered, followed, marks, begin)
+    is_behind = bool(unasked.strip()) and behind.endswith(unasked)
+    kept = behind.removesuffix(unasked)
+    if not asked.startswith(alone):
+        is_note = is_behind and between.startswith(kept) and _has_words(unasked, marks)
+        return GenerationPrompt(unasked=unasked if is_note else "")
     shared = before_mark(behind, common_start(behind, between), marks)
-    if unasked.strip() and behind.endswith(unasked) and shared > len(behind) - len(unasked):
+    if is_behind and shared > len(kept):
         return GenerationPrompt(unasked=unasked)
+    if is_behind and between.startswith(kept):
+        return GenerationPrompt(closing=unasked, adds=asked[len(alone) :])
     missing = between[len(behind) :] if asked == alone and between.startswith(behind) else ""
     return GenerationPrompt(missing=missing.rstrip(" ") if missing.strip() else "")
+
+
+def _has_words(text: str, marks: Sequence[str]) -> bool:
+    """Whether a text is more than marks and what is between them."""
+    for mark in marks:
+        text = text.replace(mark, "")
+    return any(letter.isalnum() for letter in text)
 
 
 def _behind_the_last(

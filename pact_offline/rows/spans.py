@@ -172,8 +172,18 @@ def _places(chat: Chat, item: _Rendered) -> list[_Place] | InputError:
                     f"messages[{turn}].{what}: expected in what the chat template renders, found "
                     "that it leaves this out or changes it (--chat-template FILE takes another)"
                 )
-        if place is not None:
-            places.append(place)
+        if place is None:
+            continue
+        before, behind = item.text[: place.own], item.text[place.own :]
+        for i, earlier in enumerate(item.row.messages[:turn]):
+            if earlier["role"] not in ("system", "developer"):
+                continue
+            if any(said in behind and said not in before for _, said in said_by(earlier)):
+                return InputError(
+                    f"messages[{i}]: expected before the answer in what the chat template renders, "
+                    "found that it stands behind (--chat-template FILE takes another)"
+                )
+        places.append(place)
     return places
 
 

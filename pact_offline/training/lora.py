@@ -21,11 +21,15 @@ _QUERY_AND_VALUE = {"q_proj", "v_proj"}  # of the published script
 # What an attention module adds up its heads with; all else in it reads what comes in.
 _OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "wo"}
 _ATTENTION = re.compile(r".*(attn|attention)[^.]*")
-# Of these peft adapts no such module: their kernels read its weight, and would pass an adapter by.
-_MAMBAS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+# Of these such modules get none: kernels read their weight, and would pass an adapter by.
+_MAMBAS = {
+    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h",
+    "zamba2",
+}  # fmt: skip
 _READ_BY_KERNELS = r".*\.(out_proj|conv1d)"
 _ROUTERS = r".*\.(router|gate|shared_expert_gate)(\..*)?"
 _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # by peft
+_END = re.compile(r"[^.]+(?:\.\d+)*$")
 _MOST_LAYERS = 10_000  # of a model that does not say how many it has
 _EXPERT_DIMENSIONS = 3  # the weights of all experts, in one parameter
 
@@ -71,8 +75,7 @@ def lora_targets(policy: Any, model: str, settings: LoraSettings) -> LoraTargets
     linear = _linear_modules(policy, excluded)
     experts = _experts(policy, excluded)
     if is_all and linear:
-        head = policy.get_output_embeddings()
-        names = _ends([name for name, module in linear.items() if module is not head])
+        names = _ends(_all_linear(policy, settings))
         _require_what_experts_take(settings, model, "all-linear", experts)
         return LoraTargets(names, experts, excluded)
     names = (
@@ -135,12 +138,23 @@ def check_lora_modules(model: str, settings: FinetuneSettings) -> None:
     except ModelError:  # loading it will say what is wrong
         return
     _require_dora_runs(policy, model, settings)
+    is_all = settings.lora_modules == ("all-linear",)
+    wanted = _all_linear(policy, settings) if is_all else ()
     with torch.device("meta"):
-        with_adapter(policy, model, settings)
-    if settings.lora_modules == ("all-linear",) and policy.config.model_type in _MAMBAS:
+        adapted = with_adapter(policy, model, settings)
+    got = {name.partition(".lora_")[0] for name, _ in adapted.named_parameters()}
+    got = {name.removeprefix("base_model.model.") for name in got}
+    if left_out := sorted(name for name in wanted if name not in got):
         log.warning(
-            "--lora-modules all-linear: peft adapts no out_proj in a model of type %s; all other "
-            "linear modules get an adapter",
+            "--lora-modules all-linear: peft gives experts their adapters in place of %s linear "
+            "modules with names like theirs, as %s, which get none",
+            f"{len(left_out):,}",
+            left_out[0],
+        )
+    if is_all and policy.config.model_type in _MAMBAS:
+        log.warning(
+            "--lora-modules all-linear: no out_proj gets an adapter in a model of type %s, whose "
+            "kernels would pass it by; all other linear modules get one",
             policy.config.model_type,
         )
 
@@ -207,7 +221,8 @@ def _ends_in_one(name: str, ends: Iterable[str]) -> bool:
 
 
 def _ends(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted({name.rpartition(".")[2] for name in names}))
+    """Ends that tell modules by name; of one in a list, with the list's."""
+    return tuple(sorted({_END.findall(name)[0] for name in names}))
 
 
 def _linear_modules(policy: Any, excluded: str | None) -> dict[str, Any]:
@@ -216,6 +231,13 @@ def _linear_modules(policy: Any, excluded: str | None) -> dict[str, Any]:
         for name, module in policy.named_modules()
         if _is_a(module, torch.nn.Linear, Conv1D) and not _is(name, excluded)
     }
+
+
+def _all_linear(policy: Any, settings: LoraSettings) -> list[str]:
+    """Names of all linear modules but the LM head and routers."""
+    linear = _linear_modules(policy, _excluded(policy, settings, routers=True))
+    head = policy.get_output_embeddings()
+    return [name for name, module in linear.items() if module is not head]
 
 
 def _attention_inputs(linear: Iterable[str]) -> tuple[str, ...]:
