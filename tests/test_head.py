@@ -12,6 +12,7 @@ from tiny import make_model, states_of_head
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from pact_offline.errors import ModelError
 from pact_offline.models import lm_head as head_module
 from pact_offline.models.lm_head import step_log_probabilities
 from pact_offline.models.load import load_model
@@ -197,3 +198,12 @@ def test_a_policy_that_refuses_for_sure_is_pulled_back(aligned: Path) -> None:
     parts = batch_loss(model, batch, IDS, WEIGHTS, settings)
     (pull,) = torch.autograd.grad(parts.loss - batch_loss(model, batch).loss, head.bias)
     assert pull[IDS[0]] > 0.9 * parts.steps
+
+
+def test_a_model_that_heeds_no_logits_to_keep_is_refused(aligned: Path) -> None:
+    """Its steps would be taken for others'."""
+    model = load_model(str(aligned), "float32")
+    own = model.forward
+    model.forward = lambda **inputs: own(**{**inputs, "logits_to_keep": 0})
+    with pytest.raises(ModelError, match=r"gives logits at the 9 places .* found 20"):
+        batch_loss(model, make_batch(), IDS, WEIGHTS, ObjectiveSettings(objective="confidence"))

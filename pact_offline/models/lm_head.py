@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pact_offline.errors import ModelError
+
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
 _is_known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # heads that were compared
 
@@ -51,6 +53,9 @@ def step_log_probabilities(
         safety_ids: int64 [ids], or None.
         outside: int64 [some], ids that `rest` leaves out, each once and not the whole vocabulary;
             None: no rest is wanted.
+
+    Raises:
+        ModelError: the model gives other columns than it is asked for.
     """
     inputs: dict[str, Any] = {
         name: batch[name]
@@ -59,13 +64,18 @@ def step_log_probabilities(
     }
     inputs |= {"logits_to_keep": batch["logits_to_keep"], "use_cache": False}
     ids = labels.new_empty(0) if safety_ids is None else safety_ids
+    columns = len(batch["logits_to_keep"])
     inner = getattr(model, "module", model)
     head = inner.get_output_embeddings()
     if head is None or _is_sharded(model, head) or not _is_known.get(head, True):
-        return log_probabilities(_at(model(**inputs).logits, places), labels, ids, outside)
+        logits = model(**inputs).logits
+        require_columns(inner, logits, columns)
+        return log_probabilities(_at(logits, places), labels, ids, outside)
     outputs, hidden, mode = _without_head(model, head, inputs)
     if hidden is None:  # compiled: hooks are not heard
+        require_columns(inner, outputs.logits, columns)
         return log_probabilities(_at(outputs.logits, places), labels, ids, outside)
+    require_columns(inner, hidden, columns)
 
     def logits_of(states: Tensor) -> Tensor:
         with mode:
@@ -98,6 +108,24 @@ def step_log_probabilities(
 def steps_at_once(vocabulary: int) -> int:
     """Response steps whose logits, in fp32, take 256 MiB."""
     return max(1, _LOGITS_AT_ONCE // vocabulary)
+
+
+def require_columns(model: Any, values: Tensor, columns: int) -> None:
+    """Refuse a model that gives other columns than it is asked for.
+
+    Args:
+        model: of transformers.
+        values: what it gave, [rows, columns, ...].
+        columns: of `logits_to_keep`.
+
+    Raises:
+        ModelError: they are others, so no step could be told from another.
+    """
+    if values.shape[1] != columns:
+        raise ModelError(
+            f"{model.config._name_or_path}: expected a model that gives logits at the "
+            f"{columns} places that it is asked for, found {values.shape[1]} (logits_to_keep)"
+        )
 
 
 def _at(values: Tensor, places: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pact_offline.models.lm_head import log_probabilities, steps_at_once
+from pact_offline.models.lm_head import log_probabilities, require_columns, steps_at_once
 
 Spans = Sequence[tuple[int, int]]
 IGNORED = -100
@@ -154,6 +154,7 @@ def logits_at_steps(model: Any, batch: Aligned) -> Tensor:
     """Logits at a batch's response steps, [steps, vocabulary]."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
     output = model(**inputs, logits_to_keep=batch.columns.to(model.device), use_cache=False)
+    require_columns(model, output.logits, len(batch.columns))
     found: Tensor = output.logits[batch.is_step.to(model.device)]
     return found
 

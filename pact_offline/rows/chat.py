@@ -198,7 +198,7 @@ class Chat:
         """What may help where the template refuses a conversation."""
         is_of_roles = re.search("system|role|alternat", str(error), re.IGNORECASE)
         can_help = is_of_roles and not self.is_merged and can_merge(messages)
-        return MERGE if can_help else ""
+        return MERGE if can_help else " (--chat-template FILE takes another)"
 
     def render(
         self, messages: Sequence[Message], *, generation_prompt: bool, tools: Any = None
