@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,8 @@ def test_rows_that_the_hub_does_not_give_are_refused_in_one_line(
     assert line.startswith(f"hub:someone/{name}: cannot be read as a dataset: ")
     assert said in line
     assert "\n" not in line
+
+
+def test_an_empty_revision_is_not_taken_for_none(fails: Callable[..., str], tmp_path: Path) -> None:
+    line = fails("modules", "--model", "acme/tiny@")
+    assert line.endswith("acme/tiny@: expected NAME@REVISION, found no revision")

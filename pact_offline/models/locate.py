@@ -28,7 +28,7 @@ def looks_like_path(model: str) -> bool:
     Raises:
         InputError: the system cannot say, as of a name that is too long.
     """
-    path, (name, _) = Path(model), hub_name(model)
+    path, name = Path(model), model.partition("@")[0]
     return (
         status_of(path) is not None
         or path.is_absolute()
@@ -38,8 +38,14 @@ def looks_like_path(model: str) -> bool:
 
 
 def hub_name(model: str) -> tuple[str, str | None]:
-    """Repository, and revision where one is named, of a hub id."""
-    name, _, revision = model.partition("@")
+    """Repository, and revision where one is named, of a hub id.
+
+    Raises:
+        InputError: it names an empty one.
+    """
+    name, at, revision = model.partition("@")
+    if at and not revision:
+        raise InputError(f"{model}: expected NAME@REVISION, found no revision")
     return name, revision or None
 
 
