@@ -577,7 +577,8 @@ def test_what_was_saved_stays_where_no_copy_of_it_can_be_made(
 
 
 @pytest.mark.parametrize(
-    ("options", "free", "needed"), [((), 1e4, "0.00 GB"), (("--save-steps", 2), 1e5, "checkpoints")]
+    ("options", "free", "needed"),
+    [((), 1e4, "found 0.01 MB"), (("--save-steps", 2), 1e5, "checkpoints")],
 )
 def test_a_disk_that_is_too_full_is_refused_before_training(
     options: tuple[Any, ...], free: float, needed: str, command: list[Any], tmp_path: Path,

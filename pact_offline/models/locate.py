@@ -146,6 +146,8 @@ def why_not_loaded(error: Exception, folder: Path | None = None) -> str:
         return "it needs code of its own repository, which is never run"
     if "ignore_mismatched_sizes" in str(error):
         return "weights of other shapes than config.json's"
+    if "instantiate the backend tokenizer" in str(error):  # and lists, line by line, what of
+        return "none of the files that one is made of (tokenizer.json, or SentencePiece's)"
     for file in sorted(folder.glob("*.json")) if folder else ():
         try:
             _read_object(file)

@@ -159,8 +159,8 @@ def require_space(output: Path, parameters: int, settings: FinetuneSettings) -> 
     folder = next(path for path in (folder, *folder.parents) if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise InputError(
-            f"{output}: expected {needed / 1e9:.2f} GB of free disk space for what is trained"
-            f"{' and its checkpoints' if settings.save_steps else ''}, found {free / 1e9:.2f} GB"
+            f"{output}: expected {needed / 1e6:,.2f} MB of free disk space for what is trained"
+            f"{' and its checkpoints' if settings.save_steps else ''}, found {free / 1e6:,.2f} MB"
         )
 
 
