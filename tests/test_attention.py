@@ -234,6 +234,7 @@ def test_a_model_that_sees_one_packed_row_in_the_next_is_known(
         ("recurrent_gemma", {"num_hidden_layers": 3, "attention_window_size": 16, "lru_width": 64}),
         ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32,
                        "mamba_d_state": 8, "mamba_n_groups": 1}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
     ],
 )  # fmt: skip
 def test_a_model_that_carries_little_over_is_known_too(

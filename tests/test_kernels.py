@@ -5,6 +5,7 @@ No GPU is needed: the device is said to be one, and what stands for a kernel doe
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -15,16 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_flash_attention import plain_varlen_attn
 from tiny import make_model
 
 from pact_offline.errors import SettingError
-from pact_offline.models import liger
+from pact_offline.models import liger, packed_attention
 from pact_offline.models.load import load_model
 from pact_offline.rows.contexts import TokenizedExample
 from pact_offline.rows.spans import Turn
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training import kernels
-from pact_offline.training.policy import prepare_policy
+from pact_offline.training.policy import prepare_policy, prepare_to_pack
 
 Change = Callable[[Any], None]
 
@@ -208,3 +210,59 @@ def test_too_little_memory_of_an_accelerator_is_one_line(
     assert "found: CUDA out of memory. Tried to allocate 2.00 GiB; it needs less with" in line
     assert "--pass-tokens" in line
     assert not (tmp_path / "out").exists()
+
+
+@functools.wraps(plain_varlen_attn([]))
+def moves_all(*args: Any, **kwargs: Any) -> Any:
+    return plain_varlen_attn([])(*args, **kwargs) * 1.2
+
+
+def is_not_built(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("PyTorch was not compiled with flash attention")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (None, packed_attention.NAME),
+        (lambda *args, **kwargs: args[2] * 0, "sdpa"),
+        (moves_all, "sdpa"),
+        (is_not_built, "sdpa"),
+    ],
+)
+def test_packed_rows_take_torchs_kernel_or_go_by_a_mask(
+    wrong: Any, expected: str, aligned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With plain torch in the kernel's place, as on a GPU; one that is wrong is not an error."""
+    settings = FinetuneSettings(dtype="float32", lora_dropout=0, packing=True)
+    made = prepare_policy(str(aligned), settings).train()
+    made.get_base_model().set_attn_implementation("sdpa")
+    monkeypatch.setattr("pact_offline.training.policy.runs_packed", lambda model: True)
+    monkeypatch.setattr(kernels, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(packed_attention, "_DTYPES", (torch.float32,))
+    monkeypatch.setattr(packed_attention, "varlen_attn", wrong or plain_varlen_attn([]))
+    prepare_to_pack(made, settings, "m")
+    kernels.take_kernels(made, settings, ROWS)
+    assert made.config._attn_implementation == expected
+
+
+def test_in_fp32_weights_the_kernel_is_given_what_autocast_computes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(packed_attention, "varlen_attn", plain_varlen_attn(called))
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    for size, is_called in ((8, True), (12, False)):  # the kernel takes multiples of 8
+        called.clear()
+        query = torch.randn(1, 2, 5, size)
+        whole, _ = packed_attention.packed_attention(
+            torch.nn.Module(), query, query, query, None, position_ids=positions
+        )
+        assert not called
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = packed_attention.packed_attention(
+                torch.nn.Module(), query, query, query, None, position_ids=positions
+            )
+        assert bool(called) == is_called
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), whole, rtol=0.05, atol=0.05)

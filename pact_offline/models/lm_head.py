@@ -50,7 +50,7 @@ def step_log_probabilities(
         batch: from `ResponseCollator`.
         places: int64 [steps], of the response steps among rows x columns, row by row.
         labels: int64 [steps], the tokens that follow.
-        safety_ids: int64 [ids], or None.
+        safety_ids: int64 [ids], or None; as many as the vocabulary has stand in its order.
         outside: int64 [some], ids that `rest` leaves out, each once and not the whole vocabulary;
             None: no rest is wanted.
 
@@ -142,7 +142,7 @@ def log_probabilities(
     the vocabulary is picked at once, since the gradient of each such look-up is as large as it.
     """
     logits = logits.float()
-    if len(ids) == logits.shape[-1]:  # in order: the whole distribution
+    if len(ids) == logits.shape[-1] and outside is None:  # in order: the whole distribution
         every = logits.log_softmax(dim=-1)
         return StepLogProbabilities(every.gather(-1, labels.unsqueeze(-1)).squeeze(-1), every, None)
     apart = ids.new_empty(0) if outside is None else outside

@@ -34,6 +34,7 @@ class _Rows(NamedTuple):
 
 
 _rows_by_positions: Any = WeakTensorKeyDictionary()
+_masks_by_ends: Any = WeakTensorKeyDictionary()
 
 
 def runs_packed(model: Any) -> bool:
@@ -48,9 +49,8 @@ def runs_packed(model: Any) -> bool:
         return False
     if torch.cuda.get_device_capability(model.device) < (8, 0):
         return False
-    return bool(
-        model._supports_flash_attn and model._supports_sdpa and not has_soft_cap(model.config)
-    )
+    is_plain = getattr(model.config, "is_causal", True) and not has_soft_cap(model.config)
+    return bool(is_plain and model._supports_flash_attn and model._supports_sdpa)
 
 
 def packed_attention(
@@ -84,7 +84,11 @@ def packed_attention(
     if attention_mask is not None or query.shape[0] > 1 or query.shape[2] < key.shape[2]:
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, others)
     rows = _rows(position_ids, query)
-    fits = key.shape[-1] == value.shape[-1] <= _LARGEST_HEAD and query.dtype in _DTYPES
+    size, kind = key.shape[-1], query.device.type
+    if torch.is_autocast_enabled(kind):  # rotary embeddings of fp32 weights leave fp32
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (one.to(dtype) for one in (query, key, value))
+    fits = size == value.shape[-1] <= _LARGEST_HEAD and size % 8 == 0 and query.dtype in _DTYPES
     if dropout or not fits:
         mask = _mask(rows, sliding_window)
         return _sdpa(module, query, key, value, mask, dropout, scaling, others)
@@ -152,7 +156,10 @@ def _rows(positions: Tensor | None, query: Tensor) -> _Rows:
 
 
 def _mask(rows: _Rows, sliding_window: int | None) -> Tensor:
-    """What each of the packed tokens sees, bool [1, 1, tokens, tokens]."""
+    """What each of the packed tokens sees, bool [1, 1, tokens, tokens]; made once a pass."""
+    known: dict[int | None, Tensor] = _masks_by_ends.setdefault(rows.ends, {})
+    if sliding_window in known:
+        return known[sliding_window]
     sizes = rows.ends.diff()
     row = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
     at = torch.arange(len(row), device=row.device)
@@ -160,7 +167,8 @@ def _mask(rows: _Rows, sliding_window: int | None) -> Tensor:
     sees = (behind >= 0) & (row[:, None] == row)
     if sliding_window is not None:
         sees &= behind < sliding_window
-    return sees[None, None]
+    known[sliding_window] = sees[None, None]
+    return known[sliding_window]
 
 
 def _no_mask_of_packed_rows(
@@ -172,9 +180,9 @@ def _no_mask_of_packed_rows(
     use_vmap: bool = False,
     **others: Any,
 ) -> Tensor | None:
-    """No mask for one row without padding, whose positions tell all; else that of sdpa.
+    """No mask for one row without padding, whose positions and window tell all; else that of sdpa.
 
-    `use_vmap` stands for a mask of the family's own.
+    `use_vmap` comes with what a family adds to a causal mask.
     """
     if batch_size == 1 and q_length == kv_length and attention_mask is None and not use_vmap:
         return None

@@ -181,7 +181,8 @@ def _places(chat: Chat, item: _Rendered) -> list[_Place] | InputError:
             if any(said in behind and said not in before for _, said in said_by(earlier)):
                 return InputError(
                     f"messages[{i}]: expected before the answer in what the chat template renders, "
-                    "found that it stands behind (--chat-template FILE takes another)"
+                    "found that it stands behind (--turns last trains the last answer alone, "
+                    "--system-role merge puts it before what the user says first)"
                 )
         places.append(place)
     return places

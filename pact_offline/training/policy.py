@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import torch
 from transformers import set_seed
 
-from pact_offline.errors import SettingError
+from pact_offline.errors import SettingError, first_line
 from pact_offline.models.load import load_model, make_savable
 from pact_offline.models.log_confidences import keeps_packed_rows_apart
 from pact_offline.models.packed_attention import NAME, runs_packed
 from pact_offline.settings.stages import FinetuneSettings
 from pact_offline.training.lora import with_adapter
+
+log = logging.getLogger(__name__)
 
 
 def prepare_to_pack(policy: Any, settings: FinetuneSettings, model: str) -> None:
@@ -29,8 +33,13 @@ def prepare_to_pack(policy: Any, settings: FinetuneSettings, model: str) -> None
     if settings.attention == "auto" and runs_packed(inner):
         own = inner.config._attn_implementation
         inner.set_attn_implementation(NAME)
-        if keeps_packed_rows_apart(policy):
-            return
+        try:
+            if keeps_packed_rows_apart(policy):
+                return
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # as of a torch that was built without the kernel
+            log.warning("--packing: by a mask, since torch's kernel says: %s", first_line(error))
         inner.set_attn_implementation(own)
     if not keeps_packed_rows_apart(policy):
         raise SettingError(
