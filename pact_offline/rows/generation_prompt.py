@@ -16,8 +16,8 @@ class GenerationPrompt(NamedTuple):
     Attributes:
         unasked: what it writes behind a conversation where no generation prompt is asked for.
         missing: what stands before its answers, and is not written where one is asked for.
-        closing: what it writes behind a conversation, before the generation prompt too, though it
-            stands before no answer; `adds` is that generation prompt.
+        closing: the end that it writes behind a conversation, before the generation prompt too,
+            though it stands before no answer; `adds` is that generation prompt.
         adds: see `closing`.
     """
 
@@ -51,7 +51,7 @@ def generation_prompt_of(
     shared = before_mark(behind, common_start(behind, between), marks)
     if is_behind and shared > len(kept):
         return GenerationPrompt(unasked=unasked)
-    if is_behind and between.startswith(kept):
+    if is_behind and between.startswith(kept) and not _has_words(unasked, marks):  # a guard's task
         return GenerationPrompt(closing=unasked, adds=asked[len(alone) :])
     missing = between[len(behind) :] if asked == alone and between.startswith(behind) else ""
     return GenerationPrompt(missing=missing.rstrip(" ") if missing.strip() else "")
