@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from pact_offline.errors import InputError, ModelError
 from pact_offline.models.ends import ends_of_answers
+from pact_offline.models.load import without_adapter
 from pact_offline.models.log_confidences import reads_padding
 
 
@@ -145,7 +146,7 @@ def _require_numbers(model: str) -> Callable[[torch.Tensor, torch.Tensor], torch
 @contextmanager
 def _in_place_of_own(model: Any, config: Any) -> Iterator[None]:
     """transformers takes what a config leaves open from the model's own."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     own, inner.generation_config = inner.generation_config, config
     try:
         yield

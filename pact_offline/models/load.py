@@ -56,6 +56,11 @@ def require_trainable_attention(attention: str) -> None:
         )
 
 
+def without_adapter(model: Any) -> Any:
+    """The model of transformers, also where peft has put an adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def has_soft_cap(config: Any) -> bool:
     """Whether a model bounds its attention's scores, as Gemma-2 does and sdpa does not."""
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pact_offline.models.lm_head import log_probabilities, require_columns, steps_at_once
+from pact_offline.models.load import without_adapter
 
 Spans = Sequence[tuple[int, int]]
 IGNORED = -100
@@ -103,7 +104,7 @@ def reads_padding(model: Any) -> bool:
     Some recurrent models carry padding on in their state (RWKV, RecurrentGemma), others do not, and
     no config tells: one context is run by itself and padded, once a model.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     if not getattr(inner, "_is_stateful", False):
         return False
     if not hasattr(inner, "_reads_padding"):
@@ -121,7 +122,7 @@ def keeps_packed_rows_apart(model: Any) -> bool:
     batch = packed_batch([_LONG, _SHORT])
     if not _is_same(model, batch, _ANOTHER_ROW, last=True):
         return False
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     convolves = any(isinstance(module, torch.nn.Conv1d) for module in inner.modules())
     if not convolves and not getattr(inner, "_is_stateful", False):
         return True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pact_offline.errors import PactError, SettingError, first_line
 from pact_offline.models.liger import use_liger
-from pact_offline.models.load import default_device, has_soft_cap
+from pact_offline.models.load import default_device, has_soft_cap, without_adapter
 from pact_offline.models.log_confidences import (
     Aligned,
     aligned_batch,
@@ -68,7 +68,7 @@ def take_kernels(
     Raises:
         SettingError: a kernel does not run, or moves the loss or the gradient.
     """
-    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    inner = without_adapter(policy)
     ways: dict[str, Callable[[], object]] = {}
     if settings.liger:
         ways["--liger"] = lambda: use_liger(inner)
@@ -124,7 +124,7 @@ def compile_layers(policy: Any) -> None:
 
     The model around them stays as it is, so its LM head can still be held back.
     """
-    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    inner = without_adapter(policy)
     kinds = set(inner._no_split_modules or [])
     layers = [module for module in policy.modules() if type(module).__name__ in kinds]
     if not layers:

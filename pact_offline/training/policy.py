@@ -9,7 +9,7 @@ import torch
 from transformers import set_seed
 
 from pact_offline.errors import SettingError, first_line
-from pact_offline.models.load import load_model, make_savable
+from pact_offline.models.load import load_model, make_savable, without_adapter
 from pact_offline.models.log_confidences import keeps_packed_rows_apart
 from pact_offline.models.packed_attention import NAME, runs_packed
 from pact_offline.settings.stages import FinetuneSettings
@@ -29,7 +29,7 @@ def prepare_to_pack(policy: Any, settings: FinetuneSettings, model: str) -> None
     Raises:
         SettingError: it sees one row in the next all the same.
     """
-    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    inner = without_adapter(policy)
     if settings.attention == "auto" and runs_packed(inner):
         own = inner.config._attn_implementation
         inner.set_attn_implementation(NAME)
