@@ -127,30 +127,25 @@ def keeps_packed_rows_apart(model: Any) -> bool:
     if not convolves and not getattr(inner, "_is_stateful", False):
         return True
     behind_another = packed_batch([(_LONG[0][::-1], _LONG[1]), _SHORT])
-    one, other = (_last_logits(model, some) for some in (batch, behind_another))
-    return torch.equal(one, other)
+    return torch.equal(*_short_logits(model, [batch, behind_another], last=True))
 
 
-@torch.inference_mode()
 def _is_same(model: Any, batch: Aligned, tolerance: float, *, last: bool = False) -> bool:
     """Whether the short context has in a batch, as its first or last, the logits it has alone."""
-    was_training = model.training
-    model.eval()
-    steps = len(_SHORT[0]) - 1
-    alone, among = (logits_at_steps(model, one) for one in (aligned_batch([_SHORT], 0), batch))
-    among = among[-steps:] if last else among[:steps]
-    model.train(was_training)
+    (alone,) = _short_logits(model, [aligned_batch([_SHORT], 0)])
+    (among,) = _short_logits(model, [batch], last=last)
     difference = (among.float() - alone.float()).abs().max()
     return bool(difference <= tolerance * alone.float().abs().max())
 
 
 @torch.inference_mode()
-def _last_logits(model: Any, batch: Aligned) -> Tensor:
-    """The short context's, as the last of a batch."""
-    was_training = model.training
-    logits = logits_at_steps(model.eval(), batch)
+def _short_logits(model: Any, batches: Sequence[Aligned], *, last: bool = False) -> list[Tensor]:
+    """The short context's in each batch, as its first or last, without dropout."""
+    was_training, steps = model.training, len(_SHORT[0]) - 1
+    model.eval()
+    found = [logits_at_steps(model, batch) for batch in batches]
     model.train(was_training)
-    return logits[-(len(_SHORT[0]) - 1) :]
+    return [logits[-steps:] if last else logits[:steps] for logits in found]
 
 
 def logits_at_steps(model: Any, batch: Aligned) -> Tensor:
