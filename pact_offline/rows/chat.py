@@ -137,16 +137,11 @@ class Chat:
         A template that writes a generation prompt always, or never, is made to heed what is asked.
         """
         texts = self._render_all(conversations, generation_prompt=generation_prompt)
-        found = self._generation_prompt
-
-        def mended(text: str) -> str:
-            if not generation_prompt:
-                return text.removesuffix(found.unasked)
-            if found.closing and text.endswith(found.closing + found.adds):
-                return text.removesuffix(found.closing + found.adds) + found.adds
-            return text + found.missing
-
-        return [mended(text) if isinstance(text, str) else text for text in texts]
+        mended = self._generation_prompt.mended
+        return [
+            mended(text, is_asked=generation_prompt) if isinstance(text, str) else text
+            for text in texts
+        ]
 
     @cached_property
     def _generation_prompt(self) -> GenerationPrompt:

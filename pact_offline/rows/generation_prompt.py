@@ -26,6 +26,14 @@ class GenerationPrompt(NamedTuple):
     closing: str = ""
     adds: str = ""
 
+    def mended(self, text: str, *, is_asked: bool) -> str:
+        """What the template rendered, as if it heeded whether a generation prompt is asked for."""
+        if not is_asked:
+            return text.removesuffix(self.unasked)
+        if self.closing and text.endswith(self.closing + self.adds):
+            return text.removesuffix(self.closing + self.adds) + self.adds
+        return text + self.missing
+
 
 def generation_prompt_of(
     asked: str, alone: str, answered: str, followed: str, marks: Sequence[str], begin: str
