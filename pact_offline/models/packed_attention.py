@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,12 +46,17 @@ def runs_packed(model: Any) -> bool:
     """
     if model.device.type != "cuda" or varlen_attn is None:
         return False
-    if "window_size" not in inspect.signature(varlen_attn).parameters:  # torch before 2.11
+    if not _takes(varlen_attn, "window_size"):  # torch before 2.11
         return False
     if torch.cuda.get_device_capability(model.device) < (8, 0):
         return False
     is_plain = getattr(model.config, "is_causal", True) and not has_soft_cap(model.config)
     return bool(is_plain and model._supports_flash_attn and model._supports_sdpa)
+
+
+@cache
+def _takes(function: Any, name: str) -> bool:
+    return name in inspect.signature(function).parameters
 
 
 def packed_attention(
@@ -122,8 +128,7 @@ def _varlen(
     window: tuple[int, int],
 ) -> Tensor:
     """Of [1, heads, tokens, size] each; [tokens, heads, size]."""
-    shared = query.shape[1] != key.shape[1]
-    takes_shared = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12
+    says_shared = query.shape[1] != key.shape[1] and _takes(varlen_attn, "enable_gqa")  # torch 2.12
     output: Tensor = varlen_attn(
         *(x[0].transpose(0, 1).contiguous() for x in (query, key, value)),
         rows.ends,
@@ -132,7 +137,7 @@ def _varlen(
         rows.longest,
         scale=scaling,
         window_size=window,
-        **({"enable_gqa": True} if shared and takes_shared else {}),
+        **({"enable_gqa": True} if says_shared else {}),
     )
     return output
 
@@ -149,8 +154,7 @@ def _rows(positions: Tensor | None, query: Tensor) -> _Rows:
     known: _Rows | None = _rows_by_positions.get(positions)
     if known is None:
         starts = (positions.flatten().diff() != 1).nonzero().flatten() + 1
-        ends = torch.nn.functional.pad(starts, (1, 0), value=0)
-        ends = torch.nn.functional.pad(ends, (0, 1), value=tokens).int()
+        ends = torch.cat((starts.new_zeros(1), starts, starts.new_full((1,), tokens))).int()
         known = _rows_by_positions[positions] = _Rows(ends, int(ends.diff().max()))
     return known
 
