@@ -388,6 +388,18 @@ def test_a_model_whose_weights_are_no_numbers_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("end", ["2", 2.0, [[2]]])
+def test_an_end_that_is_no_token_id_is_refused(
+    end: Any, rows_file: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    model = make_model(tmp_path / "m")
+    config = model / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": end}))
+    words = ["--name", "x", "--model", model, "--task", rows_file, "--backend", "transformers"]
+    line = fails("evaluate", *words, "-o", tmp_path / "out")
+    assert f"{model}: eos_token_id: expected a token id, or a list of them" in line
+
+
 def test_a_directory_of_an_adapter_is_no_model(
     command: list[Any], tuned: dict[str, Path], aligned: Path, tmp_path: Path,
     fails: Callable[..., str],

@@ -61,8 +61,9 @@ def generate(
     batch_size = 1 if reads_padding(model) else batch_size
     own = model.generation_config
     most = _positions(model)
-    ends = ends_of_answers(own.eos_token_id, tokenizer.eos_token_id, end_of_turn)
-    penalty = repetition_penalty(own, model.config._name_or_path)
+    name = model.config._name_or_path
+    ends = ends_of_answers(name, own.eos_token_id, tokenizer.eos_token_id, end_of_turn)
+    penalty = repetition_penalty(own, name)
     avoided = [tokenizer(text, add_special_tokens=False).input_ids for text in avoid]
     avoided_first = [i for i in tokenizer.convert_tokens_to_ids(list(avoid_first)) if i is not None]
     # A prompt whose answer ends early is asked alone, so that it ends no other's.
@@ -98,7 +99,7 @@ def generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
-                logits_processor=[_require_numbers(model.config._name_or_path)],
+                logits_processor=[_require_numbers(name)],
             )
         for row, i in enumerate(batch):
             answer = output[row, width:].tolist()

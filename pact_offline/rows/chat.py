@@ -294,7 +294,8 @@ class Chat:
     @cached_property
     def ends(self) -> tuple[str, ...]:
         """The tokens that end an answer: the template's and the tokenizer's, as text."""
-        found = ends_of_answers(self.end_of_turn, self.tokenizer.eos_token_id)
+        own = self.tokenizer
+        found = ends_of_answers(own.name_or_path, self.end_of_turn, own.eos_token_id)
         return tuple(text for end in found if (text := str(self.tokenizer.decode([end])).strip()))
 
     def _tail(self, *, generation_prompt: bool) -> list[int]:

@@ -150,7 +150,7 @@ def end_ids(model: str, chat: Chat) -> list[int]:
     with suppress(Exception):
         config = AutoConfig.from_pretrained(name, **where)
         found.append(config.get_text_config().eos_token_id)
-    return ends_of_answers(*found, chat.tokenizer.eos_token_id, chat.end_of_turn)
+    return ends_of_answers(model, *found, chat.tokenizer.eos_token_id, chat.end_of_turn)
 
 
 def _read_again(sources: Sequence[str], settings: RowSettings) -> tuple[Counter[str], Counter[str]]:
