@@ -567,7 +567,7 @@ def test_what_was_saved_stays_where_no_copy_of_it_can_be_made(
 
     words = [*command, "--epochs", 1, "-o"]
     assert run(*words, tmp_path / "well").exit_code == 0
-    monkeypatch.setattr("pact_offline.training.finetune.require_adapter_saved", fail)
+    monkeypatch.setattr("pact_offline.training.saving.require_adapter_saved", fail)
     monkeypatch.setattr("pact_offline.models.saved.save_file", fail)
     line = fails(*words, tmp_path / "out")
     assert "what was saved of the weights is left, and may not be whole: no room" in line

@@ -37,13 +37,6 @@ from pact_offline.models.load import (
 from pact_offline.models.locate import ModelFiles
 from pact_offline.models.log_confidences import reads_padding
 from pact_offline.models.quantised import require_quantisation
-from pact_offline.models.saved import (
-    adapter_alone,
-    adapter_weights,
-    require_adapter_saved,
-    require_model_saved,
-    weights_left,
-)
 from pact_offline.objectives.registry import objective_named
 from pact_offline.own_code import content_of
 from pact_offline.provenance import provenance
@@ -83,6 +76,7 @@ from pact_offline.training.lora import check_lora_modules
 from pact_offline.training.model_card import model_card
 from pact_offline.training.policy import prepare_policy, prepare_to_pack
 from pact_offline.training.rehearsal import JoinedTargets, Rehearsal, RehearsedRows
+from pact_offline.training.saving import save_weights
 from pact_offline.training.step_log import STEP_LOG, Journal
 from pact_offline.training.summary import (
     count_rows,
@@ -202,40 +196,11 @@ def finetune(
         if not is_main:
             return facts
         with kept_if_it_fails(aside, output):
-            _save_weights(trainer, gathered, aside, output, model.name)
+            save_weights(trainer, gathered, aside, output, model.name)
             chat.tokenizer.save_pretrained(aside)
             (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
             write_json(aside / RUN_FILE, facts)
     return facts
-
-
-def _save_weights(
-    trainer: PactTrainer, gathered: dict[str, Any], folder: Path, output: Path, model: str
-) -> None:
-    """Save what was trained, and load it again before anybody relies on it.
-
-    Args:
-        trainer: that is done.
-        gathered: the policy's state, whole.
-        folder: to save to.
-        output: where that will be in the end.
-        model: its name, for messages.
-
-    Raises:
-        InputError: says why not, and where the weights are left.
-    """
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    is_whole = not hasattr(policy, "peft_config")
-    weights = gathered if is_whole else adapter_weights(gathered)
-    with weights_left(weights, folder, output):
-        policy.save_pretrained(folder, state_dict=dict(gathered))
-        if trainer.is_deepspeed_enabled:  # there loading is for all processes together
-            log.warning("%s: DeepSpeed: what was saved is not loaded again to compare it", output)
-        elif is_whole:
-            require_model_saved(folder, weights, model)
-        else:
-            into = adapter_alone(policy, weights) if trainer.is_fsdp_enabled else policy
-            require_adapter_saved(folder, weights, into, model)
 
 
 def _checkpoints(
