@@ -1146,6 +1146,30 @@ def test_a_plain_run_holds_nothing_and_no_one_is_warned(
     assert facts_of(output)["holds"] is False
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--method", "full", "--lora-rank", 4],  # the command's dropout is 0
+            "--lora-rank, --lora-dropout: not read with --method full",
+        ),
+        (
+            ["--objective", "none", "--tau", 4, "--no-gate", "--betas", "1,2"],
+            "--no-gate, --tau, --betas: not read with --objective none",
+        ),
+        (["--objective", "pact", "--tau", 4, "--lora-rank", 4], None),
+    ],
+)
+def test_settings_that_a_run_does_not_read_are_told(
+    options: list[Any], expected: str | None, command: list[Any], tmp_path: Path,
+    run: Callable[..., Result],
+) -> None:  # fmt: skip
+    result = run(*command, *options, "--epochs", 1, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    told = [line for line in result.stderr.splitlines() if "not read with" in line]
+    assert told == ([expected] if expected else [])
+
+
 def test_trained_parameters_and_adapted_modules_are_told(
     command: list[Any], tmp_path: Path, run: Callable[..., Result]
 ) -> None:

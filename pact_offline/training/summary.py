@@ -8,10 +8,23 @@ from typing import Any
 from pact_offline.rows.chat import Chat
 from pact_offline.rows.describe import end_ids, ends_with
 from pact_offline.rows.tokenized import TokenizedRows
-from pact_offline.settings.stages import FinetuneSettings, ObjectiveSettings
+from pact_offline.settings.stages import (
+    BUILT_IN_OBJECTIVES,
+    FinetuneSettings,
+    LoraSettings,
+    ObjectiveSettings,
+)
 from pact_offline.training.uses import LEARNT, Uses
 
 _LOOKED_AT = 1000  # rows whose ends are looked at
+_OF_AN_OBJECTIVE = {
+    "pact": (
+        "gate", "temperature", "alpha", "bias", "gate_temperature", "gate_mass", "window", "tau",
+        "boost",
+    ),
+    "first_tokens": ("betas",),
+}  # fmt: skip
+_OF_LORA = tuple(name for name in LoraSettings.model_fields if name.startswith("lora_"))
 
 
 def why_nothing_is_held(settings: ObjectiveSettings, longest: int) -> str | None:
@@ -111,6 +124,28 @@ def why_answers_may_not_stop(model: str, chat: Chat, rows: TokenizedRows) -> str
     )
 
 
+def _unread(settings: FinetuneSettings) -> list[str]:
+    """A line for the settings that are not at their defaults and that this run does not read."""
+    unread = {"--method full": _OF_LORA} if settings.method == "full" else {}
+    if settings.objective in BUILT_IN_OBJECTIVES:
+        unread[f"--objective {settings.objective}"] = tuple(
+            name
+            for objective, names in _OF_AN_OBJECTIVE.items()
+            if objective != settings.objective
+            for name in names
+        )
+    lines = []
+    for reader, names in unread.items():
+        given = [
+            ("--no-" if value is False else "--") + name.replace("_", "-")
+            for name in names
+            if (value := getattr(settings, name)) != FinetuneSettings.model_fields[name].default
+        ]
+        if given:
+            lines.append(f"{', '.join(given)}: not read with {reader}")
+    return lines
+
+
 def remarks(
     settings: FinetuneSettings,
     counts: dict[str, int],
@@ -130,6 +165,7 @@ def remarks(
     """
     rows, left_out = counts["rows"], counts["rows_left_out_per_epoch"]
     lines = [unended] if unended else []
+    lines += _unread(settings)
     if unheld and settings.objective != "none":
         lines.append(
             f"--objective {settings.objective} does nothing, and this is plain fine-tuning: "
