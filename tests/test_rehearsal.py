@@ -33,8 +33,9 @@ from pact_offline.training.collator import ResponseCollator
 from pact_offline.training.dataset import memory_mapped
 from pact_offline.training.gauge import Gauge
 from pact_offline.training.loss import batch_loss
-from pact_offline.training.rehearsal import Rehearsal, RehearsalSampler
+from pact_offline.training.rehearsal import Rehearsal, RehearsalSampler, weight_beside
 from pact_offline.training.trainer import PactTrainer
+from pact_offline.training.uses import DROPPED, HELD, LEARNT, Uses
 
 SCORED = ["--backend", "transformers", "--dtype", "float32", "--stored-dtype", "float32"]
 
@@ -295,6 +296,42 @@ def test_the_loss_of_a_batch_is_two_means(
         assert one["loss"] == pytest.approx(one["cross_entropy"] + 2 * one["kl"], rel=1e-4)
         for key in ("loss", "cross_entropy", "kl", "confidence_gap", "held_gap", "grad_norm"):
             assert many[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6)
+
+
+def test_a_rehearsed_step_counts_as_often_as_its_weight_says(
+    rehearsing: list[Any], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Up to the second step all policies are one: the objective's first gradient is zero."""
+    kl = {}
+    for weight in (1, 3, 5):
+        output = tmp_path / f"{weight}"
+        result = run(*rehearsing, "--kl-weight", 2, "--rehearsal-weight", weight, "-o", output)
+        assert result.exit_code == 0, result.output
+        second = steps_of(output)[1]
+        assert second["loss"] == pytest.approx(second["cross_entropy"] + 2 * second["kl"], rel=1e-4)
+        kl[weight] = second["kl"]
+    assert kl[3] > kl[1] > (kl[3] - kl[1]) / 2
+    assert kl[5] - kl[1] == pytest.approx(2 * (kl[3] - kl[1]), rel=1e-3)
+
+
+def test_a_rehearsed_row_counts_as_one_of_the_task_where_those_are_longer(
+    rehearsing: list[Any], rehearsal: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    assert run(*rehearsing, "-o", tmp_path / "adapter").exit_code == 0
+    facts = json.loads((tmp_path / "adapter" / "pact_offline.json").read_text())
+    rehearsed = len(TargetCache.open(rehearsal).read(range(9), "full")) / 9
+    task = facts["trained_tokens"] / facts["rows"]
+    assert facts["rehearsal_weight"] == pytest.approx(task / rehearsed)
+    assert facts["rehearsal_weight"] > 2
+
+
+def test_what_is_left_out_makes_no_row_longer_and_no_step_counts_less_than_once() -> None:
+    def rows(*steps: int) -> Any:
+        return SimpleNamespace(steps=np.array(steps))
+
+    uses = Uses(np.array([LEARNT, HELD, DROPPED], np.int8), np.arange(1, 4))
+    assert weight_beside(rows(30, 50, 1000), uses, rows(10, 6)) == 5
+    assert weight_beside(rows(3, 5, 1000), uses, rows(10, 6)) == 1
 
 
 def test_accumulated_batches_count_all_their_steps(

@@ -325,6 +325,12 @@ class FinetuneSettings(ObjectiveSettings, RowSettings, LoraSettings):
         description="Share of the rows of a batch that are rehearsed, where --rehearsal is given; "
         "they come on top of --batch-size. 0: none.",
     )
+    rehearsal_weight: float | None = Field(
+        None,
+        gt=0,
+        description="How often a rehearsed step counts in the objective. Default: as often as rows "
+        "of the task have more steps than rehearsed ones, and at least once.",
+    )
     gap_warns: float | None = Field(
         None,
         gt=0,

@@ -12,7 +12,10 @@ from pact_offline.settings.stages import ObjectiveSettings
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 # What means nothing where nothing is held.
-_OF_AN_OBJECTIVE = {*ObjectiveSettings.model_fields, "rehearsal_share", "gap_warns", "gap_stops"}
+_OF_AN_OBJECTIVE = {
+    *ObjectiveSettings.model_fields,
+    *("rehearsal_share", "rehearsal_weight", "gap_warns", "gap_stops"),
+}
 _IDLE = _OF_AN_OBJECTIVE - {"objective"}
 
 

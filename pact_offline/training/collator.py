@@ -13,7 +13,7 @@ from pact_offline.models.batches import batches
 from pact_offline.models.log_confidences import IGNORED, aligned_batch, packed_batch
 from pact_offline.rows.contexts import ContextKind
 from pact_offline.rows.spans import Turn
-from pact_offline.training.uses import DROPPED, LEARNT, Uses
+from pact_offline.training.uses import DROPPED, LEARNT, REHEARSED, Uses
 
 _PASS_COSTS = 64  # what reading all weights once more costs on a CPU, in tokens
 
@@ -50,6 +50,8 @@ class ResponseCollator:
       float32 [steps, ids], one row for each label that is not -100, in row-major order
     - with labels: ``target_label``: float32 [steps], in that order
     - with uses: ``is_learnt``: bool [steps], in that order; the others are held only
+    - with a weight of rehearsed steps other than 1: ``step_weights``: float32 [steps], how much
+      each counts in the objective
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ResponseCollator:
         response_only: bool = True,
         labels: bool = False,
         uses: Uses | None = None,
+        rehearsal_weight: float = 1,
         packed: bool = False,
     ) -> None:
         """Collate for a model.
@@ -70,11 +73,13 @@ class ResponseCollator:
             response_only: whether the targets without the prompt are wanted.
             labels: whether the reference's log-probabilities of the responses' own tokens are.
             uses: by the items' `index`; None: every answer is learnt.
+            rehearsal_weight: of a step of a rehearsed answer in the objective; of others it is 1.
             packed: put the rows one after the other into one, with no padding; then `rows` is 1,
                 `columns` the number of steps, and there is no ``attention_mask``.
         """
         self.pad_id, self.targets, self.response_only = pad_id or 0, targets, response_only
         self.labels, self.uses, self.packed = labels, uses, packed
+        self.rehearsal_weight = rehearsal_weight
 
     def turns_of(self, item: dict[str, Any]) -> list[Turn]:
         """The answers of a row, without those that are left out."""
@@ -109,7 +114,10 @@ class ResponseCollator:
         }
         uses = self._uses_of_steps(items)
         if uses is not None:
-            batch["is_learnt"] = torch.from_numpy(uses[uses != DROPPED] == LEARNT)
+            kept = torch.from_numpy(uses[uses != DROPPED])
+            batch["is_learnt"] = kept == LEARNT
+            if self.rehearsal_weight != 1:
+                batch["step_weights"] = 1 + (self.rehearsal_weight - 1) * (kept == REHEARSED)
         if self.targets is not None:
             indices = [item["index"] for item in items]
             kinds: list[ContextKind] = ["full", "response_only"]

@@ -75,7 +75,12 @@ from pact_offline.training.live_reference import LiveReference
 from pact_offline.training.lora import check_lora_modules
 from pact_offline.training.model_card import model_card
 from pact_offline.training.policy import prepare_policy, prepare_to_pack
-from pact_offline.training.rehearsal import JoinedTargets, Rehearsal, RehearsedRows
+from pact_offline.training.rehearsal import (
+    JoinedTargets,
+    Rehearsal,
+    RehearsedRows,
+    weight_beside,
+)
 from pact_offline.training.saving import save_weights
 from pact_offline.training.step_log import STEP_LOG, Journal
 from pact_offline.training.summary import (
@@ -87,7 +92,7 @@ from pact_offline.training.summary import (
     why_nothing_is_held,
 )
 from pact_offline.training.trainer import PactTrainer, peak_memory_mib
-from pact_offline.training.uses import Uses, all_held, all_learnt
+from pact_offline.training.uses import Uses, all_learnt, all_rehearsed
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +188,7 @@ def finetune(
             "sources": [*map(str, sources)],
             "targets_sha256": cache.sha256 if cache else None,
             "rehearsal_sha256": rehearsal.targets.sha256 if rehearsal else None,
+            "rehearsal_weight": trainer.rehearsal_weight if rehearsal else None,
             "holds": unheld is None,
             "objective_content": own_content,
             "template": chat.template_sha256,
@@ -296,9 +302,11 @@ def train(
     dataset: Any = memory_mapped(rows) if isinstance(rows, TokenizedRows) else as_dataset(rows)
     if uses is not None:
         dataset = dataset.select(uses.kept_rows)
+    weight = 1.0
     if rehearsal is not None and targets is not None and isinstance(rows, TokenizedRows):
         learnt = uses or all_learnt(np.cumsum(rows.turns))
-        uses = learnt.then(all_held(np.cumsum(rehearsal.rows.turns)))
+        weight = settings.rehearsal_weight or weight_beside(rows, learnt, rehearsal.rows)
+        uses = learnt.then(all_rehearsed(np.cumsum(rehearsal.rows.turns)))
         targets = JoinedTargets(targets, len(rows), rehearsal.targets)
         dataset = RehearsedRows(dataset, memory_mapped(rehearsal.rows, first=len(rows)))
     pass_tokens = 1 if reads_padding(policy) else settings.pass_tokens or _default_pass_tokens()
@@ -316,6 +324,7 @@ def train(
         packing=settings.packing,
         uses=uses,
         rehearsal_share=settings.rehearsal_share,
+        rehearsal_weight=weight,
         callbacks=[journal, gauge, *([EpochOrder(resumed)] if checkpoints else [])],
     )
     trainer.remove_callback(PrinterCallback)

@@ -22,7 +22,8 @@ class BatchLoss(NamedTuple):
             cross-entropy, and of all kl_weight * their mean kl; fp32 [], with a gradient. Without
             the former where the objective stands in its place.
         cross_entropy: over the steps that are learnt, fp32 [], with a gradient.
-        kl: over all steps, fp32 [], with a gradient where there is an objective.
+        kl: over all steps, each as often as the batch's `step_weights` say, fp32 [], with a
+            gradient where there is an objective.
         confidence_gap: over the steps that are learnt, the sum over safety tokens of the
             probabilities' absolute differences, fp32 [].
         held_gap: the same over the others.
@@ -103,7 +104,8 @@ def batch_loss(
     if objective.needs_labels:
         extra |= {"policy_label": found.labels, "reference_label": batch["target_label"]}
     per_step = objective.per_step(found.safety, full, only, weights, steps, settings, **extra)
-    kl = (per_step * step_weights(steps, settings)).sum()
+    counted = per_step * step_weights(steps, settings)
+    kl = (counted * batch["step_weights"] if "step_weights" in batch else counted).sum()
     weight = settings.kl_weight if kl_weight is None else kl_weight
     moved = found.safety.detach().exp() - full.exp()
     gaps = (moved if among is None else moved[:, among]).abs().sum(dim=-1)

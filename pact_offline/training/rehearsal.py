@@ -21,6 +21,7 @@ from pact_offline.rows.positions import require_positions
 from pact_offline.rows.tokenized import TokenizedRows, tokenized_rows
 from pact_offline.safety_tokens.file import SafetyTokens
 from pact_offline.training.collator import TargetSource
+from pact_offline.training.uses import Uses
 
 Place = tuple[int, tuple[int, ...]]  # a row, and the rehearsed rows that go with it
 
@@ -96,6 +97,21 @@ class RehearsedRows(Dataset[Any]):
 
 def _items(dataset: Any, places: list[int]) -> list[Any]:
     return list(dataset.__getitems__(places)) if places else []
+
+
+def weight_beside(rows: TokenizedRows, uses: Uses, rehearsed: TokenizedRows) -> float:
+    """How often a rehearsed step counts in the objective, for a rehearsed row to count as one of
+    the task's does: as often as the task's rows have more steps, and at least once.
+
+    The objective is a mean over steps: beside answers of hundreds of them, the few of a rehearsed
+    answer would be lost in it.
+
+    Args:
+        rows: of the task.
+        uses: of their answers.
+        rehearsed: rows of the reference's own answers.
+    """
+    return max(1.0, float(rows.steps[uses.kept_rows].mean() / rehearsed.steps.mean()))
 
 
 class JoinedTargets:

@@ -34,8 +34,9 @@ class PactTrainer(Trainer):  # type: ignore[misc]
     """Supervised fine-tuning plus an objective, with no reference model in memory.
 
     The loss is cross-entropy + kl_weight * objective, each as a mean over response steps of the
-    (accumulated, multi-process) batch: the one over those that are learnt, the other over all. The
-    LM head runs on response columns only. An objective may stand in place of the cross-entropy.
+    (accumulated, multi-process) batch: the one over those that are learnt, the other over all,
+    where a rehearsed step may count more than once. The LM head runs on response columns only. An
+    objective may stand in place of the cross-entropy.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
         packing: bool = False,
         uses: Uses | None = None,
         rehearsal_share: float = 0,
+        rehearsal_weight: float = 1,
         **extra: Any,
     ) -> None:
         """Prepare training.
@@ -73,11 +75,13 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             packing: the rows of a pass are one after the other, with no padding.
             uses: what each answer is for, by the items' `index`; None: every one is learnt.
             rehearsal_share: of a batch's rows that are rehearsed, with `RehearsedRows`.
+            rehearsal_weight: how often a rehearsed step counts in the objective.
             extra: for transformers' Trainer.
         """
         args.remove_unused_columns = False
         self._settings = objective
         self._rehearsal_share = rehearsal_share
+        self.rehearsal_weight = rehearsal_weight
         self._learnt_in_batch: Tensor | int | None = None
         self._epoch_decay = epoch_decay
         self._objective = objective_named(objective.objective)
@@ -93,6 +97,7 @@ class PactTrainer(Trainer):  # type: ignore[misc]
             ),
             labels=bool(self._objective and self._objective.needs_labels),
             uses=uses,
+            rehearsal_weight=rehearsal_weight,
             packed=packing,
         )
         passes = PassCollator(collator, pass_tokens)

@@ -1,4 +1,4 @@
-"""What each answer is for: learnt, only held to the reference, or left out."""
+"""What each answer is for: learnt, only held to the reference, rehearsed, or left out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from pact_offline.cache.refused import Turns
 from pact_offline.settings.stages import FinetuneSettings
 
-LEARNT, HELD, DROPPED = 1, 0, -1
+REHEARSED, LEARNT, HELD, DROPPED = 2, 1, 0, -1
 _REFUSED_ARE = {"learn": LEARNT, "hold": HELD, "drop": DROPPED}
 
 
@@ -18,8 +18,8 @@ class Uses:
     """The uses of a dataset's answers, by row.
 
     Attributes:
-        turns: int8 [turns of all rows]: LEARNT has cross-entropy and the objective, HELD the
-            objective alone, DROPPED neither.
+        turns: int8 [turns of all rows]: LEARNT has cross-entropy and the objective, HELD and
+            REHEARSED the objective alone, DROPPED neither.
         ends: int64 [rows], where each row's turns end.
     """
 
@@ -43,17 +43,17 @@ class Uses:
 
 
 def all_learnt(turn_ends: np.ndarray) -> Uses:
-    """Rows of which all is learnt; `turn_ends` as in `all_held`."""
+    """Rows of which all is learnt; `turn_ends` as in `all_rehearsed`."""
     return Uses(np.full(turn_ends[-1], LEARNT, np.int8), turn_ends)
 
 
-def all_held(turn_ends: np.ndarray) -> Uses:
-    """Rows of which nothing is learnt.
+def all_rehearsed(turn_ends: np.ndarray) -> Uses:
+    """Rows of the reference's own answers.
 
     Args:
         turn_ends: int64 [rows], where each row's turns end.
     """
-    return Uses(np.full(turn_ends[-1], HELD, np.int8), turn_ends)
+    return Uses(np.full(turn_ends[-1], REHEARSED, np.int8), turn_ends)
 
 
 def uses_of(found: Turns, settings: FinetuneSettings) -> Uses:
