@@ -235,6 +235,17 @@ def test_the_reference_comes_first_and_runs_keep_their_order(tmp_path: Path) -> 
     assert names[:3] == ["reference", "zeta", "alpha"]
 
 
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [(None, "30 % of the rows learning"), (1.0, "30 % of the rows learning"),
+     (10.27, "30 % of the rows, each step 10.27 times learning")],
+)  # fmt: skip
+def test_how_much_is_rehearsed_is_said(weight: float | None, expected: str, tmp_path: Path) -> None:
+    rehearsed = {"rehearsal_sha256": "1", "rehearsal_share": 0.3, "rehearsal_weight": weight}
+    page = Page(render(tmp_path, [reference(), sft(run={**sft().run, **rehearsed})]))
+    assert f"rehearsed: {expected}" in page.text
+
+
 @pytest.mark.parametrize("alone", [reference(), sft(), make_metrics("run", None, None)])
 def test_one_model_alone_makes_a_page(tmp_path: Path, alone: Metrics) -> None:
     text = Page(render(tmp_path, [alone], safety_tokens=None, config_text=None)).text

@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 # Of what a run says of itself, beside its settings.
 _KEPT = (
-    "sources", "turns_refused", "tokens_refused", "targets_sha256", "rehearsal_sha256", "metrics",
+    "sources", "turns_refused", "tokens_refused", "targets_sha256", "rehearsal_sha256",
+    "rehearsal_weight", "metrics",
 )  # fmt: skip
 
 

@@ -327,6 +327,8 @@ def train(
         rehearsal_weight=weight,
         callbacks=[journal, gauge, *([EpochOrder(resumed)] if checkpoints else [])],
     )
+    if weight != 1 and trainer.is_world_process_zero():
+        log.info("a rehearsed step counts %.3g times in the objective", weight)
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and output:

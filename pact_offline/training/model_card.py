@@ -33,6 +33,8 @@ def model_card(facts: dict[str, Any]) -> str:
     if facts.get("rehearsal_sha256"):
         share = settings["rehearsal_share"]
         rows += f"; beside them, the reference's own answers are rehearsed, {share:.1%} of a batch"
+        if (weight := facts.get("rehearsal_weight", 1)) != 1:
+            rows += f", and a step of them counts {weight:.3g} times in the objective"
     lines = [
         "---",
         f"base_model: {facts['model']}",

@@ -111,7 +111,8 @@ def weight_beside(rows: TokenizedRows, uses: Uses, rehearsed: TokenizedRows) -> 
         uses: of their answers.
         rehearsed: rows of the reference's own answers.
     """
-    return max(1.0, float(rows.steps[uses.kept_rows].mean() / rehearsed.steps.mean()))
+    times = float(rows.steps[uses.kept_rows].mean() / rehearsed.steps.mean())
+    return max(1.0, round(times, 2))
 
 
 class JoinedTargets:
