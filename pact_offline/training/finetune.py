@@ -302,10 +302,11 @@ def train(
     dataset: Any = memory_mapped(rows) if isinstance(rows, TokenizedRows) else as_dataset(rows)
     if uses is not None:
         dataset = dataset.select(uses.kept_rows)
-    weight = 1.0
+    rehearsal_weight = 1.0
     if rehearsal is not None and targets is not None and isinstance(rows, TokenizedRows):
         learnt = uses or all_learnt(np.cumsum(rows.turns))
-        weight = settings.rehearsal_weight or weight_beside(rows, learnt, rehearsal.rows)
+        given = settings.rehearsal_weight
+        rehearsal_weight = given or weight_beside(rows, learnt, rehearsal.rows)
         uses = learnt.then(all_rehearsed(np.cumsum(rehearsal.rows.turns)))
         targets = JoinedTargets(targets, len(rows), rehearsal.targets)
         dataset = RehearsedRows(dataset, memory_mapped(rehearsal.rows, first=len(rows)))
@@ -324,11 +325,11 @@ def train(
         packing=settings.packing,
         uses=uses,
         rehearsal_share=settings.rehearsal_share,
-        rehearsal_weight=weight,
+        rehearsal_weight=rehearsal_weight,
         callbacks=[journal, gauge, *([EpochOrder(resumed)] if checkpoints else [])],
     )
-    if weight != 1 and trainer.is_world_process_zero():
-        log.info("a rehearsed step counts %.3g times in the objective", weight)
+    if rehearsal_weight != 1 and trainer.is_world_process_zero():
+        log.info("a rehearsed step counts %.3g times in the objective", rehearsal_weight)
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and output:

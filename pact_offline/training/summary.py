@@ -17,7 +17,7 @@ from pact_offline.settings.stages import (
 from pact_offline.training.uses import LEARNT, Uses
 
 _LOOKED_AT = 1000  # rows whose ends are looked at
-_OF_AN_OBJECTIVE = {
+_OF_ONE_OBJECTIVE = {
     "pact": (
         "gate", "temperature", "alpha", "bias", "gate_temperature", "gate_mass", "window", "tau",
         "boost",
@@ -130,7 +130,7 @@ def _unread(settings: FinetuneSettings) -> list[str]:
     if settings.objective in BUILT_IN_OBJECTIVES:
         unread[f"--objective {settings.objective}"] = tuple(
             name
-            for objective, names in _OF_AN_OBJECTIVE.items()
+            for objective, names in _OF_ONE_OBJECTIVE.items()
             if objective != settings.objective
             for name in names
         )
